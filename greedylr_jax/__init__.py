@@ -1,0 +1,39 @@
+"""Learning-rate rules that watch training and set the rate themselves, inside the jitted step."""
+
+from greedylr_jax.base import (
+    GradientTransformationExtraLoss,
+    Rule,
+    RuleSchedule,
+    RuleScheduleState,
+    RuleState,
+    chain,
+    scale_by_rule,
+    schedule_by_rule,
+)
+from greedylr_jax.greedy import GreedyLRState, greedy_lr, greedy_lr_schedule
+from greedylr_jax.reading import (
+    assert_controls_learning_rate,
+    get_learning_rate,
+    get_scale,
+    metrics,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GradientTransformationExtraLoss",
+    "GreedyLRState",
+    "Rule",
+    "RuleSchedule",
+    "RuleScheduleState",
+    "RuleState",
+    "assert_controls_learning_rate",
+    "chain",
+    "get_learning_rate",
+    "get_scale",
+    "greedy_lr",
+    "greedy_lr_schedule",
+    "metrics",
+    "scale_by_rule",
+    "schedule_by_rule",
+]

@@ -1,0 +1,95 @@
+"""Argument checks shared by all rules.
+
+Hyperparameters may be Python numbers, NumPy or JAX scalars, or tracers. Each check returns its value as
+a Python number where it is known, so that it becomes a literal of the compiled program and can decide
+what is compiled at all. Where it is not known it stays the tracer that it is: its bounds cannot be
+checked, and every rule must stay well defined for it.
+"""
+
+import math
+import numbers
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+INT32_MAX = int(np.iinfo(np.int32).max)
+
+
+def is_traced(value: Any) -> bool:
+    """Whether ``value`` is known only when the compiled program runs."""
+    return isinstance(value, jax.core.Tracer)
+
+
+def _scalar(name: str, value: ArrayLike, kinds: tuple[Any, ...], expected: str) -> Any:
+    """Returns ``value`` as a Python number, or the tracer that it is."""
+    numeric = isinstance(value, (numbers.Real, np.ndarray, np.generic, jax.Array))
+    if not numeric or isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} must be {expected}, got {value!r}.")
+    if jnp.shape(value) != ():
+        raise ValueError(
+            f"{name} must be a scalar, got shape {jnp.shape(value)}. To run many settings at once, "
+            "build the transformation inside the function that jax.vmap maps."
+        )
+    if not any(jnp.issubdtype(jnp.result_type(value), kind) for kind in kinds):
+        raise ValueError(f"{name} must be {expected}, got {value!r}.")
+    return value if is_traced(value) else np.asarray(value).item()
+
+
+def check_real(
+    name: str,
+    value: ArrayLike,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    low_open: bool = False,
+    high_open: bool = False,
+) -> float | jax.Array:
+    """Returns a real scalar between ``low`` and ``high``, or raises ``ValueError``."""
+    left, right = "(" if low_open else "[", ")" if high_open else "]"
+    expected = f"a number in {left}{low:g}, {high:g}{right}"
+    number = _scalar(name, value, (jnp.floating, jnp.integer), expected)
+    if is_traced(number):
+        return number
+    above = number > low if low_open else number >= low
+    below = number < high if high_open else number <= high
+    if not (above and below):  # also catches NaN
+        raise ValueError(f"{name} must be {expected}, got {number!r}.")
+    return number
+
+
+def check_integer(name: str, value: ArrayLike, *, low: int = 0, high: int = INT32_MAX) -> int | jax.Array:
+    """Returns an integer scalar between ``low`` and ``high``, or raises ``ValueError``."""
+    expected = f"an integer in [{low}, {high}]"
+    number = _scalar(name, value, (jnp.integer,), expected)
+    if not is_traced(number) and not low <= number <= high:
+        raise ValueError(f"{name} must be {expected}, got {number!r}.")
+    return number
+
+
+def check_static_integer(name: str, value: Any, *, low: int = 1) -> int:
+    """As :func:`check_integer`, for a value that fixes a shape and so cannot be traced."""
+    if is_traced(value):
+        raise ValueError(
+            f"{name} fixes the shape of the state and must be a Python integer, got a traced value."
+        )
+    return check_integer(name, value, low=low)
+
+
+def check_choice(name: str, value: Any, allowed: Collection[str]) -> str:
+    """Returns ``value`` if it is one of ``allowed``, or raises ``ValueError``."""
+    if not isinstance(value, str) or value not in allowed:
+        choices = ", ".join(repr(choice) for choice in allowed)
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
+    return value
+
+
+def check_order(low_name: str, low: ArrayLike, high_name: str, high: ArrayLike) -> None:
+    """Raises ``ValueError`` if both values are known and ``low`` exceeds ``high``."""
+    if not is_traced(low) and not is_traced(high) and low > high:
+        raise ValueError(
+            f"{low_name} must not exceed {high_name}, got {low_name}={low!r} and {high_name}={high!r}."
+        )
