@@ -458,6 +458,8 @@ def _reference_step(settings: _Settings, state: GreedyLRState, value: jax.Array)
         num_good=jnp.where(increase, 0, num_good),
         num_bad=jnp.where(decrease, 0, num_bad),
     )
+    if settings.reset_after is not None:
+        stepped = stepped._replace(num_observations=_increment(state.num_observations))
     if not _is_zero(settings.cooldown):
         count = jnp.where(decrease, settings.cooldown, state.cooldown_count)
         stepped = stepped._replace(cooldown_count=count)
@@ -474,7 +476,6 @@ def _reference_step(settings: _Settings, state: GreedyLRState, value: jax.Array)
         stepped = stepped._replace(reset_countdown=countdown)
         stepped = base.select(at_min & (countdown <= 0), restarted, stepped)
     if settings.reset_after is not None:
-        stepped = stepped._replace(num_observations=_increment(state.num_observations))
         due = stepped.num_observations > settings.reset_after
         stepped = base.select(due, _initial_state(settings, state.initial_scale), stepped)
     return stepped

@@ -1,0 +1,84 @@
+"""The table of zeroth-order rules that the tests of carriers and wrappers sweep."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import greedylr_jax
+
+BASE_RATE = 0.125  # a power of two: base rate times scale is then exact, as is the rate itself
+
+
+class RuleCase(NamedTuple):
+    """One rule in both carriers; both take ``every`` and ``axis_name``."""
+
+    name: str
+    transformation: Callable[..., greedylr_jax.GradientTransformationExtraLoss]
+    schedule: Callable[..., greedylr_jax.RuleSchedule]
+
+
+def _greedy(name: str, **settings) -> RuleCase:
+    bounds = {"min_value": BASE_RATE / 16, "max_value": BASE_RATE * 16}
+    return RuleCase(
+        name,
+        lambda **carrier: greedylr_jax.greedy_lr(min_scale=1 / 16, max_scale=16.0, **settings, **carrier),
+        lambda **carrier: greedylr_jax.greedy_lr_schedule(BASE_RATE, **bounds, **settings, **carrier),
+    )
+
+
+class ToggleState(NamedTuple):
+    scale: jax.Array
+    first_scale: jax.Array
+    last_value: jax.Array
+
+
+def _toggle() -> greedylr_jax.Rule:
+    """The smallest own rule: doubles after a lower finite loss, else halves, within limits."""
+
+    def init(scale):
+        return ToggleState(scale, scale * 1, jnp.full((), jnp.inf, scale.dtype))
+
+    def update(state, value):
+        better = value < state.last_value
+        scale = jnp.where(better, state.scale * 2, state.scale / 2)
+        first = state.first_scale
+        return ToggleState(
+            jnp.clip(scale, first / 16, first * 16),
+            first,
+            jnp.where(jnp.isfinite(value), value, state.last_value),
+        )
+
+    return greedylr_jax.Rule(init, update, "toggle")
+
+
+RULES = [
+    _greedy("greedy-reference", factor=0.5, patience=1, window=4, cooldown=1, reset_at_min=3),
+    _greedy("greedy-paper", factor=0.5, patience=1, window=4, algorithm="paper", reset_after=17),
+    _greedy("greedy-no-window", factor=0.75, patience=0, window=None, threshold_mode="rel"),
+    RuleCase(
+        "own-rule",
+        lambda **carrier: greedylr_jax.scale_by_rule(_toggle(), **carrier),
+        lambda **carrier: greedylr_jax.schedule_by_rule(_toggle(), BASE_RATE, **carrier),
+    ),
+]
+
+
+def losses(length: int = 64, seed: int = 0) -> np.ndarray:
+    """A loss curve that falls, rises and stays, in multiples of 1/64: running means are exact."""
+    generator = np.random.default_rng(seed)
+    steps = np.repeat(generator.choice([-3, 0, 3], size=-(-length // 8)), 8)[:length]
+    return ((np.cumsum(steps) + generator.integers(-1, 2, length)) / 64).astype(np.float32)
+
+
+def scales(tx, values, **extra_args) -> np.ndarray:
+    """The scale that a bare rule transformation holds after each loss, by one compiled scan."""
+
+    def body(state, inputs):
+        value, extra = inputs
+        _, state = tx.update(None, state, value=value, **extra)
+        return state, greedylr_jax.get_scale(state)
+
+    return np.asarray(jax.jit(lambda xs: jax.lax.scan(body, tx.init(None), xs)[1])((values, extra_args)))

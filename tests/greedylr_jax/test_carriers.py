@@ -1,0 +1,332 @@
+"""What every rule promises in every carrier, swept over the table of rules."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+
+import greedylr_jax
+from tests.greedylr_jax.rules import BASE_RATE, RULES, losses, scales
+
+PARAMS = {"w": jnp.arange(6.0).reshape(2, 3) / 8, "b": jnp.ones(3) / 4}
+GRADS = {"w": jnp.ones((2, 3)) / 2, "b": -jnp.arange(3.0)}
+
+every_rule = pytest.mark.parametrize("case", RULES, ids=lambda case: case.name)
+
+
+def carried(case, carrier, inner=optax.sgd, **options):
+    """The rule around an optimizer, in the named carrier."""
+    if carrier == "schedule":
+        return optax.inject_hyperparams(inner)(learning_rate=case.schedule(**options))
+    return optax.chain(inner(BASE_RATE), case.transformation(**options))
+
+
+def train(tx, values, params=PARAMS, step=None):
+    """Params and learning rates of a run that steps one at a time."""
+    step = step or jax.jit(tx.update)
+    state, rates = tx.init(params), []
+    for value in values:
+        updates, state = step(GRADS, state, params, value=value)
+        params = optax.apply_updates(params, updates)
+        rates.append(float(greedylr_jax.get_learning_rate(state, BASE_RATE)))
+    return params, np.array(rates), state
+
+
+@every_rule
+def test_the_rule_moves_both_ways_on_the_test_losses(case):
+    moves = np.diff(scales(case.transformation(), losses()))
+    assert (moves > 0).any() and (moves < 0).any()
+
+
+@every_rule
+@pytest.mark.parametrize("carrier", ["transformation", "schedule"])
+def test_eager_jit_and_scan_agree_bit_for_bit(case, carrier):
+    tx, values = carried(case, carrier), losses(40)
+    stepped = train(tx, values)
+    eager = train(tx, values[:6], step=tx.update)
+    np.testing.assert_array_equal(eager[1], stepped[1][:6])
+
+    def body(carry, value):
+        params, state = carry
+        updates, state = tx.update(GRADS, state, params, value=value)
+        rate = greedylr_jax.get_learning_rate(state, BASE_RATE)
+        return (optax.apply_updates(params, updates), state), rate
+
+    (params, state), rates = jax.jit(lambda values: jax.lax.scan(body, (PARAMS, tx.init(PARAMS)), values))(
+        values
+    )
+    np.testing.assert_array_equal(rates, stepped[1])
+    chex.assert_trees_all_equal(params, stepped[0])
+    chex.assert_trees_all_equal(state, stepped[2])
+
+
+@every_rule
+def test_both_carriers_agree_on_timing_to_the_bit(case):
+    values = losses()
+    params, rates, _ = train(carried(case, "transformation"), values)
+    schedule_params, schedule_rates, state = train(carried(case, "schedule"), values)
+    np.testing.assert_array_equal(rates, schedule_rates)
+    chex.assert_trees_all_equal(params, schedule_params)
+    assert float(state.hyperparams["learning_rate"]) == rates[-1]
+
+
+@every_rule
+def test_a_loss_acts_on_the_update_of_its_own_step(case):
+    tx, schedule = case.transformation(), case.schedule()
+    state, schedule_state = tx.init(None), schedule.init()
+    for value in losses():
+        updates, state = tx.update(jnp.ones(()), state, value=value)
+        expected = schedule(schedule_state, value=value)
+        schedule_state = schedule.update(schedule_state, value=value)
+        assert updates == greedylr_jax.get_scale(state) == expected / BASE_RATE
+        assert schedule(schedule_state) == expected
+
+
+@every_rule
+def test_state_is_float32_and_updates_keep_bfloat16(case):
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
+    tx = case.transformation()
+    state = tx.init(params)
+    updates, state = jax.jit(tx.update)(params, state, params, value=jnp.bfloat16(0.5))
+    chex.assert_trees_all_equal_dtypes(updates, params)
+    for leaf in jax.tree.leaves(state):
+        assert leaf.dtype in (jnp.float32, jnp.int32)
+    # The rates of a bfloat16 run are those of a float32 run: nothing of the rule is kept in bfloat16.
+    _, rates, _ = train(carried(case, "transformation"), losses(), params=params)
+    np.testing.assert_array_equal(rates, train(carried(case, "transformation"), losses())[1])
+
+
+@every_rule
+@pytest.mark.parametrize("carrier", ["transformation", "schedule"])
+def test_state_is_float64_with_x64(case, carrier):
+    with jax.enable_x64(True):
+        params = {"w": jnp.ones(3, jnp.float32)}
+        tx = carried(case, carrier)
+        state = tx.init(params)
+        updates, after = jax.jit(tx.update)(params, state, params, value=0.5)
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
+        assert greedylr_jax.get_scale(after).dtype == jnp.float64
+        if carrier == "transformation":
+            assert updates["w"].dtype == jnp.float32
+
+
+@every_rule
+def test_bad_losses_count_as_worse_and_poison_nothing(case):
+    tx = case.transformation()
+    storm = np.array([np.nan, np.inf, -np.inf] * 20, np.float32)
+    values = np.concatenate([losses(32), storm, losses(64, seed=1)])
+    got = scales(tx, values)
+    assert np.isfinite(got).all()
+    assert got.min() >= 1 / 16 and got.max() <= 16
+
+    state = tx.init(None)
+    for value in values:
+        _, state = tx.update(None, state, value=value)
+        for name, leaf in state.rule._asdict().items():
+            assert not np.isnan(leaf).any(), name
+    assert len(set(got[-64:])) > 1  # it still answers to the losses that follow
+
+
+@every_rule
+def test_a_storm_of_bad_losses_lowers_the_rate_until_a_reset_or_the_floor(case):
+    got = scales(case.transformation(), np.full(12, np.nan, np.float32))
+    assert (np.diff(got) <= 0).all() and got[-1] <= 1 / 4
+
+
+@every_rule
+def test_every_k_decides_on_means_of_k_losses(case):
+    values, k = losses(96), 4
+    got = scales(case.transformation(every=k), values)
+    means = values.reshape(-1, k).mean(axis=1)
+    expected = scales(case.transformation(), means)
+    np.testing.assert_array_equal(got[k - 1 :: k], expected)
+    held = np.concatenate([[1.0], expected])[:-1]
+    np.testing.assert_array_equal(got.reshape(-1, k)[:, :-1], np.repeat(held[:, None], k - 1, axis=1))
+
+
+@every_rule
+def test_every_may_be_traced(case):
+    values = losses()
+    run = jax.jit(jax.vmap(lambda every: _scales_traced(case.transformation(every=every), values)))
+    got = run(jnp.array([1, 2, 8]))
+    for row, every in enumerate([1, 2, 8]):
+        np.testing.assert_array_equal(got[row], scales(case.transformation(every=every), values))
+
+
+def _scales_traced(tx, values):
+    def body(state, value):
+        _, state = tx.update(None, state, value=value)
+        return state, greedylr_jax.get_scale(state)
+
+    return jax.lax.scan(body, tx.init(None), values)[1]
+
+
+@every_rule
+@pytest.mark.parametrize("every", [1, 3])
+def test_steps_without_a_value_change_nothing(case, every):
+    tx, values = case.transformation(every=every), losses(90)
+    mask = np.random.default_rng(0).random(90) < 0.5
+    noisy = np.where(mask, values, np.nan).astype(np.float32)  # what is ignored may be anything
+    got = scales(tx, noisy, has_value=mask)
+    expected = scales(tx, values[mask])
+    np.testing.assert_array_equal(got[mask], expected)
+    held = np.concatenate([[1.0], expected])[np.cumsum(mask)]
+    np.testing.assert_array_equal(got, held)
+
+
+@every_rule
+def test_a_step_known_to_have_no_value_needs_none(case):
+    tx = case.transformation()
+    state = tx.init(PARAMS)
+    updates, after = tx.update(GRADS, state, PARAMS, has_value=False)
+    chex.assert_trees_all_equal(after, state)
+    chex.assert_trees_all_equal(updates, GRADS)
+
+
+@every_rule
+@pytest.mark.parametrize("carrier", ["transformation", "schedule"])
+def test_a_compiled_step_moves_nothing_between_host_and_device(case, carrier):
+    tx = carried(case, carrier, inner=optax.adamw)
+    state, value = tx.init(PARAMS), jnp.float32(0.5)
+    with jax.transfer_guard("disallow"):
+        step = jax.jit(tx.update)
+        for _ in range(3):  # the first one traces and compiles
+            _, state = step(GRADS, state, PARAMS, value=value)
+
+
+@every_rule
+def test_devices_of_an_axis_decide_alike(case):
+    per_device = np.stack([losses(seed=seed) for seed in range(4)], axis=1)
+
+    def run(values):
+        return _scales_traced(case.transformation(axis_name="batch"), values)
+
+    mapped = jax.vmap(run, in_axes=1, axis_name="batch")(per_device)
+    expected = scales(case.transformation(), per_device.mean(axis=1))
+    for row in mapped:
+        np.testing.assert_array_equal(row, expected)
+
+    mesh = jax.make_mesh((1,), ("batch",))
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec())
+    np.testing.assert_array_equal(
+        jax.jit(sharded)(per_device[:, 0]), scales(case.transformation(), per_device[:, 0])
+    )
+
+
+@every_rule
+def test_vmapping_equals_looping_bit_for_bit(case):
+    batch = np.stack([losses(seed=seed) for seed in range(5)])
+    got = jax.jit(jax.vmap(lambda values: _scales_traced(case.transformation(), values)))(batch)
+    for row, values in zip(got, batch, strict=True):
+        np.testing.assert_array_equal(row, scales(case.transformation(), values))
+
+
+@every_rule
+@pytest.mark.parametrize("carrier", ["transformation", "schedule"])
+def test_state_may_be_donated(case, carrier):
+    tx = carried(case, carrier)
+    step = jax.jit(tx.update, donate_argnums=1)
+    state = tx.init(PARAMS)
+    for value in losses(3):
+        _, state = step(GRADS, state, PARAMS, value=value)
+    assert np.isfinite(greedylr_jax.get_scale(state))
+
+
+@every_rule
+@pytest.mark.parametrize("carrier", ["transformation", "schedule"])
+def test_strict_dtype_promotion(case, carrier):
+    if carrier == "schedule":
+        run = case.schedule(every=2).update
+        state = case.schedule(every=2).init()
+    else:
+        tx = case.transformation(every=2)
+        state = tx.init(PARAMS)
+
+        def run(state, value):
+            return tx.update({"w": jnp.ones(2, jnp.bfloat16)}, state, value=value)[1]
+
+    with jax.numpy_dtype_promotion("strict"):
+        for _ in range(3):
+            state = run(state, value=jnp.float32(1.0))
+
+
+@every_rule
+def test_leaves_of_every_kind(case):
+    updates = {
+        "half": jnp.ones(2, jnp.float16),
+        "complex": jnp.array([1 + 2j, -3j], jnp.complex64),
+        "integer": jnp.arange(3),
+        "empty": jnp.zeros((0, 4)),
+        "none": None,
+        "number": 2.0,
+        "no_gradient": np.zeros(2, jax.dtypes.float0),
+    }
+    tx = case.transformation()
+    state = tx.init(updates)
+    for value in losses(8):
+        scaled, state = tx.update(updates, state, value=value)
+    scale = np.float32(greedylr_jax.get_scale(state))
+    assert scale != 1
+    np.testing.assert_array_equal(scaled["half"], np.ones(2, np.float16) * np.float16(scale))
+    np.testing.assert_allclose(scaled["complex"], np.array([1 + 2j, -3j]) * scale, rtol=1e-6)
+    np.testing.assert_array_equal(scaled["integer"], np.arange(3))
+    assert scaled["empty"].shape == (0, 4)
+    assert scaled["none"] is None
+    assert scaled["number"] == 2 * scale
+    assert scaled["no_gradient"].dtype == jax.dtypes.float0
+    for name in ("half", "complex", "integer", "empty"):
+        assert scaled[name].dtype == updates[name].dtype
+
+
+@pytest.mark.parametrize("carrier", ["transformation", "schedule"])
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (None, TypeError, "value=loss"),
+        (jnp.ones(3), ValueError, r"shape \(3,\).*jnp.mean"),
+        (jnp.ones((1,)), ValueError, r"shape \(1,\)"),
+        ("0.5", TypeError, "'0.5'"),
+        (1j, TypeError, "complex"),
+        (True, TypeError, "bool"),
+    ],
+)
+def test_a_wrong_value_shows_the_right_call(carrier, value, error, message):
+    tx = carried(RULES[0], carrier)
+    state = tx.init(PARAMS)
+    arguments = {} if value is None else {"value": value}
+    with pytest.raises(error, match=message):
+        tx.update(GRADS, state, PARAMS, **arguments)
+
+
+@pytest.mark.parametrize("value", [1, np.float64(1.0), np.int32(1), jnp.float16(1.0), 1.0])
+def test_any_real_scalar_is_a_value(value):
+    tx = RULES[0].transformation()
+    _, state = tx.update(None, tx.init(None), value=value)
+    assert state.rule.scale.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, True, "2", None])
+def test_every_out_of_range(every):
+    for case in RULES[:1]:
+        with pytest.raises(ValueError, match=r"every must be an integer in \[1, "):
+            case.transformation(every=every)
+        with pytest.raises(ValueError, match="every must be"):
+            case.schedule(every=every)
+
+
+@pytest.mark.parametrize("init_value", [0.0, -1.0, np.inf, np.nan, "1"])
+def test_schedule_start_out_of_range(init_value):
+    rule = greedylr_jax.Rule(lambda scale: scale, lambda state, value: state)
+    with pytest.raises(ValueError, match="init_value must be a number in"):
+        greedylr_jax.schedule_by_rule(rule, init_value)
+
+
+def test_the_scale_is_applied_in_float32_and_rounded_once():
+    """5 / 0.95 is nearest to 5.25; with the scale rounded to bfloat16 first it comes out as 5.28125."""
+    tx = greedylr_jax.greedy_lr(patience=0, window=None)
+    updates, _ = tx.update(jnp.full((), 5.0, jnp.bfloat16), tx.init(None), value=1.0)
+    assert updates == 5.25
+    assert jnp.bfloat16(5.0) * jnp.bfloat16(1 / 0.95) == 5.28125

@@ -1,0 +1,258 @@
+"""GreedyLR itself: hyperparameters, published behaviour, metamorphic relations, cost."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import greedylr_jax
+from greedylr_jax import get_scale, greedy_lr, greedy_lr_schedule
+from tests.greedylr_jax.rules import losses, scales
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"factor": 0.0}, r"factor must be a number in \(0, 1\), got 0.0"),
+        ({"factor": 1.0}, r"factor must be a number in \(0, 1\), got 1.0"),
+        ({"factor": np.nan}, "factor must be"),
+        ({"factor": "0.5"}, "factor must be"),
+        ({"factor": True}, "factor must be"),
+        ({"factor": 0.5j}, "factor must be"),
+        ({"factor": jnp.array([0.5, 0.9])}, r"factor must be a scalar, got shape \(2,\).*jax.vmap"),
+        ({"patience": -1}, r"patience must be an integer in \[0, 2147483647\], got -1"),
+        ({"patience": 2**31}, "patience must be"),
+        ({"patience": 2.5}, "patience must be"),
+        ({"patience": None}, "patience must be"),
+        ({"threshold": -1e-6}, r"threshold must be a number in \[0, inf\), got -1e-06"),
+        ({"threshold": np.inf}, "threshold must be"),
+        ({"threshold_mode": "relative"}, "threshold_mode must be one of 'abs', 'rel', got 'relative'"),
+        ({"cooldown": -1}, "cooldown must be"),
+        ({"warmup": 1.5}, "warmup must be"),
+        ({"min_scale": -0.1}, "min_scale must be"),
+        ({"min_scale": 2.0}, "min_scale must not exceed the initial scale.*min_scale=2.0"),
+        ({"min_scale": 20.0}, "min_scale must not exceed max_scale"),
+        ({"max_scale": 0.5}, "the initial scale must not exceed max_scale.*max_scale=0.5"),
+        ({"max_scale": np.inf}, "max_scale must be"),
+        ({"window": 0}, r"window must be an integer in \[1, "),
+        ({"window": 2.0}, "window must be"),
+        ({"reset_at_min": 0}, "reset_at_min must be"),
+        ({"reset_after": -3}, "reset_after must be"),
+        ({"mode": "maximum"}, "mode must be one of 'min', 'max'"),
+        ({"mode": None}, "mode must be one of"),
+        ({"eps": -1.0}, "eps must be"),
+        ({"algorithm": "algorithm1"}, "algorithm must be one of 'reference', 'paper'"),
+        ({"algorithm": "paper", "reset_at_min": 3}, "reset_at_min must be None.*reset_after"),
+        ({"algorithm": "paper", "eps": 1e-8}, "eps must be 0 with algorithm='paper'"),
+    ],
+)
+def test_a_bad_hyperparameter_is_named_with_its_value_and_range(settings, message):
+    with pytest.raises(ValueError, match=message):
+        greedy_lr(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"init_value": 0.0}, r"init_value must be a number in \(0, inf\)"),
+        ({"init_value": 1e-6}, "min_value must not exceed init_value"),
+        ({"init_value": 1.0}, "init_value must not exceed max_value"),
+        ({"min_value": 0.5}, "min_value must not exceed max_value"),
+        ({"max_value": np.nan}, "max_value must be"),
+    ],
+)
+def test_bad_bounds_of_the_schedule_are_named(settings, message):
+    arguments = {"init_value": 1e-3, "min_value": 1e-4, "max_value": 1e-2} | settings
+    with pytest.raises(ValueError, match=message):
+        greedy_lr_schedule(**arguments)
+
+
+def test_a_traced_window_is_refused():
+    with pytest.raises(ValueError, match="window fixes the shape"):
+        jax.jit(lambda window: greedy_lr(window=window).init(None))(3)
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), jnp.float32(0.5), jnp.array(0.5)])
+def test_hyperparameters_may_be_any_kind_of_scalar(number):
+    patience = jnp.int32(2)
+    expected = scales(greedy_lr(0.5, 2, window=2, cooldown=1), losses())
+    got = scales(greedy_lr(number, patience, window=np.int64(2), cooldown=np.int8(1)), losses())
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_a_grid_of_settings_trains_in_one_compilation():
+    values = losses(200)
+    factors, patiences = np.array([0.5, 0.75, 0.9, 0.95], np.float32), np.arange(5)
+
+    @jax.jit
+    def run(factor, patience, threshold):
+        tx = greedy_lr(factor, patience, threshold=threshold, cooldown=patience, reset_at_min=patience + 1)
+
+        def body(state, value):
+            _, state = tx.update(None, state, value=value)
+            return state, get_scale(state)
+
+        return jax.lax.scan(body, tx.init(None), values)[1]
+
+    over_patience = jax.vmap(run, in_axes=(None, 0, None))
+    got = jax.jit(jax.vmap(over_patience, in_axes=(0, None, None)))(factors, patiences, 1 / 64)
+    assert got.shape == (4, 5, 200)
+    for i, factor in enumerate(factors):
+        for j, patience in enumerate(patiences):
+            expected = run(factor, patience, 1 / 64)
+            np.testing.assert_array_equal(got[i, j], expected)
+            settings = dict(cooldown=int(patience), reset_at_min=int(patience) + 1)
+            known = greedy_lr(float(factor), int(patience), threshold=1 / 64, **settings)
+            np.testing.assert_array_equal(scales(known, values), expected)
+    assert run._cache_size() == 1
+
+
+def test_published_settings_are_the_defaults():
+    """Section III of paper 000: factor 0.95, patience 10, window 50, at least 10% of the first rate."""
+    falling = np.linspace(2, 1, 400)
+    expected = min((1 / 0.95) ** (400 // 11), 10.0)  # every 11th improvement in a row raises the rate
+    np.testing.assert_allclose(scales(greedy_lr(), falling)[-1], expected, rtol=1e-5)
+    rising = np.linspace(1, 2, 2000)
+    np.testing.assert_allclose(scales(greedy_lr(), rising)[-1], 0.1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("algorithm", ["reference", "paper"])
+def test_a_constant_loss_lowers_the_rate(algorithm):
+    got = scales(greedy_lr(0.5, 2, window=None, algorithm=algorithm), np.ones(9))
+    # The first loss improves on infinity; the third repetition exceeds the patience of 2.
+    cuts = {
+        "reference": [1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25],
+        "paper": [1, 1, 1, 0.5, 0.25, 0.125] + [0.1] * 3,
+    }
+    np.testing.assert_allclose(got, cuts[algorithm])
+
+
+def test_paper_with_a_cooldown_never_raises_and_with_a_warmup_never_lowers():
+    settings = dict(patience=1, window=None, algorithm="paper")
+    falling, rising = -np.arange(100.0), np.arange(100.0)
+    assert (scales(greedy_lr(cooldown=2, **settings), falling) == 1).all()
+    assert (scales(greedy_lr(warmup=2, **settings), rising) == 1).all()
+    assert scales(greedy_lr(**settings), falling)[-1] == 10
+    np.testing.assert_allclose(scales(greedy_lr(**settings), rising)[-1], 0.1)
+
+
+def test_a_cooldown_holds_for_exactly_that_many_losses():
+    got = scales(greedy_lr(0.5, 0, cooldown=3, window=None, min_scale=0.0), np.ones(14))
+    lowered = np.flatnonzero(np.diff(got)) + 1
+    np.testing.assert_array_equal(np.diff(lowered), 4)
+
+
+def test_a_relative_threshold_keeps_its_sense_below_zero():
+    """From -10, a threshold of 10% asks for less than -11; the published formula accepts -9.5."""
+    tx = greedy_lr(patience=0, threshold=0.1, threshold_mode="rel", window=None)
+    _, state = tx.update(None, tx.init(None), value=-10.0)
+    first = get_scale(state)
+    for value, improves in [(-9.5, False), (-10.5, False), (-10.99, False), (-11.5, True)]:
+        _, after = tx.update(None, state, value=value)
+        assert bool(get_scale(after) > first) is improves, value
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0, 2.0])
+def test_the_first_loss_improves_whatever_the_threshold(threshold):
+    for mode in ("abs", "rel"):
+        tx = greedy_lr(patience=0, threshold=threshold, threshold_mode=mode, window=None)
+        _, state = tx.update(None, tx.init(None), value=5.0)
+        assert get_scale(state) > 1
+
+
+METAMORPHIC = [
+    dict(window=None),
+    dict(window=4),
+    dict(window=4, algorithm="paper"),
+    dict(window=None, cooldown=2, warmup=1, reset_at_min=2),
+]
+
+
+@pytest.mark.parametrize("settings", METAMORPHIC)
+def test_negating_losses_and_flipping_the_mode_changes_nothing(settings):
+    for threshold_mode in ("abs", "rel"):
+        options = dict(factor=0.5, patience=1, threshold=1 / 16, threshold_mode=threshold_mode) | settings
+        expected = scales(greedy_lr(mode="min", **options), losses(200))
+        got = scales(greedy_lr(mode="max", **options), -losses(200))
+        np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("settings", METAMORPHIC)
+def test_scaling_losses_changes_nothing_with_a_relative_threshold(settings):
+    options = dict(factor=0.5, patience=1, threshold=1 / 16, threshold_mode="rel") | settings
+    expected = scales(greedy_lr(**options), losses(200))
+    for power in (-40, 3, 60):
+        np.testing.assert_array_equal(scales(greedy_lr(**options), losses(200) * 2.0**power), expected)
+
+
+@pytest.mark.parametrize("settings", METAMORPHIC)
+def test_shifting_losses_changes_nothing_with_an_absolute_threshold(settings):
+    options = dict(factor=0.5, patience=1, threshold=1 / 16) | settings
+    expected = scales(greedy_lr(**options), losses(200))
+    np.testing.assert_array_equal(scales(greedy_lr(**options), losses(200) + 1024), expected)
+
+
+def test_the_mean_recovers_from_a_bad_loss_at_once():
+    """A running sum, as the published implementation keeps it, would stay NaN for ever."""
+    values = np.array([4.0, np.nan, 3.0, 2.0, 1.0, np.inf, 0.5], np.float32)
+    tx = greedy_lr(window=2)
+    state = tx.init(None)
+    for value in values:
+        _, state = tx.update(None, state, value=value)
+    np.testing.assert_array_equal(np.sort(state.rule.history), [0.5, 1.0])
+    assert state.rule.best_value == 0.75
+
+
+def test_counts_saturate():
+    huge = 2**31 - 1
+    for algorithm in ("reference", "paper"):
+        tx = greedy_lr(patience=huge, window=None, algorithm=algorithm, reset_after=huge)
+        state = tx.init(None)
+        rule = state.rule._replace(num_bad=jnp.int32(huge - 1), num_observations=jnp.int32(huge - 1))
+        state = state._replace(rule=rule._replace(best_value=jnp.float32(0.0)))
+        for _ in range(3):
+            _, state = tx.update(None, state, value=1.0)
+        assert state.rule.num_bad == state.rule.num_observations == huge
+        assert get_scale(state) == 1
+
+
+@pytest.mark.parametrize("value", [1e-45, 1e-39, 3.4e38, -3.4e38, 0.0, -0.0])
+def test_extreme_losses_keep_the_state_finite(value):
+    tx = greedy_lr(patience=0, window=3)
+    state = tx.init(None)
+    for _ in range(5):
+        _, state = tx.update(None, state, value=value)
+        assert np.isfinite(get_scale(state)) and not np.isnan(state.rule.best_value)
+
+
+def mlp_step(tx):
+    """A compiled training step of a two-million-parameter MLP, which also returns the loss."""
+    sizes = (784, 1024, 1024, 256, 10)
+    shapes = [((rows, columns), (columns,)) for rows, columns in itertools.pairwise(sizes)]
+    params = [tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in pair) for pair in shapes]
+
+    def loss_fn(params, x, y):
+        for weights, bias in params[:-1]:
+            x = jax.nn.relu(x @ weights + bias)
+        logits = x @ params[-1][0] + params[-1][1]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    def step(params, state, x, y):
+        loss, grads = jax.value_and_grad(loss_fn)(params, x, y)
+        updates, state = tx.update(grads, state, params, value=loss)
+        return optax.apply_updates(params, updates), state, loss
+
+    x, y = jax.ShapeDtypeStruct((64, 784), jnp.float32), jax.ShapeDtypeStruct((64,), jnp.int32)
+    state = jax.eval_shape(tx.init, params)
+    return jax.jit(step).lower(params, state, x, y).compile()
+
+
+def test_the_rule_adds_at_most_4_kb_of_memory_traffic_to_a_step():
+    adamw = optax.with_extra_args_support(optax.adamw(1e-3))
+    bare = mlp_step(adamw).cost_analysis()["bytes accessed"]
+    for rule in (greedy_lr(window=50), greedy_lr(window=50, cooldown=5, warmup=5, reset_at_min=5)):
+        with_rule = mlp_step(greedylr_jax.chain(rule, adamw)).cost_analysis()["bytes accessed"]
+        assert 0 <= with_rule - bare <= 4096

@@ -1,0 +1,168 @@
+"""GreedyLR against recorded runs of the published implementation and of Algorithm 1.
+
+``tests/fixtures/greedy_traces.json`` holds a few short ones. The full sets are read from the folder that
+the environment variable GREEDYLR_REFERENCE_DATA names, or from ``../shared/data``, where they exist.
+"""
+
+import json
+import os
+from collections import defaultdict
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import greedylr_jax
+
+ROOT = Path(__file__).parents[2]
+FIXTURES = ROOT / "tests" / "fixtures" / "greedy_traces.json"
+DATA = Path(os.environ.get("GREEDYLR_REFERENCE_DATA", ROOT.parent / "shared" / "data")) / "greedylr"
+FILES = {"reference": "greedylr_transformers.jsonl", "paper": "greedylr_algorithm1.jsonl"}
+COUNTS = {
+    "num_good": "num_good",
+    "num_bad": "num_bad",
+    "cooldown_counter": "cooldown_count",
+    "warmup_counter": "warmup_count",
+}
+
+
+def read_traces():
+    traces = [trace | {"full": False} for trace in json.loads(FIXTURES.read_text())]
+    for algorithm, name in FILES.items():
+        path = DATA / name
+        if path.exists():
+            records = map(json.loads, path.read_text().splitlines())
+            traces += [r | {"algorithm": algorithm, "full": True} for r in records if "header" not in r]
+    return traces
+
+
+TRACES = read_traces()
+EXACT = [trace for trace in TRACES if trace["exact_in_float32"]]
+
+
+def static_settings(trace):
+    config = trace["config"]
+    return dict(
+        algorithm=trace["algorithm"],
+        mode=config.get("mode", "min"),
+        threshold_mode=config.get("threshold_mode", "abs"),
+        window=config["window_size"] if config["smooth"] else None,
+    )
+
+
+def numeric_settings(trace):
+    config = trace["config"]
+    numbers = {name: config[name] for name in ("factor", "patience", "threshold", "cooldown", "warmup")}
+    numbers |= {"min_value": config["min_lr"], "max_value": config["max_lr"]}
+    if trace["algorithm"] == "reference":
+        numbers |= {"eps": config["eps"], "reset_at_min": config["reset_start"]}
+    elif config["reset"]:
+        numbers["reset_after"] = config["reset"]
+    return numbers
+
+
+def rule_history(static, numbers, init_value, metrics):
+    schedule = greedylr_jax.greedy_lr_schedule(init_value, **static, **numbers)
+
+    def body(state, metric):
+        state = schedule.update(state, value=metric)
+        return state, state.carried.rule._replace(history=0)
+
+    return jax.lax.scan(body, schedule.init(), metrics)[1]
+
+
+def steps_to_compare(trace):
+    """All steps, but for the departure from the source that the module greedy documents.
+
+    The source writes a relative threshold as best * (1 - threshold), which puts the bound on the worse
+    side of a negative best; the runs part where the best value first falls below zero.
+    """
+    config = trace["config"]
+    if config.get("threshold_mode") == "rel" and config["threshold"] > 0:
+        negative = np.array(trace["best"], float) < 0
+        finite = np.isfinite(np.array(trace["best"], float))
+        if (negative & finite).any():
+            return int(np.argmax(negative & finite))
+    return len(trace["metrics"])
+
+
+def assert_equal_counts(history, trace, steps):
+    for theirs, ours in COUNTS.items():
+        got = getattr(history, ours)[:steps]
+        np.testing.assert_array_equal(got, trace[theirs][:steps], err_msg=f"{trace['id']} {ours}")
+    if "reset_start" in trace:
+        np.testing.assert_array_equal(history.reset_countdown[:steps], trace["reset_start"][:steps])
+
+
+def test_the_fixtures_cover_both_algorithms_resets_and_the_departure():
+    fixtures = [trace for trace in TRACES if not trace["full"]]
+    assert {trace["algorithm"] for trace in fixtures} == {"reference", "paper"}
+    assert any(trace["resets"] for trace in fixtures)
+    assert any(steps_to_compare(trace) < len(trace["metrics"]) for trace in fixtures)
+
+
+def in_bounds(trace):
+    config = trace["config"]
+    return config["min_lr"] <= trace["init_lr"] <= config["max_lr"]
+
+
+@pytest.mark.parametrize("trace", EXACT, ids=lambda trace: f"{trace['algorithm']}-{trace['id']}")
+def test_float32_run_equals_the_trace_bit_for_bit(trace):
+    static, numbers = static_settings(trace), numeric_settings(trace)
+    if not in_bounds(trace):  # a departure: an error where the source lets the rate drift back
+        with pytest.raises(ValueError, match="init_value"):
+            greedylr_jax.greedy_lr_schedule(trace["init_lr"], **static, **numbers)
+        return
+    metrics = jnp.array(trace["metrics"], jnp.float32)
+    history = rule_history(static, numbers, trace["init_lr"], metrics)
+    np.testing.assert_array_equal(history.scale, np.array(trace["lr"]))
+    best = np.array(trace["best"], float).astype(np.float32)
+    np.testing.assert_array_equal(history.best_value, best)
+    assert_equal_counts(history, trace, len(trace["metrics"]))
+
+
+def group_by_program(traces):
+    """Traces that can share one compilation: same static settings and optional resets."""
+    groups = defaultdict(list)
+    for trace in traces:
+        key = (*static_settings(trace).items(), tuple(numeric_settings(trace)), trace["full"])
+        groups[key].append(trace)
+    return list(groups.values())
+
+
+@pytest.mark.parametrize(
+    "traces", group_by_program(TRACES), ids=lambda group: f"{group[0]['algorithm']}-{group[0]['id']}"
+)
+def test_float64_runs_equal_the_traces_to_1e_12(traces):
+    """All traces, many under one vmap; their initial rates are traced, and so may lie out of bounds."""
+    static = static_settings(traces[0])
+    names = numeric_settings(traces[0])
+    length = max(len(trace["metrics"]) for trace in traces)
+    with jax.enable_x64(True):
+        numbers = {name: np.array([numeric_settings(trace)[name] for trace in traces]) for name in names}
+        metrics = np.array(
+            [
+                np.pad(np.array(trace["metrics"], float), (0, length - len(trace["metrics"])))
+                for trace in traces
+            ]
+        )
+        start = np.array([trace["init_lr"] for trace in traces])
+        run = jax.jit(jax.vmap(lambda *arguments: rule_history(static, *arguments)))
+        histories = run(numbers, start, metrics)
+    for row, trace in enumerate(traces):
+        history = jax.tree.map(lambda field, row=row: np.asarray(field)[row], histories)
+        steps = steps_to_compare(trace)
+        np.testing.assert_allclose(
+            history.scale[:steps], trace["lr"][:steps], rtol=1e-12, atol=0, err_msg=trace["id"]
+        )
+        # The source's best value carries the rounding drift of its running sum.
+        largest = np.abs(trace["metrics"]).max()
+        np.testing.assert_allclose(
+            history.best_value[:steps],
+            np.array(trace["best"][:steps], float),
+            rtol=1e-9,
+            atol=1e-9 * largest,
+        )
+        assert_equal_counts(history, trace, steps)
