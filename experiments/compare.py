@@ -1,0 +1,155 @@
+"""The main job: GreedyLR beside the usual schedules, with the same seeds, batches and initial rates."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import polars as pl
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import greedylr_jax
+from experiments import report, summary
+from experiments.engine import Engine, RunResult, RunSpec
+from experiments.schedules import SCHEDULES
+from experiments.store import RunStore
+from experiments.tasks import make_task
+from experiments.tasks.base import Task
+
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+def compare(
+    task_name: str,
+    optimizers: Sequence[str],
+    *,
+    steps: int,
+    seeds: int,
+    learning_rates: Sequence[float] | None,
+    out: Path,
+    fresh: bool = False,
+    console: Console | None = None,
+) -> pl.DataFrame:
+    """Trains every schedule at every initial rate and seed, and leaves table, figure and rows in ``out``.
+
+    Args:
+      task_name: a name in ``experiments.tasks.TASKS``.
+      optimizers: names in ``experiments.engine.OPTIMIZERS``.
+      steps: training steps of a run, >= 20.
+      seeds: runs that differ in their initial parameters and batches, >= 1.
+      learning_rates: initial rates, > 0; None: those of the task for each optimizer.
+      out: folder for ``runs.parquet``, ``table.csv``, ``table.png`` and ``histories.png``.
+      fresh: drop an unfinished comparison instead of going on with it.
+      console: where to print.
+
+    Returns:
+      One row a run, as in ``runs.parquet``.
+
+    Raises:
+      UsageError: if the task is unknown or ``out`` cannot be used.
+    """
+    console = console or Console()
+    task = make_task(task_name)
+    rates = {name: tuple(learning_rates or task.learning_rates[name]) for name in optimizers}
+    settings = {
+        "task": task_name,
+        "steps": steps,
+        "seeds": seeds,
+        "learning_rates": rates,
+        "schedules": SCHEDULES,
+        "version": greedylr_jax.__version__,
+    }
+    store = RunStore(out, settings, fresh=fresh)
+    compilations = _CompilationCount()
+    with _progress_bar(console) as progress:
+        engines = [
+            _train(task, optimizer, rates[optimizer], steps, seeds, store, progress)
+            for optimizer in optimizers
+        ]
+    runs = store.finish()
+    compilations.stop()
+
+    table = summary.summarize(runs)
+    console.print(report.rich_table(table, report.make_title(task_name, steps, seeds), console.width))
+    console.print(report.verdict(table))
+    report.write(runs, table, out)
+    programs = sum(engine.num_compilations for engine in engines)
+    console.print(
+        f"{len(runs)} runs. Compilations: {programs} training programs (one an optimizer serves all its "
+        f"schedules, rates and seeds); {compilations.total} in all with the small ones of the set-up."
+    )
+    console.print(f"Table, figures and rows are in {out}.")
+    return runs
+
+
+def _train(
+    task: Task,
+    optimizer: str,
+    learning_rates: Sequence[float],
+    steps: int,
+    seeds: int,
+    store: RunStore,
+    progress: Progress,
+) -> Engine:
+    """Trains the runs of one optimizer that the store does not hold yet."""
+    specs = [
+        RunSpec(schedule, rate, seed)
+        for seed in range(seeds)
+        for rate in learning_rates
+        for schedule in SCHEDULES
+    ]
+    done = _finished(store.rows(), optimizer)
+    bar = progress.add_task(f"{task.name}, {optimizer}: compiling", total=len(specs), completed=len(done))
+    engine = Engine(task, optimizer, steps)
+    for group in engine.train([spec for spec in specs if spec not in done]):
+        store.append([_row(task, optimizer, steps, spec, result) for spec, result in group])
+        progress.update(bar, advance=len(group), description=f"{task.name}, {optimizer}")
+    progress.update(bar, description=f"{task.name}, {optimizer}")
+    return engine
+
+
+def _finished(rows: pl.DataFrame | None, optimizer: str) -> set[RunSpec]:
+    if rows is None:
+        return set()
+    keys = rows.filter(pl.col("optimizer") == optimizer).select(RunSpec._fields)
+    return {RunSpec(*key) for key in keys.iter_rows()}
+
+
+def _row(task: Task, optimizer: str, steps: int, spec: RunSpec, result: RunResult) -> dict[str, Any]:
+    return {
+        "task": task.name,
+        "optimizer": optimizer,
+        **spec._asdict(),
+        "steps": steps,
+        "test_loss": float(result.test_loss),
+        "test_accuracy": float(result.test_accuracy),
+        "loss": result.loss.tolist(),
+        "rate": result.rate.tolist(),
+    }
+
+
+def _progress_bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("runs"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+class _CompilationCount:
+    """Counts what XLA compiles in this process, by JAX's own monitoring."""
+
+    def __init__(self):
+        self.total = 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration: float, **details: Any) -> None:
+        del duration, details
+        self.total += event == _COMPILE_EVENT
+
+    def stop(self) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._listen)

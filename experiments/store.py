@@ -1,0 +1,79 @@
+"""Finished runs on disk, so that an interrupted comparison goes on where it stopped.
+
+A folder holds ``settings.json``, while a comparison runs one Parquet file for each finished group of runs
+under ``parts/``, and at the end all of them in ``runs.parquet``. Every file appears by an atomic rename.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from experiments.errors import UsageError
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Calls ``write`` with a temporary path beside ``path``, then renames it: all or nothing."""
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+class RunStore:
+    """The runs of one comparison under one folder."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any], *, fresh: bool = False):
+        """Opens the folder; goes on with an unfinished comparison of the same settings.
+
+        Args:
+          folder: where everything lies; made if it is not there.
+          settings: what the results depend on, JSON values only.
+          fresh: throw an unfinished comparison away.
+
+        Raises:
+          UsageError: if the folder cannot be written, or holds an unfinished comparison with other
+            settings.
+        """
+        self.folder = folder
+        self._parts = folder / "parts"
+        described = json.dumps(settings, indent=2, sort_keys=True)
+        path = folder / "settings.json"
+        if self._parts.exists():
+            unfinished = path.read_text() if path.exists() else None
+            if fresh:
+                shutil.rmtree(self._parts)
+            elif unfinished != described:
+                raise UsageError(
+                    f"{folder} holds an unfinished comparison with other settings: give those again to "
+                    "finish it, or --fresh to drop it, or another --out"
+                )
+        write_atomically(path, lambda temporary: temporary.write_text(described))
+
+    def append(self, rows: list[dict[str, Any]]) -> None:
+        """Keeps a group of finished runs."""
+        part = self._parts / f"{len(list(self._parts.glob('*.parquet'))):06d}.parquet"
+        write_atomically(part, pl.DataFrame(rows).write_parquet)
+
+    def rows(self) -> pl.DataFrame | None:
+        """The runs kept so far; None if there are none."""
+        parts = sorted(self._parts.glob("*.parquet"))
+        return pl.concat([pl.read_parquet(part) for part in parts]) if parts else None
+
+    def finish(self) -> pl.DataFrame:
+        """Puts all runs into ``runs.parquet`` and returns them."""
+        runs = self.rows()
+        write_atomically(self.folder / "runs.parquet", runs.write_parquet)
+        shutil.rmtree(self._parts)
+        return runs

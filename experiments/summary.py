@@ -1,0 +1,107 @@
+"""From runs to a table: every number of a report, recomputed from the rows of ``runs.parquet``."""
+
+import math
+
+import numpy as np
+import polars as pl
+from scipy import stats
+
+STAGES = (10, 50, 100)  # percent of the steps, as in Tables V to X of paper 000
+TIE_BAND = 0.1  # "no significant difference" in those tables
+OURS = "GreedyLR"
+
+
+def stage_losses(loss: np.ndarray) -> dict[int, float]:
+    """The training loss at each stage: the mean of the batch losses over the 5% of steps before it.
+
+    One batch's loss would be mostly noise. A run whose loss is not finite there counts as infinite.
+
+    Examples:
+      >>> stage_losses(np.arange(100.0, 0.0, -1.0))
+      {10: 93.0, 50: 53.0, 100: 3.0}
+    """
+    width = max(1, len(loss) // 20)
+    result = {}
+    for stage in STAGES:
+        end = max(width, round(len(loss) * stage / 100))
+        mean = float(np.mean(loss[end - width : end]))
+        result[stage] = mean if math.isfinite(mean) else math.inf
+    return result
+
+
+def outcome(baseline: float, ours: float) -> str:
+    """How a loss of ours stands to a baseline's: ``"beats"``, ``"ties"`` (within 0.1) or ``"loses"``.
+
+    Examples:
+      >>> outcome(1.0, 0.5), outcome(1.0, 0.95), outcome(0.5, 1.0), outcome(math.inf, math.inf)
+      ('beats', 'ties', 'loses', 'ties')
+    """
+    if baseline == ours or abs(baseline - ours) < TIE_BAND:
+        return "ties"
+    return "beats" if ours < baseline else "loses"
+
+
+def confidence_interval(differences: np.ndarray) -> tuple[float, float]:
+    """The 95% confidence interval of a mean difference over seeds (Student's t).
+
+    Returns:
+      Its ends; NaN with fewer than two finite differences, as there is none then.
+
+    Examples:
+      >>> low, high = confidence_interval(np.array([1.0, 2.0, 3.0]))
+      >>> round(low, 3), round(high, 3)
+      (-0.484, 4.484)
+    """
+    finite = differences[np.isfinite(differences)]
+    if len(finite) < 2 or len(finite) < len(differences):
+        return math.nan, math.nan
+    if np.ptp(finite) == 0:
+        return float(finite[0]), float(finite[0])
+    interval = stats.ttest_1samp(finite, 0.0).confidence_interval(0.95)
+    return float(interval.low), float(interval.high)
+
+
+def summarize(runs: pl.DataFrame) -> pl.DataFrame:
+    """One row for each optimizer, initial rate and schedule.
+
+    Args:
+      runs: one row a run, as ``runs.parquet`` holds them.
+
+    Returns:
+      A frame with the columns ``optimizer``, ``learning_rate``, ``schedule``; ``loss_10``, ``loss_50``,
+      ``loss_100``: medians over the seeds of :func:`stage_losses`; ``test_accuracy``: its median, in
+      percent; ``at_10``, ``at_50``, ``at_100``: the outcome for GreedyLR against this schedule;
+      ``difference``, ``difference_low``, ``difference_high``: mean final loss of this schedule minus that
+      of GreedyLR, paired by seed, with its 95% confidence interval (positive: GreedyLR was lower).
+    """
+    keys = ["optimizer", "learning_rate", "schedule", "seed"]
+    stages = pl.DataFrame(
+        [
+            dict(zip(keys, run[: len(keys)], strict=True))
+            | {"test_accuracy": 100 * run[len(keys)]}
+            | {f"loss_{stage}": loss for stage, loss in stage_losses(np.array(run[-1], float)).items()}
+            for run in runs.select(*keys, "test_accuracy", "loss").iter_rows()
+        ]
+    )
+    rows = []
+    cells = stages.group_by(["optimizer", "learning_rate"], maintain_order=True)
+    for (optimizer, learning_rate), cell in cells:
+        ours = cell.filter(pl.col("schedule") == OURS).sort("seed")
+        for (schedule,), runs_of_schedule in cell.group_by(["schedule"], maintain_order=True):
+            row = {"optimizer": optimizer, "learning_rate": learning_rate, "schedule": schedule}
+            rows.append(row | _cell(runs_of_schedule.sort("seed"), ours, schedule == OURS))
+    return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def _cell(theirs: pl.DataFrame, ours: pl.DataFrame, is_ours: bool) -> dict[str, float | str | None]:
+    losses = {stage: float(np.median(theirs[f"loss_{stage}"])) for stage in STAGES}
+    cell: dict[str, float | str | None] = {f"loss_{stage}": losses[stage] for stage in STAGES}
+    cell["test_accuracy"] = float(np.median(theirs["test_accuracy"]))
+    for stage in STAGES:
+        reached = float(np.median(ours[f"loss_{stage}"]))
+        cell[f"at_{stage}"] = None if is_ours else outcome(losses[stage], reached)
+    differences = theirs["loss_100"].to_numpy() - ours["loss_100"].to_numpy()
+    low, high = confidence_interval(differences)
+    names = ("difference", "difference_low", "difference_high")
+    values = (None, None, None) if is_ours else (float(np.mean(differences)), low, high)
+    return cell | dict(zip(names, values, strict=True))

@@ -1,0 +1,137 @@
+"""The comparison end to end on real data, at a small size."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import polars as pl
+import pytest
+from polars.testing import assert_frame_equal
+
+from experiments import cli
+
+pytestmark = pytest.mark.xdist_group("compare")  # one process trains what these tests share
+ROOT = Path(__file__).parents[2]
+SMALL = ("--steps", "40", "--seeds", "2", "--optimizer", "sgd", "--learning-rates", "0.05,0.5")
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "experiments", "compare", *arguments]
+
+
+def run(*arguments):
+    environment = os.environ | {"COLUMNS": "130"}
+    return subprocess.run(
+        command(*arguments),
+        check=False,
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("compare")
+    return out, run(*SMALL, "--out", str(out))
+
+
+def test_it_leaves_a_table_figures_and_rows(finished):
+    out, process = finished
+    assert process.returncode == 0, process.stderr
+    assert "sgd from 0.05" in process.stdout and "GreedyLR" in process.stdout
+    assert "1 training programs" in process.stdout
+    assert sorted(path.name for path in out.iterdir()) == [
+        "histories.png", "runs.parquet", "settings.json", "table.csv", "table.png",
+    ]  # fmt: skip
+    runs = pl.read_parquet(out / "runs.parquet")
+    assert len(runs) == 5 * 2 * 2  # schedules, rates, seeds
+    assert runs["loss"].list.len().unique().to_list() == [40]
+    for name in ("histories.png", "table.png"):
+        image = matplotlib.image.imread(out / name)
+        assert min(image.shape[:2]) > 300 and image.std() > 0.02  # not empty
+
+
+def test_all_schedules_of_a_seed_start_alike_and_train(finished):
+    runs = pl.read_parquet(finished[0] / "runs.parquet")
+    firsts = runs.with_columns(first=pl.col("loss").list.first(), last=pl.col("loss").list.last())
+    assert firsts.group_by("seed").agg(pl.col("first").n_unique())["first"].to_list() == [1, 1]
+    assert firsts["first"].n_unique() == 2  # and the two seeds differ
+    assert (firsts["last"] < firsts["first"]).mean() > 0.9
+
+
+def test_each_schedule_has_its_rates(finished):
+    runs = pl.read_parquet(finished[0] / "runs.parquet").filter(learning_rate=0.5, seed=0)
+    rates = {row["schedule"]: np.array(row["rate"]) for row in runs.iter_rows(named=True)}
+    steps = np.arange(40)
+    np.testing.assert_allclose(rates["constant"], 0.5)
+    np.testing.assert_allclose(rates["linear"], 0.5 * (1 - steps / 40), rtol=1e-5)
+    np.testing.assert_allclose(rates["cosine"], 0.25 * (1 + np.cos(np.pi * steps / 40)), rtol=1e-4)
+    assert rates["GreedyLR"].max() > 0.5  # the loss falls, so the rate rises
+
+
+def test_an_interrupted_comparison_goes_on_and_ends_the_same(finished, tmp_path):
+    out = tmp_path / "interrupted"
+    process = subprocess.Popen(
+        command(*SMALL, "--out", str(out)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 120
+    while not list(out.glob("parts/*.parquet")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    process.wait(60)
+    if (out / "runs.parquet").exists():
+        pytest.skip("it finished before the interrupt came")
+    kept = len(list(out.glob("parts/*.parquet")))
+    assert kept >= 1
+
+    other = run(*SMALL[:-1], "0.1", "--out", str(out))
+    assert other.returncode == 2
+    assert "unfinished comparison with other settings" in other.stderr
+
+    assert run(*SMALL, "--out", str(out)).returncode == 0
+    keys = ["schedule", "learning_rate", "seed"]
+    resumed = pl.read_parquet(out / "runs.parquet").sort(keys)
+    assert_frame_equal(resumed, pl.read_parquet(finished[0] / "runs.parquet").sort(keys))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "imagenet"], "unknown task 'imagenet'; there are: digits"),
+        (["--optimizer", "adamw,lion"], "--optimizer must be of adamw, sgd, with commas, got 'lion'"),
+        (["--optimizer", "sgd,sgd"], "--optimizer names one twice"),
+        (["--steps", "5"], "--steps must be at least 20, got 5"),
+        (["--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (
+            ["--learning-rates", "0.1,zero"],
+            "--learning-rates must be positive numbers with commas, got 'zero'",
+        ),
+        (["--learning-rates", "0.1,-1"], "got '-1'"),
+        (["--learning-rates", "inf"], "got 'inf'"),
+        (["--learning-rates", ""], "got ''"),
+        (["--out", "/proc/nowhere"], "cannot write"),
+    ],
+)
+def test_a_wrong_option_ends_in_one_line(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["experiments", "compare", *arguments])
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main()
+    assert exit_info.value.code == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.startswith("error: ") and printed.count("\n") == 1
+
+
+def test_settings_are_kept_with_the_results(finished):
+    settings = json.loads((finished[0] / "settings.json").read_text())
+    assert settings["steps"] == 40 and settings["learning_rates"] == {"sgd": [0.05, 0.5]}
