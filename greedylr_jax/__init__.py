@@ -1,5 +1,6 @@
 """Learning-rate rules that watch training and set the rate themselves, inside the jitted step."""
 
+from greedylr_jax.accumulation import MultiStepsState, multi_steps
 from greedylr_jax.base import (
     GradientTransformationExtraLoss,
     Rule,
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GradientTransformationExtraLoss",
     "GreedyLRState",
+    "MultiStepsState",
     "Rule",
     "RuleSchedule",
     "RuleScheduleState",
@@ -34,6 +36,7 @@ __all__ = [
     "greedy_lr",
     "greedy_lr_schedule",
     "metrics",
+    "multi_steps",
     "scale_by_rule",
     "schedule_by_rule",
 ]

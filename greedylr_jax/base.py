@@ -14,6 +14,8 @@ the loss *before* that step's update, and it already acts on that update.
 """
 
 import dataclasses
+import functools
+import inspect
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, TypeVar
 
@@ -293,6 +295,17 @@ def schedule_by_rule(
     return RuleSchedule(rule, init_value, every, axis_name)
 
 
+def bind_extra_args(tx: optax.GradientTransformation, **extra_args: Any) -> optax.GradientTransformation:
+    """The same transformation, whose ``update`` gets these extra arguments if it takes any.
+
+    The type does not tell: ``optax.MultiSteps`` takes them without being of a type that says so.
+    """
+    parameters = inspect.signature(tx.update).parameters.values()
+    takes_them = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    update = functools.partial(tx.update, **extra_args) if takes_them else tx.update
+    return optax.GradientTransformation(tx.init, update)
+
+
 def scale_updates(updates: optax.Updates, scale: jax.Array) -> optax.Updates:
     """Multiplies every floating or complex leaf by ``scale``, and keeps every leaf's dtype."""
     return jax.tree.map(lambda update: _scale_leaf(update, scale), updates)
@@ -333,7 +346,7 @@ def _observe(
         if not has_value:
             return state
         has_value = None
-    loss = _check_loss(rule.name, value).astype(state.value_sum.dtype)
+    loss = check_loss(rule.name, value).astype(state.value_sum.dtype)
     if axis_name is not None:
         loss = jax.lax.pmean(loss, axis_name)
     decides_each_step = not _checks.is_traced(every) and every == 1
@@ -359,7 +372,7 @@ def select(condition: jax.Array, on_true: RuleStateT, on_false: RuleStateT) -> R
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), on_true, on_false)
 
 
-def _check_loss(rule_name: str, value: ArrayLike | None) -> jax.Array:
+def check_loss(rule_name: str, value: ArrayLike | None) -> jax.Array:
     """Returns the loss as a real scalar array, or raises an error that shows the right call."""
     right_call = "tx.update(grads, opt_state, params, value=loss)"
     if value is None:

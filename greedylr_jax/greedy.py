@@ -109,7 +109,7 @@ def greedy_lr(
       cooldown: observations for which nothing is decided after a decrease; an integer >= 0. With
         ``algorithm="paper"`` a counter that runs all the time, see the module's docstring.
       warmup: the same after an increase.
-      min_scale: lowest scale, in [0, 1].
+      min_scale: lowest scale, in [0, 1]; 0 stands for the smallest normal number, as no rate rises from 0.
       max_scale: highest scale, in [1, inf).
       window: number of losses in the running mean, a Python integer >= 1; None (or 1): no smoothing.
       reset_at_min: back to the initial state once the scale was to be lowered this many times while at
@@ -197,7 +197,7 @@ def greedy_lr_schedule(
 
     Args:
       init_value: the initial learning rate, > 0.
-      min_value: lowest learning rate, in [0, init_value].
+      min_value: lowest learning rate, in [0, init_value]; 0 as in :func:`greedy_lr`.
       max_value: highest learning rate, >= init_value, finite.
       factor, patience, threshold, threshold_mode, cooldown, warmup, window, reset_at_min, reset_after,
       mode, algorithm, every, axis_name: as in :func:`greedy_lr`.
@@ -321,12 +321,18 @@ def _as_arrays(settings: _Settings, dtype: jnp.dtype) -> _Settings:
         threshold=real(settings.threshold),
         cooldown=count(settings.cooldown),
         warmup=count(settings.warmup),
-        min_scale=real(settings.min_scale),
+        min_scale=_at_least_tiny(real(settings.min_scale)),
         max_scale=real(settings.max_scale),
         reset_at_min=count(settings.reset_at_min),
         reset_after=count(settings.reset_after),
         eps=real(settings.eps),
     )
+
+
+def _at_least_tiny(value: ArrayLike) -> ArrayLike:
+    """The smallest normal number instead of 0: from 0, or from what flushes to 0, no rate could rise."""
+    tiny = np.asarray(np.finfo(value.dtype).tiny)[()]
+    return jnp.maximum(value, tiny) if isinstance(value, jax.Array) else np.maximum(value, tiny)
 
 
 def _cast(value: ArrayLike, dtype: jnp.dtype) -> ArrayLike:
@@ -354,7 +360,7 @@ def _initial_state(settings: _Settings, scale: jax.Array) -> GreedyLRState:
         reset_countdown=jnp.array(0 if settings.reset_at_min is None else settings.reset_at_min, jnp.int32),
         num_observations=zero(),
         initial_scale=jnp.array(scale, copy=True),
-        history=jnp.zeros((settings.window if settings.window > 1 else 0,), dtype),
+        history=jnp.zeros((settings.window,), dtype),
         history_count=zero(),
     )
 
@@ -367,7 +373,7 @@ def _smooth(state: GreedyLRState, value: jax.Array) -> tuple[GreedyLRState, jax.
     """
     usable = jnp.isfinite(value)
     window = state.history.size
-    if window == 0:
+    if window == 1:  # no smoothing; the slot is there because checkpoints take no empty arrays
         return state, value, usable
     # While the ring fills the count is its length; once full it runs from `window` to `2 * window - 1`,
     # so that one number tells both the length and the slot of the next value, and never overflows.

@@ -1,6 +1,5 @@
 """Reading the learning rate out of an optimizer state, and checking that a rule controls it."""
 
-import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -242,14 +241,11 @@ def assert_controls_learning_rate(tx: optax.GradientTransformation, params: opta
 
 
 def _probe_step(tx: optax.GradientTransformation) -> Any:
-    extra_args = {"value": jnp.ones((), base.default_float_dtype()), "has_value": False}
-    # The type does not tell: optax.MultiSteps takes extra arguments without being of a type that says so.
-    parameters = inspect.signature(tx.update).parameters.values()
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        extra_args = {}
+    value = np.ones((), base.default_float_dtype())
+    update = base.bind_extra_args(tx, value=value, has_value=False).update
 
     def step(params: optax.Params, state: optax.OptState) -> tuple[optax.Updates, optax.OptState]:
-        return tx.update(_random_like(params), state, params, **extra_args)
+        return update(_random_like(params), state, params)
 
     return step
 

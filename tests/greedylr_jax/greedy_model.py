@@ -2,7 +2,8 @@
 
 Written from the description of both algorithms, not from the library's code, with the documented
 departures: non-finite values count as worse and enter nothing, relative thresholds keep their sense
-below zero, and an increase multiplies by the rounded reciprocal of the factor.
+below zero, an increase multiplies by the rounded reciprocal of the factor, and the least rate is the
+smallest normal number.
 """
 
 import math
@@ -42,6 +43,7 @@ class GreedyModel:
     def __post_init__(self) -> None:
         for name in ("rate", "factor", "threshold", "min_rate", "max_rate", "eps"):
             setattr(self, name, self.dtype(getattr(self, name)))
+        self.min_rate = max(self.min_rate, np.finfo(self.dtype).tiny)
         self.initial = self.rate
         self.countdown = self.reset_at_min
         self.best = self.worst_possible

@@ -206,6 +206,14 @@ def test_the_mean_recovers_from_a_bad_loss_at_once():
     assert state.rule.best_value == 0.75
 
 
+def test_a_rate_without_a_floor_can_rise_again():
+    """Below the smallest normal number rates would flush to zero, and stay there."""
+    values = np.concatenate([np.ones(300), -np.arange(300)]).astype(np.float32)
+    got = scales(greedy_lr(0.5, 0, window=None, min_scale=0.0), values)
+    assert got.min() == np.finfo(np.float32).tiny
+    assert got[-1] == 10
+
+
 def test_counts_saturate():
     huge = 2**31 - 1
     for algorithm in ("reference", "paper"):
