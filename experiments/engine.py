@@ -60,9 +60,10 @@ class Engine:
     def __init__(self, task: Task, optimizer: str, steps: int):
         self.task, self.optimizer, self.steps = task, optimizer, steps
         self.num_compilations = 0
-        self._mesh = jax.make_mesh(
-            (len(jax.local_devices()),), ("runs",), axis_types=(jax.sharding.AxisType.Auto,)
-        )
+        devices = jax.local_devices()
+        if devices[0].platform == "cpu":  # more devices than cores would only take turns
+            devices = devices[: os.cpu_count()]
+        self._mesh = jax.sharding.Mesh(np.array(devices), ("runs",))
         self._compiled: Callable[..., RunResult] | None = None
 
     @property
