@@ -37,6 +37,11 @@ def check_restorable(saved: Any, target: Any) -> None:
       ...
       ValueError: the checkpoint does not fit: rule.history: float32[50] saved, float32[20] expected ...
     """
+    if saved is None:  # what a manager answers that was not told how its checkpoints are saved
+        raise ValueError(
+            "saved must be the metadata of a checkpoint, got None: a CheckpointManager knows it only with "
+            "item_handlers=orbax.checkpoint.StandardCheckpointHandler()."
+        )
     there, here = _fields(getattr(saved, "tree", saved)), _fields(target)
     problems = []
     for name in sorted(there.keys() | here.keys()):

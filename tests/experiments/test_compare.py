@@ -16,7 +16,6 @@ from polars.testing import assert_frame_equal
 
 from experiments import cli
 
-pytestmark = pytest.mark.xdist_group("compare")  # one process trains what these tests share
 ROOT = Path(__file__).parents[2]
 SMALL = ("--steps", "40", "--seeds", "2", "--optimizer", "sgd", "--learning-rates", "0.05,0.5")
 
@@ -25,8 +24,14 @@ def command(*arguments):
     return [sys.executable, "-m", "experiments", "compare", *arguments]
 
 
-def run(*arguments):
-    environment = os.environ | {"COLUMNS": "130"}
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """One compilation cache for all processes of this file."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
+    return os.environ | cache | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "COLUMNS": "130"}
+
+
+def run(environment, *arguments):
     return subprocess.run(
         command(*arguments),
         check=False,
@@ -39,12 +44,12 @@ def run(*arguments):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(environment, tmp_path_factory):
     out = tmp_path_factory.mktemp("compare")
-    return out, run(*SMALL, "--out", str(out))
+    return out, run(environment, *SMALL, "--out", str(out))
 
 
-def test_it_leaves_a_table_figures_and_rows(finished):
+def check_that_it_leaves_a_table_figures_and_rows(finished):
     out, process = finished
     assert process.returncode == 0, process.stderr
     assert "sgd from 0.05" in process.stdout and "GreedyLR" in process.stdout
@@ -60,7 +65,7 @@ def test_it_leaves_a_table_figures_and_rows(finished):
         assert min(image.shape[:2]) > 300 and image.std() > 0.02  # not empty
 
 
-def test_all_schedules_of_a_seed_start_alike_and_train(finished):
+def check_that_all_schedules_of_a_seed_start_alike_and_train(finished):
     runs = pl.read_parquet(finished[0] / "runs.parquet")
     firsts = runs.with_columns(first=pl.col("loss").list.first(), last=pl.col("loss").list.last())
     assert firsts.group_by("seed").agg(pl.col("first").n_unique())["first"].to_list() == [1, 1]
@@ -68,7 +73,7 @@ def test_all_schedules_of_a_seed_start_alike_and_train(finished):
     assert (firsts["last"] < firsts["first"]).mean() > 0.9
 
 
-def test_each_schedule_has_its_rates(finished):
+def check_that_each_schedule_has_its_rates(finished):
     runs = pl.read_parquet(finished[0] / "runs.parquet").filter(learning_rate=0.5, seed=0)
     rates = {row["schedule"]: np.array(row["rate"]) for row in runs.iter_rows(named=True)}
     steps = np.arange(40)
@@ -78,10 +83,14 @@ def test_each_schedule_has_its_rates(finished):
     assert rates["GreedyLR"].max() > 0.5  # the loss falls, so the rate rises
 
 
-def test_an_interrupted_comparison_goes_on_and_ends_the_same(finished, tmp_path):
+def check_that_an_interrupted_comparison_goes_on_and_ends_the_same(environment, finished, tmp_path):
     out = tmp_path / "interrupted"
     process = subprocess.Popen(
-        command(*SMALL, "--out", str(out)), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        command(*SMALL, "--out", str(out)),
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
     )
     deadline = time.monotonic() + 120
     while not list(out.glob("parts/*.parquet")):
@@ -89,19 +98,31 @@ def test_an_interrupted_comparison_goes_on_and_ends_the_same(finished, tmp_path)
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     process.wait(60)
-    if (out / "runs.parquet").exists():
-        pytest.skip("it finished before the interrupt came")
-    kept = len(list(out.glob("parts/*.parquet")))
-    assert kept >= 1
+    assert not (out / "runs.parquet").exists(), "it finished before the interrupt came"
+    assert list(out.glob("parts/*.parquet"))
 
-    other = run(*SMALL[:-1], "0.1", "--out", str(out))
+    other = run(environment, *SMALL[:-1], "0.1", "--out", str(out))
     assert other.returncode == 2
     assert "unfinished comparison with other settings" in other.stderr
 
-    assert run(*SMALL, "--out", str(out)).returncode == 0
+    assert run(environment, *SMALL, "--out", str(out)).returncode == 0
     keys = ["schedule", "learning_rate", "seed"]
     resumed = pl.read_parquet(out / "runs.parquet").sort(keys)
     assert_frame_equal(resumed, pl.read_parquet(finished[0] / "runs.parquet").sort(keys))
+
+
+def check_that_settings_are_kept_with_the_results(finished):
+    settings = json.loads((finished[0] / "settings.json").read_text())
+    assert settings["steps"] == 40 and settings["learning_rates"] == {"sgd": [0.05, 0.5]}
+
+
+def test_a_comparison_from_end_to_end(environment, finished, tmp_path):
+    """One test, as all these checks share a training run of many seconds."""
+    check_that_it_leaves_a_table_figures_and_rows(finished)
+    check_that_all_schedules_of_a_seed_start_alike_and_train(finished)
+    check_that_each_schedule_has_its_rates(finished)
+    check_that_settings_are_kept_with_the_results(finished)
+    check_that_an_interrupted_comparison_goes_on_and_ends_the_same(environment, finished, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -130,8 +151,3 @@ def test_a_wrong_option_ends_in_one_line(arguments, message, monkeypatch, capsys
     printed = capsys.readouterr().err
     assert message in printed
     assert printed.startswith("error: ") and printed.count("\n") == 1
-
-
-def test_settings_are_kept_with_the_results(finished):
-    settings = json.loads((finished[0] / "settings.json").read_text())
-    assert settings["steps"] == 40 and settings["learning_rates"] == {"sgd": [0.05, 0.5]}

@@ -106,3 +106,8 @@ def test_a_float64_checkpoint_does_not_fit_a_float32_run():
         wide = greedylr_jax.greedy_lr(window=None).init(None)
         with pytest.raises(ValueError, match=r"rule.scale: float64\[\] saved, float32\[\] expected"):
             check_restorable(wide, state)
+
+
+def test_missing_metadata_is_explained():
+    with pytest.raises(ValueError, match="item_handlers"):
+        check_restorable(None, {})

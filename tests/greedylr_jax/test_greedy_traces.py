@@ -108,19 +108,28 @@ def in_bounds(trace):
     return config["min_lr"] <= trace["init_lr"] <= config["max_lr"]
 
 
-@pytest.mark.parametrize("trace", EXACT, ids=lambda trace: f"{trace['algorithm']}-{trace['id']}")
-def test_float32_run_equals_the_trace_bit_for_bit(trace):
+def assert_equal_bits(history, trace):
+    steps = len(trace["metrics"])
+    np.testing.assert_array_equal(history.scale[:steps], np.array(trace["lr"]), err_msg=trace["id"])
+    best = np.array(trace["best"], float).astype(np.float32)
+    np.testing.assert_array_equal(history.best_value[:steps], best)
+    assert_equal_counts(history, trace, steps)
+
+
+@pytest.mark.parametrize(
+    "trace",
+    [pytest.param(trace, marks=pytest.mark.slow if trace["full"] else []) for trace in EXACT],
+    ids=lambda trace: f"{trace['algorithm']}-{trace['id']}",
+)
+def test_known_settings_equal_the_trace_bit_for_bit(trace):
+    """With settings that the compiler knows: other code is compiled than for traced ones."""
     static, numbers = static_settings(trace), numeric_settings(trace)
     if not in_bounds(trace):  # a departure: an error where the source lets the rate drift back
         with pytest.raises(ValueError, match="init_value"):
             greedylr_jax.greedy_lr_schedule(trace["init_lr"], **static, **numbers)
         return
     metrics = jnp.array(trace["metrics"], jnp.float32)
-    history = rule_history(static, numbers, trace["init_lr"], metrics)
-    np.testing.assert_array_equal(history.scale, np.array(trace["lr"]))
-    best = np.array(trace["best"], float).astype(np.float32)
-    np.testing.assert_array_equal(history.best_value, best)
-    assert_equal_counts(history, trace, len(trace["metrics"]))
+    assert_equal_bits(rule_history(static, numbers, trace["init_lr"], metrics), trace)
 
 
 def group_by_program(traces):
@@ -132,37 +141,42 @@ def group_by_program(traces):
     return list(groups.values())
 
 
-@pytest.mark.parametrize(
-    "traces", group_by_program(TRACES), ids=lambda group: f"{group[0]['algorithm']}-{group[0]['id']}"
-)
-def test_float64_runs_equal_the_traces_to_1e_12(traces):
-    """All traces, many under one vmap; their initial rates are traced, and so may lie out of bounds."""
-    static = static_settings(traces[0])
-    names = numeric_settings(traces[0])
+def run_group(traces):
+    """The histories of traces that share a program, under one vmap.
+
+    Initial rates are traced, too, and so may lie outside their bounds, as the source allows.
+    """
     length = max(len(trace["metrics"]) for trace in traces)
+    padded = [np.pad(trace["metrics"], (0, length - len(trace["metrics"]))) for trace in traces]
+    settings = [numeric_settings(trace) for trace in traces]
+    numbers = {name: np.array([numeric[name] for numeric in settings]) for name in settings[0]}
+    start = np.array([trace["init_lr"] for trace in traces])
+    static = static_settings(traces[0])
+    run = jax.jit(jax.vmap(lambda *arguments: rule_history(static, *arguments)))
+    histories = jax.device_get(run(numbers, start, np.array(padded, float)))
+    return [jax.tree.map(lambda field, row=row: field[row], histories) for row in range(len(traces))]
+
+
+def group_name(traces):
+    return f"{traces[0]['algorithm']}-{traces[0]['id']}"
+
+
+@pytest.mark.parametrize("traces", group_by_program(EXACT), ids=group_name)
+def test_float32_runs_equal_the_traces_bit_for_bit(traces):
+    for history, trace in zip(run_group(traces), traces, strict=True):
+        assert_equal_bits(history, trace)
+
+
+@pytest.mark.parametrize("traces", group_by_program(TRACES), ids=group_name)
+def test_float64_runs_equal_the_traces_to_1e_12(traces):
     with jax.enable_x64(True):
-        numbers = {name: np.array([numeric_settings(trace)[name] for trace in traces]) for name in names}
-        metrics = np.array(
-            [
-                np.pad(np.array(trace["metrics"], float), (0, length - len(trace["metrics"])))
-                for trace in traces
-            ]
-        )
-        start = np.array([trace["init_lr"] for trace in traces])
-        run = jax.jit(jax.vmap(lambda *arguments: rule_history(static, *arguments)))
-        histories = run(numbers, start, metrics)
-    for row, trace in enumerate(traces):
-        history = jax.tree.map(lambda field, row=row: np.asarray(field)[row], histories)
+        histories = run_group(traces)
+    for history, trace in zip(histories, traces, strict=True):
         steps = steps_to_compare(trace)
         np.testing.assert_allclose(
             history.scale[:steps], trace["lr"][:steps], rtol=1e-12, atol=0, err_msg=trace["id"]
         )
         # The source's best value carries the rounding drift of its running sum.
-        largest = np.abs(trace["metrics"]).max()
-        np.testing.assert_allclose(
-            history.best_value[:steps],
-            np.array(trace["best"][:steps], float),
-            rtol=1e-9,
-            atol=1e-9 * largest,
-        )
+        best, largest = np.array(trace["best"][:steps], float), np.abs(trace["metrics"]).max()
+        np.testing.assert_allclose(history.best_value[:steps], best, rtol=1e-9, atol=1e-9 * largest)
         assert_equal_counts(history, trace, steps)

@@ -1,0 +1,104 @@
+"""The examples run, and the training script survives being killed."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """One compilation cache for all processes of this file."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache"))}
+    return os.environ | cache | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
+def run(environment, name, *arguments):
+    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), *arguments]
+    return subprocess.run(
+        command, check=True, env=environment, text=True, capture_output=True, timeout=120
+    ).stdout
+
+
+def numbers(text):
+    return [float(number) for number in re.findall(r"[-+]?\d+\.?\d*(?:e[-+]?\d+)?", text)]
+
+
+def test_validation_loss_lowers_the_rate_once_it_stops_falling(environment):
+    validation, scale = run(environment, "validation_loss").splitlines()
+    best, at, last = numbers(validation)
+    highest, final = numbers(scale)
+    assert best < last and 0 < at < 1000  # it overfits
+    assert highest > 1 and final < 0.1  # up while the validation loss fell, down since
+
+
+def test_maximise_reward_finds_the_best_arm(environment):
+    first, last, highest = numbers(run(environment, "maximise_reward").replace("->", ""))
+    assert first < 0.7 and last > 0.95 and highest > 1
+
+
+def test_own_rule_is_the_same_in_both_carriers(environment):
+    lines = run(environment, "own_rule").splitlines()
+    transformation, schedule = (line.split(": ")[1] for line in lines)
+    assert transformation == schedule
+    first, last, _, highest = numbers(schedule.replace("->", "").replace("to", ""))
+    assert last < 1e-3 * first and highest > 1
+
+
+STEPS, EVERY = 240, 20
+
+
+def train(environment, out):
+    arguments = ("--out", str(out), "--steps", str(STEPS), "--checkpoint-every", str(EVERY))
+    return run(environment, "train_digits", *arguments)
+
+
+def test_killed_training_ends_as_if_undisturbed(environment, tmp_path):
+    """SIGKILL at five random moments; each restart goes on from the last Orbax checkpoint."""
+    whole = tmp_path / "whole"
+    assert "test accuracy" in train(environment, whole)
+    assert (whole / "history.png").stat().st_size > 10_000
+    assert list((whole / "tensorboard").glob("events*"))
+    undisturbed = np.load(whole / "result.npz")
+
+    out = tmp_path / "killed"
+    moments = random.Random(0)
+    command = [sys.executable, str(ROOT / "examples" / "train_digits.py"), "--out", str(out)]
+    command += ["--steps", str(STEPS), "--checkpoint-every", str(EVERY)]
+    started_at = 0
+    for kill in range(5):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+        # Wait until it has saved something new, so that the kills spread over the run, then a bit more.
+        deadline = time.monotonic() + 60
+        while newest_checkpoint(out) <= started_at and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(30) == -signal.SIGKILL, f"it had ended before kill {kill}"
+        started_at = newest_checkpoint(out)
+    assert not (out / "result.npz").exists()
+
+    assert "going on from step" in train(environment, out)
+    resumed = np.load(out / "result.npz")
+    assert sorted(resumed) == sorted(undisturbed)
+    for name in undisturbed:
+        np.testing.assert_array_equal(resumed[name], undisturbed[name], err_msg=name)
+    rates = undisturbed["['history']['learning_rate']"]
+    assert len(np.unique(rates)) > 3 and (rates > 0).all()
+
+
+def newest_checkpoint(out):
+    """The last step that Orbax finished saving (unfinished ones have a longer name)."""
+    folder = out / "checkpoints"
+    steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()] if folder.exists() else []
+    return max(steps, default=0)
