@@ -45,7 +45,7 @@ class GreedyLRState(NamedTuple):
     cooldown_count: jax.Array  # shape=(), dtype=int32
     warmup_count: jax.Array  # shape=(), dtype=int32
     reset_countdown: jax.Array  # shape=(), dtype=int32; decreases at the minimum until a reset
-    num_observations: jax.Array  # shape=(), dtype=int32; observations since the start or last reset
+    num_observations: jax.Array  # shape=(), dtype=int32; since the last restart, where reset_after is set
     initial_scale: jax.Array  # shape=(), dtype=float; where a reset goes back to
     history: jax.Array  # shape=(window,), dtype=float; ring of the last finite values, empty slots 0
     history_count: jax.Array  # shape=(), dtype=int32; values entered, counted modulo the window once full
