@@ -3,6 +3,7 @@
 from greedylr_jax.accumulation import MultiStepsState, multi_steps
 from greedylr_jax.base import (
     GradientTransformationExtraLoss,
+    RateState,
     Rule,
     RuleSchedule,
     RuleScheduleState,
@@ -12,6 +13,7 @@ from greedylr_jax.base import (
     schedule_by_rule,
 )
 from greedylr_jax.greedy import GreedyLRState, greedy_lr, greedy_lr_schedule
+from greedylr_jax.hypergradient import HypergradientState, hypergradient
 from greedylr_jax.reading import (
     assert_controls_learning_rate,
     get_learning_rate,
@@ -24,7 +26,9 @@ __version__ = "0.1.0"
 __all__ = [
     "GradientTransformationExtraLoss",
     "GreedyLRState",
+    "HypergradientState",
     "MultiStepsState",
+    "RateState",
     "Rule",
     "RuleSchedule",
     "RuleScheduleState",
@@ -35,6 +39,7 @@ __all__ = [
     "get_scale",
     "greedy_lr",
     "greedy_lr_schedule",
+    "hypergradient",
     "metrics",
     "multi_steps",
     "scale_by_rule",

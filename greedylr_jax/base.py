@@ -87,6 +87,12 @@ class RuleScheduleState(NamedTuple):
     carried: RuleState
 
 
+class RateState(NamedTuple):
+    """Learning rates that an optimizer keeps itself, where the readers find them."""
+
+    learning_rate: Any  # a float scalar; or a dict from group labels to such; or a pytree like the params
+
+
 class GradientTransformationExtraLoss(optax.GradientTransformationExtraArgs):
     """A gradient transformation whose ``update`` needs the loss: ``update(..., value=loss)``.
 
@@ -308,15 +314,16 @@ def bind_extra_args(tx: optax.GradientTransformation, **extra_args: Any) -> opta
 
 def scale_updates(updates: optax.Updates, scale: jax.Array) -> optax.Updates:
     """Multiplies every floating or complex leaf by ``scale``, and keeps every leaf's dtype."""
-    return jax.tree.map(lambda update: _scale_leaf(update, scale), updates)
+    return jax.tree.map(lambda update: scale_leaf(update, scale), updates)
 
 
-def _scale_leaf(update: Any, scale: jax.Array) -> Any:
+def scale_leaf(update: Any, scale: jax.Array) -> Any:
+    """Multiplies one leaf, by a scalar or by an array of its shape."""
     if not hasattr(update, "dtype"):
         update = jnp.asarray(update)
     dtype = update.dtype
     if jnp.issubdtype(dtype, jnp.complexfloating):
-        return jax.lax.complex(_scale_leaf(update.real, scale), _scale_leaf(update.imag, scale))
+        return jax.lax.complex(scale_leaf(update.real, scale), scale_leaf(update.imag, scale))
     if not jnp.issubdtype(dtype, jnp.floating):
         return update
     # A narrow product would round the scale to bfloat16 first, which costs up to 0.4% of the rate.

@@ -1,5 +1,6 @@
 """Reading the learning rate out of an optimizer state, and checking that a rule controls it."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,26 +15,30 @@ _MAX_PROBE_STEPS = 1024  # more than any sensible number of accumulated micro-ba
 
 
 class _Found(NamedTuple):
-    """One rule in an optimizer state."""
+    """One rule, or one optimizer with rates of its own, in an optimizer state."""
 
     group: str  # the dictionary keys on the way to it, such as the labels of optax.partition
     path: str  # where it is, written as Python would
-    state: base.RuleState | base.RuleScheduleState
+    state: base.RuleState | base.RuleScheduleState | base.RateState
 
 
 def _is_rule(node: Any) -> bool:
     return isinstance(node, (base.RuleState, base.RuleScheduleState))
 
 
+def _is_rate(node: Any) -> bool:
+    return isinstance(node, base.RateState)
+
+
 def _carried(state: base.RuleState | base.RuleScheduleState) -> base.RuleState:
     return state.carried if isinstance(state, base.RuleScheduleState) else state
 
 
-def _find_rules(opt_state: optax.OptState) -> list[_Found]:
-    nodes, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=_is_rule)
+def _find(opt_state: optax.OptState, wanted: Callable[[Any], bool]) -> list[_Found]:
+    nodes, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=wanted)
     found = []
     for path, node in nodes:
-        if _is_rule(node):
+        if wanted(node):
             keys = [str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey)]
             if isinstance(node, base.RuleScheduleState):
                 keys = keys[:-1]  # inject_hyperparams files a schedule under its argument's name
@@ -42,20 +47,33 @@ def _find_rules(opt_state: optax.OptState) -> list[_Found]:
     return found
 
 
-def _the_rule(opt_state: optax.OptState, group: str | None) -> _Found:
-    """The one rule of an optimizer state, or of one of its groups."""
-    found = _find_rules(opt_state)
+def _groups_of_rates(found: list[_Found]) -> list[_Found]:
+    """The same, with one entry for each label where an optimizer keeps a rate for each group."""
+    split = []
+    for rate in found:
+        rates = rate.state.learning_rate
+        if isinstance(rates, dict) and all(jnp.shape(value) == () for value in rates.values()):
+            for label, value in rates.items():
+                name = "/".join(filter(None, (rate.group, label)))
+                split.append(_Found(name, f"{rate.path}[{label!r}]", base.RateState(value)))
+        else:
+            split.append(rate)
+    return split
+
+
+def _only(found: list[_Found], group: str | None, kind: str) -> _Found:
+    """The one that was found, or the one of a group."""
     if not found:
         raise ValueError(
             "this optimizer state holds no learning-rate rule. Add one, as in "
             "greedylr_jax.chain(optax.adamw(1e-3), greedylr_jax.greedy_lr())."
         )
-    matching = found if group is None else [rule for rule in found if rule.group == group]
+    matching = found if group is None else [each for each in found if each.group == group]
     if len(matching) != 1:
-        where = "; ".join(f"group {rule.group!r} at {rule.path}" for rule in found)
+        where = "; ".join(f"group {each.group!r} at {each.path}" for each in found)
         raise ValueError(
-            f"group={group!r} names {len(matching)} learning-rate rules of this optimizer state, "
-            f"and must name one. It holds: {where}. Or use greedylr_jax.metrics, which reads all."
+            f"group={group!r} names {len(matching)} {kind} of this optimizer state, and must name one. It "
+            f"holds: {where}. Or use greedylr_jax.metrics, which reads all."
         )
     return matching[0]
 
@@ -92,7 +110,7 @@ def get_scale(opt_state: optax.OptState, *, group: str | None = None) -> jax.Arr
       >>> print(greedylr_jax.get_scale(state))
       1.0526316
     """
-    return _scale(_the_rule(opt_state, group).state)
+    return _scale(_only(_find(opt_state, _is_rule), group, "learning-rate rules").state)
 
 
 def get_learning_rate(
@@ -101,16 +119,21 @@ def get_learning_rate(
     *,
     group: str | None = None,
 ) -> jax.Array:
-    """The learning rate that the last update used: the base rate times the rule's scale.
+    """The learning rate that the last update used.
+
+    That is the base rate times the rule's scale; or the rate of an optimizer that keeps its own, such as
+    :func:`greedylr_jax.hypergradient`, times the scale of a rule where there is one behind it.
 
     Args:
       opt_state: any nesting of Optax states.
       base_learning_rate: the optimizer's own rate, a scalar, which the rule multiplies. Not needed where
-        the rule is a schedule, or where the state of ``optax.inject_hyperparams`` holds the rate.
+        the rule is a schedule, or where the optimizer's state holds the rate
+        (``optax.inject_hyperparams``, :func:`greedylr_jax.hypergradient`).
       group: which rule, where there are several, as in :func:`get_scale`.
 
     Returns:
-      A float scalar. Works under ``jax.jit``.
+      A float scalar, or a pytree like the parameters where each element has a rate of its own. Works
+      under ``jax.jit``.
 
     Raises:
       ValueError: if there is no rule, more than one that fits ``group``, or no base rate.
@@ -123,25 +146,33 @@ def get_learning_rate(
       >>> print(greedylr_jax.get_learning_rate(state, base_learning_rate=0.5))
       1.0
     """
-    found = _the_rule(opt_state, group)
-    if isinstance(found.state, base.RuleScheduleState):
-        return jnp.asarray(found.state.carried.rule.scale)
-    if base_learning_rate is None:
-        rates = optax.tree.get_all_with_path(opt_state, "learning_rate")
-        if len(rates) != 1:
-            raise ValueError(
-                "base_learning_rate is needed: this optimizer state holds only the rule's multiplier. "
-                "Pass the rate that the optimizer was built with, or build it with "
-                "optax.inject_hyperparams."
-            )
-        base_learning_rate = rates[0][1]
+    rules, rates = _find(opt_state, _is_rule), _groups_of_rates(_find(opt_state, _is_rate))
+    if not rules and rates:
+        return _only(rates, group, "learning rates").state.learning_rate
+    state = _only(rules, group, "learning-rate rules").state
+    if isinstance(state, base.RuleScheduleState):
+        return jnp.asarray(state.carried.rule.scale)
+    if base_learning_rate is None and rates:
+        base_learning_rate = _only(rates, group, "learning rates").state.learning_rate
+    elif base_learning_rate is None:
+        base_learning_rate = _injected_rate(opt_state)
     if callable(base_learning_rate):
         raise ValueError(
             "base_learning_rate must be a number, got a schedule: pass schedule(step) for the step in "
             "question."
         )
-    scale = _scale(found.state)
-    return jnp.asarray(base_learning_rate, scale.dtype) * scale
+    scale = _scale(state)
+    return jax.tree.map(lambda rate: jnp.asarray(rate, scale.dtype) * scale, base_learning_rate)
+
+
+def _injected_rate(opt_state: optax.OptState) -> jax.Array:
+    rates = optax.tree.get_all_with_path(opt_state, "learning_rate")
+    if len(rates) != 1:
+        raise ValueError(
+            "base_learning_rate is needed: this optimizer state holds only the rule's multiplier. Pass the "
+            "rate that the optimizer was built with, or build it with optax.inject_hyperparams."
+        )
+    return rates[0][1]
 
 
 def metrics(opt_state: optax.OptState, *, prefix: str = "") -> dict[str, jax.Array]:
@@ -152,8 +183,9 @@ def metrics(opt_state: optax.OptState, *, prefix: str = "") -> dict[str, jax.Arr
       prefix: put before every key, such as ``"train/"``.
 
     Returns:
-      A dict from names to scalars: ``scale``; ``learning_rate`` where the rule is a schedule; and the
-      other scalar fields of the rule's state under their names. Where a rule stands under dictionary
+      A dict from names to scalars: ``scale``; ``learning_rate`` where the rule is a schedule or the
+      optimizer keeps its own (of many, ``learning_rate_min``, ``_mean`` and ``_max``); and the other
+      scalar fields of the rule's state under their names. Where a rule stands under dictionary
       keys (``optax.partition``) these come first: ``"encoder/scale"``. Several rules under one name are
       told apart by a number: ``"1/scale"``. Works under ``jax.jit``.
 
@@ -169,22 +201,24 @@ def metrics(opt_state: optax.OptState, *, prefix: str = "") -> dict[str, jax.Arr
       >>> print(logged["lr/scale"], logged["lr/best_value"])
       1.0526316 1.0
     """
-    found = _find_rules(opt_state)
+    found = _find(opt_state, _is_rule) + _groups_of_rates(_find(opt_state, _is_rate))
     if not found:
-        _the_rule(opt_state, None)  # raises
-    groups = [rule.group for rule in found]
+        _only(found, None, "learning-rate rules")  # raises
+    groups = [(each.group, type(each.state)) for each in found]
     result = {}
-    for position, rule in enumerate(found):
-        parts = [rule.group] if rule.group else []
-        earlier = groups[:position].count(rule.group)
+    for position, each in enumerate(found):
+        parts = [each.group] if each.group else []
+        earlier = groups[:position].count(groups[position])
         if earlier:
             parts.append(str(earlier))
-        for name, field in _scalars(rule.state).items():
+        for name, field in _scalars(each.state).items():
             result[prefix + "/".join([*parts, name])] = field
     return result
 
 
-def _scalars(state: base.RuleState | base.RuleScheduleState) -> dict[str, jax.Array]:
+def _scalars(state: base.RuleState | base.RuleScheduleState | base.RateState) -> dict[str, jax.Array]:
+    if isinstance(state, base.RateState):
+        return _spread_of_rates(state.learning_rate)
     fields = {"scale": _scale(state)}
     if isinstance(state, base.RuleScheduleState):
         fields["learning_rate"] = jnp.asarray(state.carried.rule.scale)
@@ -192,6 +226,19 @@ def _scalars(state: base.RuleState | base.RuleScheduleState) -> dict[str, jax.Ar
         if name not in fields and jnp.shape(field) == ():
             fields[name] = jnp.asarray(field)
     return fields
+
+
+def _spread_of_rates(rates: Any) -> dict[str, jax.Array]:
+    """One rate as it is; of a pytree of rates the least, the mean and the greatest."""
+    leaves = [jnp.ravel(jnp.asarray(leaf)) for leaf in jax.tree.leaves(rates)]
+    if len(leaves) == 1 and jnp.shape(jax.tree.leaves(rates)[0]) == ():
+        return {"learning_rate": leaves[0][0]}
+    every = jnp.concatenate(leaves)
+    return {
+        "learning_rate_min": jnp.min(every),
+        "learning_rate_mean": jnp.mean(every),
+        "learning_rate_max": jnp.max(every),
+    }
 
 
 def assert_controls_learning_rate(tx: optax.GradientTransformation, params: optax.Params) -> None:
@@ -225,7 +272,7 @@ def assert_controls_learning_rate(tx: optax.GradientTransformation, params: opta
     """
     step = jax.jit(_probe_step(tx))
     state = tx.init(params)
-    found = _find_rules(state)
+    found = _find(state, _is_rule)
     if not found:
         raise AssertionError(
             "this transformation holds no learning-rate rule. Add one, as in "

@@ -1,13 +1,6 @@
-"""GreedyLR against recorded runs of the published implementation and of Algorithm 1.
+"""GreedyLR against recorded runs of the published implementation and of Algorithm 1."""
 
-``tests/fixtures/greedy_traces.json`` holds a few short ones. The full sets are read from the folder that
-the environment variable GREEDYLR_REFERENCE_DATA names, or from ``../shared/data``, where they exist.
-"""
-
-import json
-import os
 from collections import defaultdict
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +8,8 @@ import numpy as np
 import pytest
 
 import greedylr_jax
+from tests.reference_data import read_fixtures, read_full
 
-ROOT = Path(__file__).parents[2]
-FIXTURES = ROOT / "tests" / "fixtures" / "greedy_traces.json"
-DATA = Path(os.environ.get("GREEDYLR_REFERENCE_DATA", ROOT.parent / "shared" / "data")) / "greedylr"
 FILES = {"reference": "greedylr_transformers.jsonl", "paper": "greedylr_algorithm1.jsonl"}
 COUNTS = {
     "num_good": "num_good",
@@ -29,12 +20,9 @@ COUNTS = {
 
 
 def read_traces():
-    traces = [trace | {"full": False} for trace in json.loads(FIXTURES.read_text())]
+    traces = [trace | {"full": False} for trace in read_fixtures("greedy_traces.json")]
     for algorithm, name in FILES.items():
-        path = DATA / name
-        if path.exists():
-            records = map(json.loads, path.read_text().splitlines())
-            traces += [r | {"algorithm": algorithm, "full": True} for r in records if "header" not in r]
+        traces += [trace | {"algorithm": algorithm, "full": True} for trace in read_full(f"greedylr/{name}")]
     return traces
 
 

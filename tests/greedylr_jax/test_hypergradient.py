@@ -1,0 +1,308 @@
+"""Hypergradient descent: recorded runs, granularities, modes, bounds, and the readers."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import greedylr_jax
+from greedylr_jax import get_learning_rate, hypergradient, metrics
+from tests.reference_data import read_fixtures, read_full
+
+FIXTURES = read_fixtures("hypergradient_traces.json")
+FULL = read_full("hypergradient/hypergradient.jsonl")
+
+
+def heavy_ball(momentum, dampening):
+    """torch's momentum buffer: the first is the plain gradient, dampening applies from the second on."""
+
+    def init(params):
+        return jnp.zeros((), jnp.int32), optax.tree.zeros_like(params)
+
+    def update(updates, state, params=None):
+        del params
+        count, buffer = state
+        gain = jnp.where(count == 0, 1.0, 1 - dampening)
+        buffer = jax.tree.map(lambda b, g: momentum * b + gain * g, buffer, updates)
+        return buffer, (count + 1, buffer)
+
+    return optax.GradientTransformation(init, update)
+
+
+def adam_as_recorded(b1, b2, eps):
+    """Adam as the recorded runs have it: eps is added to the root before bias correction."""
+
+    def init(params):
+        return jnp.zeros((), jnp.int32), optax.tree.zeros_like(params), optax.tree.zeros_like(params)
+
+    def update(updates, state, params=None):
+        del params
+        count, mean, square = state
+        count = count + 1
+        mean = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, mean, updates)
+        square = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g**2, square, updates)
+        correction = jnp.sqrt(1 - b2**count) / (1 - b1**count)
+        steps = jax.tree.map(lambda m, v: correction * m / (jnp.sqrt(v) + eps), mean, square)
+        return steps, (count, mean, square)
+
+    return optax.GradientTransformation(init, update)
+
+
+def direction_of(trace):
+    config = trace["config"]
+    if trace["algorithm"] == "adam_hd":
+        return adam_as_recorded(*config["betas"], config["eps"])
+    if trace["algorithm"] == "sgd_hd_per_parameter" or not config["momentum"]:
+        return optax.identity()
+    if config["nesterov"]:
+        assert not config["dampening"]
+        return optax.trace(config["momentum"], nesterov=True)
+    return heavy_ball(config["momentum"], config["dampening"])
+
+
+def objective(problem):
+    if problem["kind"] == "rosenbrock":
+        return lambda x: jnp.sum(100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2)
+    matrix, vector = np.array(problem["A"]), np.array(problem["b"])
+    return lambda x: 0.5 * x @ matrix @ x - vector @ x
+
+
+def run_trace(trace, direction):
+    config = trace["config"]
+    per_parameter = trace["algorithm"] == "sgd_hd_per_parameter"
+    rate = np.array(config["lr"]) if per_parameter else config["lr"]
+    tx = optax.chain(
+        optax.add_decayed_weights(config.get("weight_decay", 0.0)),
+        hypergradient(
+            direction,
+            rate,
+            config["hypergrad_lr"],
+            granularity="parameter" if per_parameter else "global",
+        ),
+    )
+    loss_fn = objective(trace["problem"])
+
+    def body(carry, _):
+        x, state = carry
+        loss, grads = jax.value_and_grad(loss_fn)(x)
+        updates, state = tx.update(grads, state, x)
+        return (optax.apply_updates(x, updates), state), (loss, get_learning_rate(state))
+
+    x = jnp.array(trace["x0"])
+    (x, _), (loss, rates) = jax.lax.scan(body, (x, tx.init(x)), None, length=trace["steps"])
+    return x, loss, rates
+
+
+@pytest.mark.parametrize(
+    "trace",
+    [*FIXTURES, *(pytest.param(trace, marks=pytest.mark.slow) for trace in FULL)],
+    ids=lambda trace: f"{trace['algorithm']}-{trace['id'][-4:]}",
+)
+def test_recorded_runs_to_1e_8(trace):
+    with jax.enable_x64(True):
+        x, loss, rates = run_trace(trace, direction_of(trace))
+    np.testing.assert_allclose(rates, np.array(trace["lr"]), rtol=1e-8, atol=1e-17)
+    np.testing.assert_allclose(loss, trace["loss"], rtol=1e-8, atol=1e-9)
+    np.testing.assert_allclose(x, trace["x_last"], rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "trace", [trace for trace in FIXTURES if trace["algorithm"] == "adam_hd"], ids=lambda trace: trace["id"]
+)
+def test_optax_adam_follows_the_recorded_runs_to_1e_5(trace):
+    """Optax adds eps after bias correction."""
+    config = trace["config"]
+    with jax.enable_x64(True):
+        direction = optax.scale_by_adam(*config["betas"], eps=config["eps"])
+        _, loss, rates = run_trace(trace, direction)
+    np.testing.assert_allclose(rates, np.array(trace["lr"]), rtol=1e-5, atol=1e-12)
+    np.testing.assert_allclose(loss, trace["loss"], rtol=1e-5, atol=1e-6)
+
+
+PARAMS = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([[0.5]])}
+GRADS = [
+    {"a": jnp.array([1.0, 2.0]), "b": jnp.array([[-1.0]])},
+    {"a": jnp.array([0.5, 1.0]), "b": jnp.array([[2.0]])},
+]
+
+
+def two_steps(tx):
+    state = tx.init(PARAMS)
+    _, state = tx.update(GRADS[0], state, PARAMS)
+    return tx.update(GRADS[1], state, PARAMS)
+
+
+def test_global_rate_by_hand():
+    """<g_1, g_0> = 0.5 + 2 - 2 = 0.5; its cosine 0.5 / sqrt(6 * 5.25)."""
+    updates, state = two_steps(hypergradient(optax.identity(), 0.1, 0.01))
+    np.testing.assert_allclose(get_learning_rate(state), 0.1 + 0.01 * 0.5, rtol=1e-6)
+    np.testing.assert_allclose(updates["a"], -0.105 * GRADS[1]["a"], rtol=1e-6)
+    _, state = two_steps(hypergradient(optax.identity(), 0.1, 0.5, mode="multiplicative"))
+    np.testing.assert_allclose(get_learning_rate(state), 0.1 * (1 + 0.5 * 0.5 / np.sqrt(6 * 5.25)), rtol=1e-6)
+
+
+def test_group_rates_by_hand():
+    labels = {"a": "first", "b": "second"}
+    for given in (labels, lambda params: labels):
+        tx = hypergradient(optax.identity(), 0.1, 0.01, granularity="group", param_labels=given)
+        updates, state = two_steps(tx)
+        np.testing.assert_allclose(get_learning_rate(state, group="first"), 0.1 + 0.01 * 2.5, rtol=1e-6)
+        np.testing.assert_allclose(get_learning_rate(state, group="second"), 0.1 - 0.01 * 2, rtol=1e-6)
+        np.testing.assert_allclose(updates["b"], -0.08 * GRADS[1]["b"], rtol=1e-6)
+        assert set(metrics(state)) == {"first/learning_rate", "second/learning_rate"}
+        with pytest.raises(ValueError, match=r"('first'|'second') at opt_state"):
+            get_learning_rate(state)
+
+
+def test_element_rates_by_hand():
+    tx = hypergradient(optax.identity(), 0.1, 0.01, granularity="parameter")
+    updates, state = two_steps(tx)
+    expected = {"a": 0.1 + 0.01 * np.array([0.5, 2.0]), "b": np.array([[0.1 - 0.02]])}
+    chex.assert_trees_all_close(get_learning_rate(state), expected, rtol=1e-6)
+    np.testing.assert_allclose(updates["a"], -expected["a"] * GRADS[1]["a"], rtol=1e-6)
+    read = metrics(state)
+    np.testing.assert_allclose(
+        [read["learning_rate_min"], read["learning_rate_max"]], [0.08, 0.12], rtol=1e-6
+    )
+    tx = hypergradient(optax.identity(), 0.1, 0.5, granularity="parameter", mode="multiplicative")
+    rates = get_learning_rate(two_steps(tx)[1])
+    np.testing.assert_allclose(rates["a"], [0.15, 0.15], rtol=1e-6)
+    np.testing.assert_allclose(rates["b"], [[0.05]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("granularity", ["global", "group", "parameter"])
+@pytest.mark.parametrize("mode", ["additive", "multiplicative"])
+class TestEveryKind:
+    """What holds for every granularity and mode."""
+
+    @staticmethod
+    def make(mode, granularity, **options):
+        labels = {"a": "first", "b": "second"} if granularity == "group" else None
+        rates = {"learning_rate": 0.1, "hyper_learning_rate": 0.05}
+        arguments = rates | dict(mode=mode, granularity=granularity, param_labels=labels) | options
+        return hypergradient(optax.trace(0.9), **arguments)
+
+    def test_scaling_the_gradients_changes_nothing_in_multiplicative_mode(self, mode, granularity):
+        tx = self.make(mode, granularity)
+        plain, scaled = (self.rates_after(tx, factor) for factor in (1.0, 2.0**10))
+        if mode == "multiplicative":
+            chex.assert_trees_all_close(plain, scaled, rtol=1e-6)
+        else:
+            assert not np.allclose(jax.tree.leaves(plain)[0], jax.tree.leaves(scaled)[0])
+
+    @staticmethod
+    def rates_after(tx, factor):
+        state = tx.init(PARAMS)
+        for grads in GRADS:
+            _, state = tx.update(jax.tree.map(lambda leaf: factor * leaf, grads), state, PARAMS)
+        return state.rate
+
+    def test_rates_stay_within_bounds_and_survive_bad_gradients(self, mode, granularity):
+        tx = self.make(mode, granularity, min_value=0.09, max_value=0.11)
+        state = tx.init(PARAMS)
+        update = jax.jit(tx.update)
+        for step in range(30):
+            sign = -1.0 if step < 15 else 1.0
+            grads = jax.tree.map(lambda leaf, sign=sign, step=step: 100 * leaf * sign**step, GRADS[0])
+            if step % 7 == 3:
+                grads = jax.tree.map(lambda leaf: leaf * jnp.nan, grads)
+            before = state
+            _, state = update(grads, state, PARAMS)
+            for rate in jax.tree.leaves(state.rate):
+                assert (rate >= 0.09 - 1e-6).all() and (rate <= 0.11 + 1e-6).all()
+            if step % 7 == 3:
+                chex.assert_trees_all_equal(state.rate, before.rate)
+
+    def test_rates_are_float32_and_steps_keep_bfloat16(self, mode, granularity):
+        tx = self.make(mode, granularity)
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
+        state = tx.init(params)
+        updates, after = jax.jit(tx.update)(params, state, params)
+        chex.assert_trees_all_equal_dtypes(updates, params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(after.rate))
+
+    def test_nothing_moves_between_host_and_device_and_state_may_be_donated(self, mode, granularity):
+        tx = self.make(mode, granularity)
+        state = tx.init(PARAMS)
+        with jax.transfer_guard("disallow"):
+            step = jax.jit(tx.update, donate_argnums=1)
+            for _ in range(3):
+                _, state = step(GRADS[0], state, PARAMS)
+
+    def test_it_descends_inside_common_wrappers(self, mode, granularity):
+        tx = self.make(mode, granularity, learning_rate=0.02, hyper_learning_rate=1e-4)
+        for wrap in (
+            lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
+            lambda tx: optax.apply_if_finite(tx, 3),
+            lambda tx: optax.MultiSteps(tx, 2),
+            lambda tx: greedylr_jax.chain(greedylr_jax.greedy_lr(), tx),
+        ):
+            wrapped, params = wrap(tx), PARAMS
+            state = wrapped.init(params)
+
+            def loss_fn(params):
+                return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
+
+            for _ in range(20):
+                loss, grads = jax.value_and_grad(loss_fn)(params)
+                updates, state = wrapped.update(grads, state, params, value=loss)
+                params = optax.apply_updates(params, updates)
+            assert loss_fn(params) < 0.7 * loss_fn(PARAMS)
+
+
+def test_hyperparameters_may_be_traced():
+    def final_rate(beta, rate):
+        _, state = two_steps(hypergradient(optax.identity(), rate, beta, max_value=10 * rate))
+        return get_learning_rate(state)
+
+    betas, rates = jnp.array([0.0, 0.01, 0.1]), jnp.array([0.1, 0.2, 0.3])
+    np.testing.assert_allclose(jax.vmap(final_rate)(betas, rates), rates + betas * 0.5, rtol=1e-6)
+
+
+def test_the_hybrid_multiplies_both():
+    rule = greedylr_jax.greedy_lr(0.5, 0, window=None)
+    tx = optax.chain(hypergradient(optax.identity(), 0.1, 0.01), rule)
+    state = tx.init(PARAMS)
+    for grads, value in zip(GRADS, (2.0, 1.0), strict=True):
+        updates, state = tx.update(grads, state, PARAMS, value=value)
+    np.testing.assert_allclose(get_learning_rate(state), 4 * 0.105, rtol=1e-6)
+    np.testing.assert_allclose(updates["b"], -4 * 0.105 * GRADS[1]["b"], rtol=1e-6)
+    greedylr_jax.assert_controls_learning_rate(tx, PARAMS)
+    read = metrics(state)
+    assert read["scale"] == 4.0 and np.isclose(read["learning_rate"], 0.105)
+
+
+def test_integer_leaves_are_left_alone():
+    params = {"w": jnp.ones(2), "steps": jnp.arange(3)}
+    for granularity in ("global", "parameter"):
+        tx = hypergradient(optax.identity(), 0.1, 0.01, granularity=granularity)
+        updates, state = tx.update(params, tx.init(params), params)
+        updates, _ = tx.update(params, state, params)
+        np.testing.assert_array_equal(updates["steps"], params["steps"])
+        assert (updates["w"] < -0.1).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": -0.1}, r"learning_rate must be a number in \[0, inf\)"),
+        ({"hyper_learning_rate": np.inf}, "hyper_learning_rate must be"),
+        ({"mode": "add"}, "mode must be one of 'additive', 'multiplicative'"),
+        ({"granularity": "layer"}, "granularity must be one of"),
+        ({"granularity": "group"}, "param_labels must be given with granularity='group'"),
+        ({"param_labels": {"a": "x", "b": "y"}}, "param_labels must be given"),
+        ({"min_value": 1.0, "max_value": 0.5}, "min_value must not exceed max_value"),
+        (
+            {"granularity": "group", "param_labels": {"a": "x", "b": "y"}, "learning_rate": {"x": 0.1}},
+            r"one rate for each label \['x', 'y'\], got \['x'\]",
+        ),
+        ({"granularity": "parameter", "learning_rate": {"a": 0.1}}, "pytree like the parameters"),
+    ],
+)
+def test_wrong_arguments_are_named(options, message):
+    arguments = {"learning_rate": 0.1, "hyper_learning_rate": 0.01} | options
+    with pytest.raises(ValueError, match=message):
+        hypergradient(optax.identity(), **arguments).init(PARAMS)
