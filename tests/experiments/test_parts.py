@@ -48,9 +48,28 @@ def test_matmul_convolution_is_a_convolution(strides, kernel):
     np.testing.assert_allclose(matmul_convolution(images, weights, strides), expected, atol=1e-5)
 
 
+def linear_task(data_dir):
+    """Logistic regression on the digits: compiles much faster than the networks."""
+
+    def logits(params, batch):
+        return batch["image"].reshape(-1, 64) @ params
+
+    def loss(params, batch):
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits(params, batch), batch["label"])
+        return jnp.mean(losses)
+
+    def accuracy(params, batch):
+        return jnp.mean(jnp.argmax(logits(params, batch), axis=-1) == batch["label"])
+
+    def init(key):
+        return jax.random.normal(key, (64, 10)) / 8
+
+    return make_task("digits", data_dir)._replace(init=init, loss=loss, accuracy=accuracy)
+
+
 def test_a_run_of_the_engine_is_plain_training(data_dir):
     """One compiled run of many must equal the same run written out with Optax."""
-    task = make_task("digits", data_dir)
+    task = linear_task(data_dir)
     steps, rate, seed = 60, 0.2, 3
     specs = [RunSpec(schedule, rate, seed) for schedule in SCHEDULES]
     engine = Engine(task, "sgd", steps)
@@ -58,7 +77,6 @@ def test_a_run_of_the_engine_is_plain_training(data_dir):
     assert engine.num_compilations == 1
 
     transformations = {
-        "cosine": optax.sgd(optax.cosine_decay_schedule(rate, steps)),
         "GreedyLR": optax.chain(optax.sgd(rate), greedylr_jax.greedy_lr()),
         "plateau": optax.chain(optax.sgd(rate), ADAPTIVE["plateau"](task.steps_per_epoch)),
     }
@@ -78,9 +96,10 @@ def test_a_run_of_the_engine_is_plain_training(data_dir):
         (params, _), loss = jax.jit(
             lambda params, state, body=body: jax.lax.scan(body, (params, state), batches)
         )(params, tx.init(params))
-        np.testing.assert_allclose(got[name].loss, loss, rtol=2e-3, atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(got[name].loss, loss, rtol=1e-4, err_msg=name)
         accuracy = task.accuracy(params, task.test)
-        np.testing.assert_allclose(got[name].test_accuracy, accuracy, atol=0.01)
+        np.testing.assert_allclose(got[name].test_accuracy, accuracy, atol=0.003)
+    assert got["GreedyLR"].loss[-1] != got["plateau"].loss[-1]
 
 
 def test_batches_are_permutations_of_whole_epochs(data_dir):

