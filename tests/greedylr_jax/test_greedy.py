@@ -266,3 +266,15 @@ def test_the_rule_adds_at_most_4_kb_of_memory_traffic_to_a_step():
     for rule in (greedy_lr(window=50), greedy_lr(window=50, cooldown=5, warmup=5, reset_at_min=5)):
         with_rule = mlp_step(greedylr_jax.chain(rule, adamw)).cost_analysis()["bytes accessed"]
         assert 0 <= with_rule - bare <= 4096
+
+
+@pytest.mark.parametrize(("eps", "moves"), [(0.125, False), (0.1249, True)])
+def test_a_change_must_exceed_eps(eps, moves):
+    """From 0.25 with a factor of 0.5 a raise adds 0.25 and a cut takes 0.125; equality is not enough."""
+    settings = dict(min_value=0.01, max_value=1.0, factor=0.5, patience=0, window=None)
+    cut = greedy_lr_schedule(0.25, eps=eps, **settings)
+    state = cut.update(cut.init(), value=jnp.nan)
+    assert cut(state) == (0.125 if moves else 0.25)
+    raised = greedy_lr_schedule(0.25, eps=2 * eps, **settings)
+    state = raised.update(raised.init(), value=1.0)
+    assert raised(state) == (0.5 if moves else 0.25)
