@@ -23,28 +23,47 @@ def make_run(tx):
     def step(params, state, value):
         grads = jax.tree.map(lambda leaf: leaf - 0.25, params)
         updates, state = tx.update(grads, state, params, value=value)
-        return optax.apply_updates(params, updates), state
+        return optax.apply_updates(params, updates), state, greedylr_jax.metrics(state)
 
     def run(params, state, values):
-        scales = []
+        history = []
         for value in values:
-            params, state = step(params, state, value)
-            scales.append(float(greedylr_jax.get_scale(state)))
-        return params, state, scales
+            params, state, read = step(params, state, value)
+            history.append(jax.device_get(read))
+        return params, state, history
 
     return run
 
 
-@pytest.mark.parametrize("carrier", ["transformation", "schedule"])
-@pytest.mark.parametrize("case", RULES, ids=lambda case: case.name)
-def test_a_resumed_run_is_bit_identical(case, carrier, tmp_path):
-    values = losses(60)
+def with_rule(case, carrier):
     if carrier == "schedule":
-        tx = optax.inject_hyperparams(optax.adam)(learning_rate=case.schedule(every=2))
-    else:
-        tx = optax.chain(optax.adam(BASE_RATE), case.transformation(every=2))
+        return optax.inject_hyperparams(optax.adam)(learning_rate=case.schedule(every=2))
+    return optax.chain(optax.adam(BASE_RATE), case.transformation(every=2))
+
+
+# Every rule, in each of its carriers or granularities.
+OPTIMIZERS = {
+    f"{case.name}-{carrier}": with_rule(case, carrier)
+    for case in RULES
+    for carrier in ("transformation", "schedule")
+} | {
+    f"hypergradient-{granularity}": greedylr_jax.hypergradient(
+        optax.trace(0.9),
+        0.01,
+        1e-3,
+        granularity=granularity,
+        param_labels={"w": "weights", "b": "bias"} if granularity == "group" else None,
+    )
+    for granularity in ("global", "group", "parameter")
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_resumed_run_is_bit_identical(name, tmp_path):
+    tx, values = optax.with_extra_args_support(OPTIMIZERS[name]), losses(60)
     run = make_run(tx)
     whole = run(PARAMS, tx.init(PARAMS), values)
+    assert whole[2][0] != whole[2][-1]  # the rate moves
     with ocp.StandardCheckpointer() as checkpointer:
         for cut in (0, 1, 23, 44, 59):
             params, state, _ = run(PARAMS, tx.init(PARAMS), values[:cut])
