@@ -36,7 +36,8 @@ def multi_steps(
       A :class:`greedylr_jax.GradientTransformationExtraLoss` whose updates are zero but for every k-th.
 
     Raises:
-      ValueError: as ``optax.MultiSteps``, and for a ``value`` that is missing or not a scalar.
+      ValueError: as ``optax.MultiSteps``. Its ``update`` raises ``TypeError`` or ``ValueError`` if ``value``
+        is missing or not a real scalar.
 
     Examples:
       >>> import jax.numpy as jnp, optax, greedylr_jax

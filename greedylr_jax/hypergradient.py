@@ -138,13 +138,16 @@ def hypergradient(
         rates = state.rate.learning_rate
         if granularity == "parameter":
             old = structure.flatten_up_to(rates)
-            elements = map(_elementwise_agreement, gradients, directions, old, [mode] * len(old))
-            each = list(map(learn, old, elements))
+            each = [
+                learn(rate, _elementwise_agreement(gradient, last, rate, mode))
+                for gradient, last, rate in zip(gradients, directions, old, strict=True)
+            ]
             rates = structure.unflatten(each)
         else:
             labels = labels_of(updates)
             by_label = rates if granularity == "group" else {_ALL: rates}
             agreements = _agreements(gradients, directions, labels, mode)
+            # A label without leaves (an empty tree, everything masked) has nothing to learn from.
             by_label = {
                 label: learn(rate, agreements[label].astype(rate.dtype)) if label in agreements else rate
                 for label, rate in by_label.items()

@@ -287,6 +287,15 @@ def test_integer_leaves_are_left_alone():
         assert (updates["w"] < -0.1).all()
 
 
+@pytest.mark.parametrize("granularity", ["global", "parameter"])
+def test_a_tree_without_leaves_keeps_its_rate(granularity):
+    tx = hypergradient(optax.identity(), 0.1, 0.01, granularity=granularity)
+    state = tx.init({})
+    updates, after = tx.update({}, state, {})
+    assert updates == {}
+    chex.assert_trees_all_equal(after.rate, state.rate)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
