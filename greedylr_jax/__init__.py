@@ -14,6 +14,13 @@ from greedylr_jax.base import (
 )
 from greedylr_jax.greedy import GreedyLRState, greedy_lr, greedy_lr_schedule
 from greedylr_jax.hypergradient import HypergradientState, hypergradient
+from greedylr_jax.probing import (
+    FactorPollingState,
+    LRTunerState,
+    factor_polling,
+    lr_tuner,
+    superbatch_loss,
+)
 from greedylr_jax.reading import (
     assert_controls_learning_rate,
     get_learning_rate,
@@ -24,9 +31,11 @@ from greedylr_jax.reading import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "FactorPollingState",
     "GradientTransformationExtraLoss",
     "GreedyLRState",
     "HypergradientState",
+    "LRTunerState",
     "MultiStepsState",
     "RateState",
     "Rule",
@@ -35,13 +44,16 @@ __all__ = [
     "RuleState",
     "assert_controls_learning_rate",
     "chain",
+    "factor_polling",
     "get_learning_rate",
     "get_scale",
     "greedy_lr",
     "greedy_lr_schedule",
     "hypergradient",
+    "lr_tuner",
     "metrics",
     "multi_steps",
     "scale_by_rule",
     "schedule_by_rule",
+    "superbatch_loss",
 ]

@@ -45,7 +45,8 @@ def hypergradient(
 
     Args:
       direction: a transformation that gives a direction without a rate: ``optax.identity()`` (SGD),
-        ``optax.trace(0.9)``, ``optax.scale_by_adam()``. Weight decay that belongs to the gradient goes
+        ``optax.trace(0.9)``, ``optax.scale_by_adam()``; or an optimizer built with rate 1, such as
+        ``optax.adam(1.0)``, which is the same. Weight decay that belongs to the gradient goes
         before this optimizer (``optax.chain(optax.add_decayed_weights(w), hypergradient(...))``).
       learning_rate: the initial rate, >= 0: a number; or one for each label (``granularity="group"``); or
         a pytree like the parameters (``granularity="parameter"``).
@@ -98,7 +99,7 @@ def hypergradient(
             f"param_labels must be given with granularity='group' and only then, got "
             f"granularity={granularity!r} and param_labels={param_labels!r}."
         )
-    direction = optax.with_extra_args_support(direction)
+    direction = base.as_direction(direction)
 
     def labels_of(params: optax.Params) -> list[str]:
         """The label of each leaf; the same for all where there are no groups."""

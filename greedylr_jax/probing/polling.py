@@ -1,0 +1,220 @@
+"""Factor polling: the loss after the step at several rates votes for the next rate.
+
+Y. Kim and Y. Yu, "Automated learning rate scheduling with in-training information", Algorithm 1. For each
+factor f the loss after the step at rate f eta is taken on one batch; the losses are normalised and scored,
+and the rate is multiplied by the mean of the factors, geometric and weighted by the scores.
+
+The paper copies the model and backpropagates once for each factor. The gradient is the same for all, so
+here it is computed once, by the caller; the factors take their turn, and one spare copy of the parameters
+serves them all.
+
+What is added: a candidate that *diverges*, because its loss is not finite or far above that of the
+untrained model, has no vote and no part in the normalisation. If all diverge, the smallest factor is taken,
+the step itself is not, and the next step polls again. Without that a rate that is 200 times too
+large destroys the model with its first step, as the paper reports.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from greedylr_jax import _checks, base
+from greedylr_jax.probing import probe
+
+
+class FactorPollingState(NamedTuple):
+    """State of :func:`factor_polling`, inside the carrier's ``RuleState``, which counts the steps."""
+
+    scale: jax.Array  # shape=(), dtype=float
+    first_value: jax.Array  # shape=(), dtype=float; the first finite loss given, infinite before it
+
+
+def factor_polling(
+    factors: Sequence[float] | ArrayLike = (4.0, 2.0, 1.0, 0.5, 0.25),
+    *,
+    every: ArrayLike = 1,
+    sharpness: ArrayLike = 20.0,
+    normalize: Literal["minmax", "standard", "none"] = "minmax",
+    min_scale: ArrayLike = 1e-6,
+    max_scale: ArrayLike = 1e6,
+    divergence: ArrayLike = 1.5,
+    decline: bool = True,
+    axis_name: Hashable | None = None,
+) -> base.GradientTransformationExtraLoss:
+    """Scales the updates by a factor that the losses after the step at several rates vote for.
+
+    Put it after the optimizer, as ``optax.chain(optax.sgd(0.1), factor_polling())``, or anywhere in
+    :func:`greedylr_jax.chain`, and call
+    ``tx.update(grads, state, params, value=loss, value_fn=lambda p: loss_fn(p, batch))``.
+
+    Args:
+      factors: candidates for the change of rate, one or more numbers > 0. How many there are is static;
+        the numbers may be traced. One poll costs one forward pass for each.
+      every: poll at the first and then at every such step, an integer >= 1; may be traced. The best rate
+        for one step is often too high for many: from a poor initial rate poll at every step.
+      sharpness: >= 0: the score is exp(-sharpness * normalised loss). 0: all candidates vote alike; the
+        greater, the more the best one decides. May be traced.
+      normalize: ``"minmax"``: losses to [0, 1], least to greatest; ``"standard"``: to mean 0 and standard
+        deviation 1; ``"none"``: as they are.
+      min_scale: lowest scale, > 0; may be traced.
+      max_scale: highest scale, >= ``min_scale``; may be traced.
+      divergence: >= 1: a candidate's loss above this many times the first ``value`` (or the present one,
+        if that is higher) counts as not finite; only if ``value`` is given. Infinity: never. May be traced.
+      decline: whether a step all of whose candidates diverge is left out and polled again. False: it is
+        taken at the smallest factor.
+      axis_name: the mapped axis, or axes, over which losses are averaged first, so that all devices decide
+        alike.
+
+    Returns:
+      A :class:`greedylr_jax.GradientTransformationExtraLoss`, whose state is a
+      :class:`greedylr_jax.RuleState`; ``update`` needs ``params`` and ``value_fn``, the loss on one batch
+      (the paper takes that of the gradient), and makes use of ``value`` if it is given. Parameters must all
+      be seen: not inside ``optax.masked`` or ``optax.partition``.
+
+    Raises:
+      ValueError: if an argument is out of its range. Its ``update`` raises ``TypeError`` or ``ValueError``
+        if ``params`` or ``value_fn`` is missing or ``value`` is not a real scalar.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from greedylr_jax import factor_polling, get_scale
+      >>> loss_fn = lambda params: jnp.sum(params**2)
+      >>> tx = optax.chain(optax.sgd(0.25), factor_polling(sharpness=100.0))
+      >>> params = jnp.ones(3)
+      >>> state = tx.init(params)
+      >>> loss, grads = jax.value_and_grad(loss_fn)(params)
+      >>> updates, state = tx.update(grads, state, params, value=loss, value_fn=loss_fn)
+      >>> print(f"{get_scale(state):.3f}", updates)  # the rate of 0.5 goes straight to the minimum
+      2.000 [-1. -1. -1.]
+
+    Source: "Automated learning rate scheduling with in-training information", Algorithm 1.
+    """
+    factors = _check_factors(factors)
+    every = _checks.check_integer("every", every, low=1)
+    sharpness = _checks.check_real("sharpness", sharpness, low=0.0, high_open=True)
+    low = _checks.check_real("min_scale", min_scale, low=0.0, low_open=True, high_open=True)
+    high = _checks.check_real("max_scale", max_scale, low=0.0, low_open=True)
+    _checks.check_order("min_scale", low, "max_scale", high)
+    divergence = _checks.check_real("divergence", divergence, low=1.0)
+    _checks.check_choice("normalize", normalize, tuple(_NORMALIZE))
+
+    def init_fn(params: optax.Params) -> base.RuleState:
+        del params
+        dtype = base.default_float_dtype()
+        first = FactorPollingState(scale=jnp.ones((), dtype), first_value=jnp.full((), jnp.inf, dtype))
+        return base.RuleState(first, jnp.zeros((), dtype), jnp.zeros((), jnp.int32))
+
+    def poll(
+        state: FactorPollingState,
+        loss: jax.Array,
+        updates: optax.Updates,
+        params: optax.Params,
+        value_fn: probe.ValueFn,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The next scale, and whether the step is to be taken."""
+        candidates = jnp.asarray(factors, state.scale.dtype)
+        losses = probe.losses_along(value_fn, params, updates, candidates * state.scale, axis_name=axis_name)
+        reference = jnp.maximum(state.first_value, loss)  # infinite if no loss was given
+        limit = reference + (jnp.asarray(divergence, losses.dtype) - 1) * jnp.abs(reference)
+        votes = jnp.isfinite(losses) & ~(losses > limit)
+        weights = _scores(losses, votes, jnp.asarray(sharpness, losses.dtype), _NORMALIZE[normalize])
+        logarithms = jnp.log(candidates)
+        mean = jnp.sum(weights * logarithms) / jnp.maximum(jnp.sum(weights), jnp.finfo(losses.dtype).tiny)
+        any_votes = jnp.any(votes)
+        factor = jnp.where(any_votes, jnp.exp(mean), jnp.min(candidates))
+        scale = jnp.clip(
+            state.scale * factor, jnp.asarray(low, losses.dtype), jnp.asarray(high, losses.dtype)
+        )
+        return scale, any_votes
+
+    def update_fn(
+        updates: optax.Updates,
+        state: base.RuleState,
+        params: optax.Params | None = None,
+        *,
+        value: ArrayLike | None = None,
+        value_fn: probe.ValueFn | None = None,
+        has_value: ArrayLike | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, base.RuleState]:
+        del extra_args
+        if has_value is not None and not _checks.is_traced(has_value) and not has_value:
+            return base.scale_updates(updates, state.rule.scale), state
+        probe.check_value_fn("factor_polling", value_fn, params)
+        rule = state.rule
+        loss = jnp.full((), jnp.inf, rule.scale.dtype)
+        if value is not None:
+            loss = base.check_loss("factor_polling", value).astype(loss.dtype)
+            if axis_name is not None:
+                loss = jax.lax.pmean(loss, axis_name)
+            fresh = jnp.isinf(rule.first_value) & jnp.isfinite(loss)
+            rule = rule._replace(first_value=jnp.where(fresh, loss, rule.first_value))
+            loss = jnp.where(jnp.isfinite(loss), loss, rule.first_value)
+        observed = jnp.asarray(True if has_value is None else has_value, bool)
+        scale, takes = jax.lax.cond(
+            observed & (state.value_count == 0),
+            lambda: poll(
+                rule, jnp.where(jnp.isfinite(loss), loss, rule.first_value), updates, params, value_fn
+            ),
+            lambda: (rule.scale, jnp.asarray(True)),
+        )
+        takes |= not decline
+        count = jnp.where(takes, (state.value_count + 1) % jnp.asarray(every, jnp.int32), 0)
+        advanced = base.RuleState(rule._replace(scale=scale), state.value_sum, count)
+        scaled = jax.tree.map(
+            lambda update: jnp.where(takes, update, jnp.zeros_like(update)),
+            base.scale_updates(updates, scale),
+        )
+        return scaled, base.select(observed, advanced, state)
+
+    return base.ScaleByRule(init_fn, update_fn)
+
+
+def _check_factors(factors: Any) -> Any:
+    """The factors as an array, or as a list of numbers that may be traced."""
+    if isinstance(factors, (jax.Array, np.ndarray)) and factors.ndim == 1 and len(factors):
+        numbers = factors if _checks.is_traced(factors) else list(np.asarray(factors))
+    elif isinstance(factors, (list, tuple)) and factors:
+        numbers = list(factors)
+    else:
+        raise ValueError(f"factors must be one or more numbers in (0, inf), got {factors!r}.")
+    if isinstance(numbers, list):
+        return [
+            _checks.check_real("factors", each, low=0.0, low_open=True, high_open=True) for each in numbers
+        ]
+    return numbers
+
+
+def _minmax(losses: jax.Array, votes: jax.Array) -> jax.Array:
+    least = jnp.min(losses, where=votes, initial=jnp.inf)
+    spread = jnp.max(losses, where=votes, initial=-jnp.inf) - least
+    return (losses - least) / jnp.where(spread > 0, spread, 1)
+
+
+def _standard(losses: jax.Array, votes: jax.Array) -> jax.Array:
+    spread = jnp.std(losses, where=votes)
+    return (losses - jnp.mean(losses, where=votes)) / jnp.where(spread > 0, spread, 1)
+
+
+_NORMALIZE: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "minmax": _minmax,
+    "standard": _standard,
+    "none": lambda losses, votes: losses,
+}
+
+
+def _scores(
+    losses: jax.Array,
+    votes: jax.Array,
+    sharpness: jax.Array,
+    normalize: Callable[[jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+    """exp(-sharpness * normalised loss) up to a common factor, so that the greatest score is 1."""
+    normalised = normalize(jnp.where(votes, losses, 0), votes)
+    above_best = normalised - jnp.min(normalised, where=votes, initial=jnp.inf)
+    return jnp.where(votes, jnp.exp(-sharpness * jnp.where(votes, above_best, 0)), 0)

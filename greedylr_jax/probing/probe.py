@@ -1,0 +1,155 @@
+"""The loss along one direction in parameter space: values at several points, and derivatives.
+
+Along a direction d the loss is a function of one number, the distance t: f(t) = value_fn(params + t d).
+Rules that probe it need its values at a few t (:func:`losses_along`), the parabola through them
+(:func:`fit_parabola`), or the parabola that touches it (:func:`taylor_along`).
+"""
+
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from greedylr_jax import base
+
+ValueFn = Callable[[optax.Params], jax.Array]
+
+
+class Parabola(NamedTuple):
+    """k0 + k1 t + k2 t^2."""
+
+    k0: jax.Array  # shape=(), dtype=float
+    k1: jax.Array  # shape=(), dtype=float
+    k2: jax.Array  # shape=(), dtype=float
+
+
+def superbatch_loss(loss_fn: Callable[[optax.Params, Any], jax.Array], batches: Any) -> ValueFn:
+    """The mean loss over a stack of batches, as a function of the parameters.
+
+    One batch's loss is too noisy to choose a rate by. The batches are taken one after the other, so that
+    peak memory stays that of one.
+
+    Args:
+      loss_fn: from parameters and one batch to its scalar loss.
+      batches: a pytree of arrays, such as a dict, with the batch as the leading axis of each leaf; all the
+        same number >= 1.
+
+    Returns:
+      A function from the parameters to a scalar, float32 or wider, as ``tx.update(..., value_fn=)`` takes.
+
+    Raises:
+      ValueError: if ``batches`` has no array, or the leading axes differ.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from greedylr_jax import superbatch_loss
+      >>> value_fn = superbatch_loss(lambda w, x: jnp.mean((x @ w) ** 2), jnp.ones((5, 8, 3)))
+      >>> print(value_fn(jnp.ones(3)))  # five batches of eight examples
+      9.0
+
+    Source: LRTuner, Section 2, "Stochasticity", and Appendix C.
+    """
+    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}
+    if len(sizes) != 1 or sizes in ({()}, {(0,)}):
+        raise ValueError(
+            "batches must hold arrays with one leading axis of equal length >= 1, the number of batches; "
+            f"got leading axes {sorted(sizes)}."
+        )
+
+    def value_fn(params: optax.Params) -> jax.Array:
+        def one_batch(batch: Any) -> jax.Array:
+            return jnp.asarray(loss_fn(params, batch), base.default_float_dtype())
+
+        return jnp.mean(jax.lax.map(one_batch, batches))
+
+    return value_fn
+
+
+def losses_along(
+    value_fn: ValueFn,
+    params: optax.Params,
+    direction: optax.Updates,
+    distances: jax.Array,
+    *,
+    axis_name: Hashable | None = None,
+) -> jax.Array:
+    """The loss at ``params + t * direction`` for each t, one after the other.
+
+    Args:
+      value_fn: from parameters to a scalar loss.
+      params: where t is 0.
+      direction: a pytree like the parameters.
+      distances: t, shape (n,).
+      axis_name: the mapped axis, or axes, over which the losses are averaged.
+
+    Returns:
+      Shape (n,), float32 or wider; not finite where the loss is not.
+    """
+    losses = jax.lax.map(lambda t: _loss(value_fn, move(params, direction, t)), distances)
+    return losses if axis_name is None else jax.lax.pmean(losses, axis_name)
+
+
+def taylor_along(
+    value_fn: ValueFn,
+    params: optax.Params,
+    direction: optax.Updates,
+    distance: jax.Array,
+    *,
+    axis_name: Hashable | None = None,
+) -> Parabola:
+    """The parabola that touches the loss at ``params + distance * direction``, exactly.
+
+    One forward pass that carries the first and second derivatives along; nothing is differentiated
+    backwards, and there is no step width to choose. Its t is counted from ``distance`` on.
+    """
+
+    def loss(t: jax.Array) -> jax.Array:
+        return _loss(value_fn, move(params, direction, t))
+
+    def loss_and_slope(t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.jvp(loss, (t,), (jnp.ones_like(t),))
+
+    (k0, k1), (_, curvature) = jax.jvp(loss_and_slope, (distance,), (jnp.ones_like(distance),))
+    result = Parabola(k0, k1, curvature / 2)
+    return result if axis_name is None else jax.lax.pmean(result, axis_name)
+
+
+def fit_parabola(losses: jax.Array, width: jax.Array) -> Parabola:
+    """Least-squares parabola through losses at equally spaced distances from -width to width.
+
+    Args:
+      losses: shape (n,), n >= 3.
+      width: > 0.
+    """
+    nodes = np.linspace(-1.0, 1.0, losses.shape[0])
+    weights = np.linalg.pinv(np.stack([nodes**0, nodes, nodes**2], axis=1))
+    # The sums below cancel: what all losses have in common is taken out before and not after.
+    common = losses[losses.shape[0] // 2]
+    k0, k1, k2 = (jnp.sum(jnp.asarray(row, losses.dtype) * (losses - common)) for row in weights)
+    return Parabola(common + k0, k1 / width, k2 / width / width)
+
+
+def move(params: optax.Params, direction: optax.Updates, distance: ArrayLike) -> optax.Params:
+    """``params + distance * direction``, in the parameters' dtypes."""
+    steps = base.scale_updates(direction, jnp.asarray(distance, base.default_float_dtype()))
+    return optax.apply_updates(params, steps)
+
+
+def _loss(value_fn: ValueFn, params: optax.Params) -> jax.Array:
+    return jnp.asarray(value_fn(params), base.default_float_dtype())
+
+
+def check_value_fn(rule_name: str, value_fn: Any, params: Any) -> None:
+    """Raises an error that shows the right call if ``value_fn`` or ``params`` is missing."""
+    right_call = "tx.update(grads, opt_state, params, value=loss, value_fn=lambda p: loss_fn(p, batch))"
+    if not callable(value_fn):
+        raise TypeError(
+            f"{rule_name} evaluates the loss along the step, so it needs the loss as a function of the "
+            f"parameters: call {right_call}, got value_fn={value_fn!r}."
+        )
+    if params is None:
+        raise TypeError(f"{rule_name} needs the parameters: call {right_call}.")

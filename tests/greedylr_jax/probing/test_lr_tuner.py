@@ -1,0 +1,311 @@
+"""LRTuner: what it proposes on quadratics, its two phases, saturation, and the way back."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from greedylr_jax import get_learning_rate, lr_tuner
+
+CURVATURES = jnp.array([0.3, 1.0, 4.0, 9.0])
+START = {"w": jnp.array([1.0, -2.0, 0.5, 1.5])}
+ENOUGH = 1e6  # an epsilon threshold that never binds
+
+
+def quadratic(params):
+    return 0.5 * jnp.sum(CURVATURES * params["w"] ** 2)
+
+
+def bowl(params):
+    """The same curvature everywhere: along every gradient the best rate is 1/2."""
+    return jnp.sum(params["w"] ** 2)
+
+
+def make_step(tx, loss_fn=quadratic, superbatch=lambda p, params, kind: quadratic(p)):
+    """A compiled step; ``superbatch`` makes the superbatch's loss from the parameters before the step."""
+
+    @jax.jit
+    def step(params, state, value_scale=1.0, kind=0.0):
+        loss, grads = jax.value_and_grad(loss_fn)(params)
+        updates, state = tx.update(
+            grads,
+            state,
+            params,
+            value=loss * value_scale,
+            value_fn=lambda p: superbatch(p, params, kind),
+        )
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def line_minimiser(params, direction):
+    slope = np.sum(np.asarray(CURVATURES * params["w"] * direction["w"], float))
+    return slope / np.sum(np.asarray(CURVATURES * direction["w"] ** 2, float))
+
+
+METHODS = {
+    "taylor": {"method": "taylor"},
+    "3 points": {},
+    "5 points": {"num_samples": 5},
+    "4 points, narrow": {"num_samples": 4, "probe_width": 0.3},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("inner", "sign"),
+    [(optax.identity(), 1), (optax.trace(0.9), 1), (optax.scale_by_adam(), 1), (optax.sgd(1.0), -1)],
+    ids=["sgd", "momentum", "adam", "sgd with rate 1"],
+)
+def test_the_proposed_rate_is_the_minimiser_along_the_line(method, inner, sign):
+    """From rates too low in the explore phase, and from rates too high in the exploit phase."""
+    loss, gradient = jax.value_and_grad(quadratic)(START)
+    direction, _ = inner.update(gradient, inner.init(START), START)
+    direction = jax.tree.map(lambda leaf: sign * leaf, direction)
+    best = line_minimiser(START, direction)
+
+    @jax.jit
+    def first_step(rate, explore_steps):  # both traced: one compilation for all
+        tx = lr_tuner(
+            inner,
+            rate,
+            explore_steps=explore_steps,
+            recompute_every=1,
+            epsilon_threshold=ENOUGH,
+            **METHODS[method],
+        )
+        state = tx.init(START)
+        # A loss that has stopped dropping, so that the rate may fall.
+        stalled = state.progress._replace(first_drop=jnp.ones(()), last_mean=loss)
+        updates, state = tx.update(
+            gradient, state._replace(progress=stalled), START, value=loss, value_fn=quadratic
+        )
+        return get_learning_rate(state), optax.apply_updates(START, updates)
+
+    for fraction in (0.1, 0.5, 0.9, 1.2, 2.0, 10.0):
+        rate, params = first_step(fraction * best, 10 if fraction < 1 else 0)
+        np.testing.assert_allclose(rate, best, rtol=1e-4, err_msg=f"from {fraction} times the best")
+        moved = jax.tree.map(lambda p, d: p - best * d, START, direction)
+        np.testing.assert_allclose(params["w"], moved["w"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_change_of_rate_is_bounded_by_equation_3(method):
+    tx = lr_tuner(
+        optax.identity(), 1e-3, explore_steps=10, recompute_every=1, epsilon_threshold=1e-9, **METHODS[method]
+    )
+    _, state = make_step(tx)(START, tx.init(START))
+    bound = np.cbrt(1e-9 * float(quadratic(START)))
+    np.testing.assert_allclose(get_learning_rate(state), 1e-3 + bound, rtol=1e-5)
+
+
+def test_where_the_loss_is_concave_the_rate_goes_to_the_bound_downhill():
+    def hill(params):
+        return 10 - jnp.sum(params["w"] ** 2)
+
+    up = lr_tuner(optax.identity(), 0.1, explore_steps=9, recompute_every=1, epsilon_threshold=1e-3)
+    _, state = make_step(up, hill, lambda p, params, kind: hill(p))(START, up.init(START))
+    np.testing.assert_allclose(get_learning_rate(state), 0.1 + np.cbrt(1e-3 * float(hill(START))), rtol=1e-5)
+
+
+def run(tx, steps, noise=0.0):
+    """Rates of a run on the quadratic; with ``noise`` losses are off, and superbatches are shifted."""
+    shifted = make_step(tx, superbatch=lambda p, params, shift: quadratic({"w": p["w"] - shift}))
+    params, state = START, tx.init(START)
+    generator = np.random.default_rng(0)
+    rates = [get_learning_rate(state)]
+    for _ in range(steps):
+        params, state = shifted(
+            params, state, 1 + noise * generator.standard_normal(), noise * generator.standard_normal(4)
+        )
+        rates.append(get_learning_rate(state))
+    return np.array(rates)
+
+
+@pytest.mark.parametrize("rate", [0.003, 0.05, 0.2])
+@pytest.mark.parametrize("method", ["fit", "taylor"])
+def test_explore_never_lowers_the_rate_and_exploit_never_raises_it(rate, method):
+    settings = dict(recompute_every=3, saturation_threshold=1.0, method=method, rollback=False)
+    tx = lr_tuner(optax.trace(0.5), rate, explore_steps=30, epsilon_threshold=1e-4, **settings)
+    changes = np.diff(run(tx, 90, noise=0.5))
+    assert (changes[:30] >= 0).all() and (changes[30:] <= 0).all()
+    assert (changes[:30] > 0).any() and (changes[30:] < 0).any()
+
+
+def test_the_rate_changes_only_at_the_end_of_a_window():
+    tx = lr_tuner(optax.identity(), 1e-3, explore_steps=50, recompute_every=7, epsilon_threshold=1e-9)
+    assert np.flatnonzero(np.diff(run(tx, 40))).tolist() == [6, 13, 20, 27, 34]
+
+
+def test_value_fn_is_evaluated_only_where_the_rate_may_change():
+    calls = []
+
+    def counted(params):
+        jax.debug.callback(lambda: calls.append(1))
+        return quadratic(params)
+
+    tx = lr_tuner(optax.identity(), 1e-3, explore_steps=100, recompute_every=5, num_samples=4)
+    step = jax.jit(
+        lambda params, state: tx.update(
+            jax.grad(quadratic)(params), state, params, value=quadratic(params), value_fn=counted
+        )
+    )
+    params, state = START, tx.init(START)
+    for _ in range(14):
+        updates, state = step(params, state)
+        params = optax.apply_updates(params, updates)
+    jax.effects_barrier()
+    assert len(calls) == 2 * 4
+
+
+def decaying(drops):
+    """Losses of windows of one step that drop by these amounts."""
+    return 100 - np.concatenate([[0.0], np.cumsum(drops)])
+
+
+@pytest.mark.parametrize(
+    ("drops", "falls_after"),
+    [
+        # Window 0 has no drop; window 1 has the first drop, 8; relative threshold 4: below 2 is saturated.
+        ([8, 4, 2.5, 2.1, 1.5, 2.0, 1.0], [5, 7]),
+        # After the crossing at 1.5, 1.5 is the threshold itself, whatever the next rate began with.
+        ([8, 1.5, 20, 10, 6, 1.6, 1.4], [2, 7]),
+        # A loss that rises is saturated; the absolute threshold is then 0.
+        ([8, -1, 9, 3, 0.5, -0.1], [2, 6]),
+    ],
+)
+def test_exploit_waits_for_saturation_relative_first_and_absolute_then(drops, falls_after):
+    tx = lr_tuner(
+        optax.identity(),
+        10.0,
+        explore_steps=0,
+        recompute_every=1,
+        saturation_threshold=4.0,
+        epsilon_threshold=1e-3,
+        rollback=False,
+    )
+    state = tx.init(START)
+    update = jax.jit(lambda state, value: tx.update(START, state, START, value=value, value_fn=bowl)[1])
+    fell = []
+    for index, value in enumerate(decaying(drops)):
+        before = float(get_learning_rate(state))
+        state = update(state, jnp.float32(value))
+        if float(get_learning_rate(state)) < before:
+            fell.append(index)
+    assert fell == falls_after
+
+
+def _planted(p, params, kind):
+    """A superbatch that says nothing, or (``kind`` 1) that further is always better."""
+    return -kind * sum(jnp.sum((a - b) ** 2) for a, b in zip(p.values(), params.values(), strict=True))
+
+
+@pytest.mark.parametrize("inner", [optax.trace(0.5), optax.scale_by_adam()], ids=["momentum", "adam"])
+@pytest.mark.parametrize("every", [1, 4])
+def test_a_bad_superbatch_is_rolled_back_once_to_the_last_bit(inner, every):
+    rate = np.float32(0.01)
+    tx = lr_tuner(inner, rate, explore_steps=500, recompute_every=every, epsilon_threshold=50.0)
+    step = make_step(tx, superbatch=_planted)
+    params, state = START, tx.init(START)
+    planted = 3 * every - 1  # the last step of the third window
+    history, returned = [], None
+    for index in range(12 * every):
+        history.append((params, state))
+        params, state = step(params, state, 1.0, float(index == planted))
+        if index < planted:
+            assert get_learning_rate(state) == rate
+        if index == planted:
+            assert get_learning_rate(state) > 100 * rate
+        if returned is None and state.num_rollbacks and not _on_its_way(state, params):
+            returned = index
+            before = history[planted]
+            chex.assert_trees_all_equal(params, before[0])
+            chex.assert_trees_all_equal(state.inner_state, before[1].inner_state)
+            assert get_learning_rate(state) == get_learning_rate(before[1])
+    assert returned is not None and returned <= planted + every + 3
+    assert state.num_rollbacks == 1
+    assert get_learning_rate(state) == rate
+    assert quadratic(params) < quadratic(history[planted][0])
+
+
+def _on_its_way(state, params):
+    return any(
+        np.any(here != there)
+        for here, there in zip(jax.tree.leaves(params), jax.tree.leaves(state.snapshot.params), strict=True)
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rounding_does_not_keep_a_rollback_from_its_snapshot(dtype):
+    """Parameters that are far off, of other magnitudes and signs than those to go back to."""
+    generator = np.random.default_rng(0)
+    there = jnp.asarray(generator.standard_normal(4096) * 10.0 ** generator.integers(-8, 3, 4096), dtype)
+    here = jnp.asarray(generator.standard_normal(4096) * 10.0 ** generator.integers(-3, 9, 4096), dtype)
+    tx = lr_tuner(optax.identity(), 0.1, explore_steps=9, recompute_every=2)
+    state = tx.init(there)
+    state = state._replace(snapshot=state.snapshot._replace(watched=jnp.asarray(True)))
+    params, update = here, jax.jit(tx.update, static_argnames="value_fn")
+    for _ in range(4):
+        updates, state = update(params, state, params, value=jnp.inf, value_fn=jnp.sum)
+        if np.array_equal(params, there):
+            break
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_array_equal(params, there)
+    assert state.num_rollbacks == 1
+
+
+def test_a_loss_that_is_not_finite_is_rolled_back_at_once():
+    tx = lr_tuner(optax.identity(), 0.01, explore_steps=99, recompute_every=10, epsilon_threshold=ENOUGH)
+    step = make_step(tx)
+    params, state = START, tx.init(START)
+    for index in range(20):
+        if index == 9:
+            before = params
+        params, state = step(params, state, jnp.nan if index == 12 else 1.0)
+        assert state.num_rollbacks == (index >= 12)
+        if index == 12:
+            np.testing.assert_allclose(params["w"], before["w"], rtol=1e-6)
+            assert get_learning_rate(state) == np.float32(0.01)
+
+
+def test_losses_that_are_not_finite_poison_nothing():
+    for rollback in (False, True):
+        tx = lr_tuner(optax.identity(), 0.01, explore_steps=9, recompute_every=2, rollback=rollback)
+        state = tx.init(START)
+        for value, value_fn in [
+            (jnp.nan, quadratic),
+            (1.0, lambda p: jnp.nan),
+            (jnp.inf, lambda p: jnp.inf),
+        ] * 2:
+            updates, state = tx.update(START, state, START, value=value, value_fn=value_fn)
+            assert np.isfinite(updates["w"]).all()
+        assert get_learning_rate(state) == np.float32(0.01)
+        assert all(np.isfinite(leaf).all() for leaf in state.window)
+
+
+def test_without_rollback_there_is_no_snapshot():
+    tx = lr_tuner(optax.identity(), 0.1, explore_steps=9, recompute_every=2, rollback=False)
+    assert sum(leaf.size for leaf in jax.tree.leaves(tx.init(START))) < 16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"learning_rate": 0.0}, r"learning_rate must be a number in \(0, inf\), got 0"),
+        ({"explore_steps": -1}, r"explore_steps must be an integer in \[0, .*got -1"),
+        ({"recompute_every": 0}, "recompute_every must be an integer in .1, .*got 0"),
+        ({"num_samples": 2}, "num_samples must be an integer in .3, .*got 2"),
+        ({"epsilon_threshold": 0}, "epsilon_threshold must be a number in .0, inf.*got 0"),
+        ({"saturation_threshold": 0.5}, "saturation_threshold must be a number in .1, inf.*got 0.5"),
+        ({"method": "newton"}, "method must be one of 'fit', 'taylor', got 'newton'"),
+        ({"probe_width": 1.5}, "probe_width must be a number in .0, 1.*got 1.5"),
+        ({"rollback_threshold": 2}, "rollback_threshold must be a number in .0, 1.*got 2"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    good = {"learning_rate": 0.1, "explore_steps": 1, "recompute_every": 1}
+    with pytest.raises(ValueError, match=message):
+        lr_tuner(optax.identity(), **(good | arguments))
