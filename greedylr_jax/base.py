@@ -339,9 +339,9 @@ def _answer_to_one(inner: optax.GradientTransformationExtraArgs) -> float | None
         with jax.ensure_compile_time_eval():
             one, zero = jnp.ones(1), jnp.zeros(1)
             answer, _ = inner.update(one, inner.init(zero), zero)
+            return None if _checks.is_traced(answer) else float(answer[0])
     except Exception:  # a transformation for parameters of a certain structure, or with other arguments
         return None
-    return None if _checks.is_traced(answer) else float(answer[0])
 
 
 def scale_updates(updates: optax.Updates, scale: jax.Array) -> optax.Updates:

@@ -1,10 +1,12 @@
-"""Pictures of a run: the loss above the learning rate that a rule chose (needs Matplotlib)."""
+"""Pictures of a run and of a range test (needs Matplotlib)."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jax.typing import ArrayLike
+
+from greedylr_jax.range_test import RangeTestResult, suggest_best, suggest_steepest
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,11 +53,6 @@ def plot_history(
       >>> [axes.get_ylabel() for axes in figure.axes]
       ['loss', 'learning rate']
     """
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415  (an optional dependency)
-    except ImportError as error:
-        raise ImportError("plot_history needs Matplotlib: pip install matplotlib") from error
-
     losses = np.asarray(loss, float)
     rates, label = _rates(history, base_learning_rate)
     if losses.ndim != 1 or losses.shape != rates.shape:
@@ -65,7 +62,7 @@ def plot_history(
     if smooth < 1:
         raise ValueError(f"smooth must be an integer >= 1, got {smooth!r}.")
 
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    figure = _new_figure("plot_history", (8, 5.5))
     above, below = figure.subplots(2, 1, sharex=True)
     steps = np.arange(1, len(losses) + 1)
     finite = np.where(np.isfinite(losses), losses, np.nan)
@@ -94,6 +91,63 @@ def plot_history(
     if title:
         figure.suptitle(title)
     return figure
+
+
+def plot_range_test(result: RangeTestResult, *, title: str | None = None) -> "Figure":
+    """Draws the loss of a learning-rate range test against the rate, and marks both suggestions.
+
+    Args:
+      result: what :func:`greedylr_jax.range_test.range_test` returned.
+      title: above the figure.
+
+    Returns:
+      The Matplotlib figure; it belongs to no window.
+
+    Raises:
+      ImportError: if Matplotlib is not installed.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from greedylr_jax.plotting import plot_range_test
+      >>> from greedylr_jax.range_test import RangeTestResult
+      >>> rates, losses = jnp.array([0.1, 0.2, 0.4, 0.8, 1.6]), jnp.array([5.0, 4.9, 2.0, 1.0, 7.0])
+      >>> figure = plot_range_test(RangeTestResult(rates, losses, losses))
+      >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+      ['after each step', 'smoothed', 'lowest, at 0.8', 'steepest, at 0.4']
+    """
+    figure = _new_figure("plot_range_test", (7, 4.5))
+    axes = figure.subplots()
+    rates = np.asarray(result.learning_rates)
+    losses = np.where(np.isfinite(result.losses), result.losses, np.nan)
+    smoothed = np.where(np.isfinite(result.smoothed), result.smoothed, np.nan)
+    axes.plot(rates, losses, ".", color=_LOSS, ms=3, alpha=0.4, label="after each step")
+    axes.plot(rates, smoothed, color=_LOSS, lw=1.8, label="smoothed")
+    suggestions = {"lowest": suggest_best(result), "steepest": suggest_steepest(result)}
+    for (name, rate), marker in zip(suggestions.items(), "vD", strict=True):
+        if np.isfinite(rate):
+            height = np.interp(rate, rates, smoothed)
+            axes.plot(rate, height, marker, color=_RATE, ms=9, ls="none", label=f"{name}, at {rate:.3g}")
+    if np.isfinite(smoothed).any():  # what diverged would flatten the rest
+        low, high = np.nanmin(smoothed), np.nanmax(smoothed)
+        margin = 0.25 * (high - low) or 1.0
+        axes.set_ylim(low - margin, high + margin)
+    if not np.allclose(np.diff(rates), rates[1] - rates[0]):
+        axes.set_xscale("log")
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("loss")
+    axes.grid(alpha=0.25, lw=0.5)
+    axes.legend(frameon=False)
+    if title:
+        axes.set_title(title)
+    return figure
+
+
+def _new_figure(name: str, size: tuple[float, float]) -> "Figure":
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415  (an optional dependency)
+    except ImportError as error:
+        raise ImportError(f"{name} needs Matplotlib: pip install matplotlib") from error
+    return Figure(figsize=size, layout="constrained")
 
 
 def _rates(

@@ -52,7 +52,7 @@ def _groups_of_rates(found: list[_Found]) -> list[_Found]:
     split = []
     for rate in found:
         rates = rate.state.learning_rate
-        if isinstance(rates, dict) and all(jnp.shape(value) == () for value in rates.values()):
+        if isinstance(rates, dict) and all(getattr(value, "shape", None) == () for value in rates.values()):
             for label, value in rates.items():
                 name = "/".join(filter(None, (rate.group, label)))
                 split.append(_Found(name, f"{rate.path}[{label!r}]", base.RateState(value)))

@@ -173,7 +173,7 @@ def lr_tuner(
             step=jnp.zeros((), jnp.int32),
             num_rollbacks=jnp.zeros((), jnp.int32),
             window=_empty_window(),
-            progress=Progress(_float(jnp.nan), _float(jnp.nan), _float(jnp.nan)),
+            progress=_unknown_progress(),
             snapshot=_empty_snapshot(params, inner_state, seed_rate) if rollback else None,
             inner_state=inner_state,
         )
@@ -337,8 +337,17 @@ def _sample_width(learning_rate: jax.Array, bound: jax.Array, probe_width: Array
 
 
 def _empty_window() -> Window:
-    zero = jnp.zeros((), jnp.int32)
-    return Window(steps=zero, finite=zero, mean=_float(0.0), squares=_float(0.0))
+    return Window(
+        steps=jnp.zeros((), jnp.int32),
+        finite=jnp.zeros((), jnp.int32),
+        mean=_float(0.0),
+        squares=_float(0.0),
+    )
+
+
+def _unknown_progress() -> Progress:
+    # Three arrays and not one: the same array twice in a state could not be donated.
+    return Progress(_float(jnp.nan), _float(jnp.nan), _float(jnp.nan))
 
 
 def _take_snapshot(
@@ -357,14 +366,13 @@ def _take_snapshot(
 
 
 def _empty_snapshot(params: optax.Params, inner_state: optax.OptState, learning_rate: ArrayLike) -> Snapshot:
-    nothing = _float(jnp.nan)
     return Snapshot(
         watched=jnp.asarray(False),
         settling=jnp.zeros((), jnp.int32),
-        limit=nothing,
+        limit=_float(jnp.nan),
         learning_rate=_float(learning_rate),
-        progress=Progress(nothing, nothing, nothing),
-        # Copies: the same array twice in a state could not be donated.
+        progress=_unknown_progress(),
+        # Copies, for the same reason.
         params=jax.tree.map(jnp.array, params),
         inner_state=jax.tree.map(jnp.array, inner_state),
     )

@@ -1,4 +1,4 @@
-"""The table of zeroth-order rules that the tests of carriers and wrappers sweep."""
+"""The tables of rules that the tests of carriers, wrappers, checkpoints and dtypes sweep."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import greedylr_jax
 
@@ -64,6 +65,30 @@ RULES = [
         lambda **carrier: greedylr_jax.schedule_by_rule(_toggle(), BASE_RATE, **carrier),
     ),
 ]
+
+
+# Optimizers that keep their own rates, for parameters {"w": ..., "b": ...}.
+OWN_RATES = {
+    "hypergradient-global": greedylr_jax.hypergradient(optax.trace(0.9), 0.01, 1e-3),
+    "hypergradient-group": greedylr_jax.hypergradient(
+        optax.trace(0.9), 0.01, 1e-3, granularity="group", param_labels={"w": "weights", "b": "bias"}
+    ),
+    "hypergradient-parameter": greedylr_jax.hypergradient(
+        optax.trace(0.9), 0.01, 1e-3, granularity="parameter"
+    ),
+    "hypergradient-multiplicative": greedylr_jax.hypergradient(
+        optax.scale_by_adam(), 0.01, 0.05, mode="multiplicative"
+    ),
+    "lr_tuner-fit": greedylr_jax.lr_tuner(
+        optax.trace(0.9), 0.01, explore_steps=20, recompute_every=3, saturation_threshold=1.0
+    ),
+    "lr_tuner-taylor": greedylr_jax.lr_tuner(
+        optax.scale_by_adam(), 0.01, explore_steps=20, recompute_every=3, method="taylor", rollback=False
+    ),
+    "factor_polling": optax.chain(
+        optax.sgd(0.01, momentum=0.9), greedylr_jax.factor_polling(every=3, sharpness=3.0)
+    ),
+}
 
 
 def losses(length: int = 64, seed: int = 0) -> np.ndarray:

@@ -11,7 +11,7 @@ import pytest
 
 import greedylr_jax
 from greedylr_jax.checkpoint import check_restorable
-from tests.greedylr_jax.rules import BASE_RATE, RULES, losses
+from tests.greedylr_jax.rules import BASE_RATE, OWN_RATES, RULES, losses
 
 PARAMS = {"w": jnp.linspace(-1.0, 1.0, 6), "b": jnp.zeros(2)}
 
@@ -19,10 +19,13 @@ PARAMS = {"w": jnp.linspace(-1.0, 1.0, 6), "b": jnp.zeros(2)}
 def make_run(tx):
     """A run that steps one at a time, all through one compiled step."""
 
+    def value_fn(params):
+        return sum(jnp.sum((leaf - 0.25) ** 2) for leaf in params.values())
+
     @jax.jit
     def step(params, state, value):
         grads = jax.tree.map(lambda leaf: leaf - 0.25, params)
-        updates, state = tx.update(grads, state, params, value=value)
+        updates, state = tx.update(grads, state, params, value=value, value_fn=value_fn)
         return optax.apply_updates(params, updates), state, greedylr_jax.metrics(state)
 
     def run(params, state, values):
@@ -41,21 +44,12 @@ def with_rule(case, carrier):
     return optax.chain(optax.adam(BASE_RATE), case.transformation(every=2))
 
 
-# Every rule, in each of its carriers or granularities.
+# Every rule, in each of its carriers.
 OPTIMIZERS = {
     f"{case.name}-{carrier}": with_rule(case, carrier)
     for case in RULES
     for carrier in ("transformation", "schedule")
-} | {
-    f"hypergradient-{granularity}": greedylr_jax.hypergradient(
-        optax.trace(0.9),
-        0.01,
-        1e-3,
-        granularity=granularity,
-        param_labels={"w": "weights", "b": "bias"} if granularity == "group" else None,
-    )
-    for granularity in ("global", "group", "parameter")
-}
+} | OWN_RATES
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -317,3 +317,20 @@ def test_wrong_arguments_are_named(options, message):
     arguments = {"learning_rate": 0.1, "hyper_learning_rate": 0.01} | options
     with pytest.raises(ValueError, match=message):
         hypergradient(optax.identity(), **arguments).init(PARAMS)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "rmsprop", "adagrad", "lion", "yogi", "nadam"])
+def test_an_optimizer_with_rate_one_is_the_direction_that_it_is_made_of(name):
+    """``optax.adam(1.0)`` steps downhill where ``optax.scale_by_adam()`` points uphill."""
+
+    def train(inner, sign):
+        tx = hypergradient(optax.chain(inner, optax.scale(sign)), 0.01, 1e-4)
+        params, state = jnp.array([1.0, -2.0]), tx.init(jnp.zeros(2))
+        for _ in range(4):
+            updates, state = tx.update(2 * params, state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    optimizer = getattr(optax, name)(1.0)
+    np.testing.assert_array_equal(train(optimizer, 1.0), train(optimizer, -1.0))
+    assert jnp.sum(train(optimizer, 1.0) ** 2) < 5.0

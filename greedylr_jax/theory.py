@@ -1,0 +1,253 @@
+"""Smoothness, the factor that follows from it, and a convergence bound for adaptive rates.
+
+"Dynamic Learning Rate Scheduling based on Loss Changes Leads to Faster Convergence" derives a factor that
+maximises GreedyLR's rate of convergence, F = 1 - 1/L_max for an L_max-smooth objective. An objective is
+L-smooth if its gradient changes by at most L times the distance; where it is twice differentiable, L is
+the largest absolute eigenvalue of its Hessian. :func:`estimate_smoothness` finds that at one point,
+:func:`local_smoothness` follows it along a training, and :func:`convergence_bound` says what any rule that
+keeps its rates below 2/L is sure to reach on a convex objective.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from greedylr_jax import _checks, base
+
+
+def estimate_smoothness(
+    loss_fn: Callable[[optax.Params], jax.Array],
+    params: optax.Params,
+    *,
+    num_iterations: int = 100,
+    tolerance: ArrayLike = 1e-4,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """The largest absolute eigenvalue of the Hessian at ``params``, by power iteration.
+
+    Each iteration is one Hessian-vector product (forward over reverse), so it costs about two gradients and
+    the memory of one. The estimate comes from below; where the two largest eigenvalues are close in size it
+    takes long to settle between them, and any value between is nearly right.
+
+    Args:
+      loss_fn: from parameters to a scalar, twice differentiable.
+      params: where, a pytree of real floating-point arrays.
+      num_iterations: at most this many, an integer >= 1.
+      tolerance: stop when an iteration changes the estimate by less than this fraction, >= 0; may be traced.
+      key: for the random first vector; None: always the same one.
+
+    Returns:
+      A scalar >= 0, float32 or wider. For a convex function it is the largest eigenvalue. Works under
+      ``jax.jit``.
+
+    Raises:
+      ValueError: if a number is out of its range, or ``params`` has no elements.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from greedylr_jax.theory import estimate_smoothness
+      >>> loss_fn = lambda params: jnp.sum(jnp.array([1.0, 3.0, -8.0]) * params**2) / 2
+      >>> print(f"{estimate_smoothness(loss_fn, jnp.ones(3)):.3f}")
+      8.000
+    """
+    num_iterations = _checks.check_static_integer("num_iterations", num_iterations, low=1)
+    tolerance = _checks.check_real("tolerance", tolerance, low=0.0, high_open=True)
+    if not sum(jnp.size(leaf) for leaf in jax.tree.leaves(params)):
+        raise ValueError(f"params must have elements, got {params!r}.")
+
+    def normalised(vector: optax.Params) -> tuple[optax.Params, jax.Array]:
+        norm = _norm(vector)
+        safe = jnp.where(norm > 0, norm, 1)
+        return jax.tree.map(lambda leaf: (leaf / safe).astype(leaf.dtype), vector), norm
+
+    def body(carry: Any) -> Any:
+        vector, estimate, _, count = carry
+        _, product = jax.jvp(jax.grad(loss_fn), (params,), (vector,))
+        vector, norm = normalised(product)
+        return vector, norm, estimate, count + 1
+
+    def goes_on(carry: Any) -> jax.Array:
+        _, estimate, previous, count = carry
+        settled = jnp.abs(estimate - previous) <= jnp.asarray(tolerance, estimate.dtype) * estimate
+        return (count < num_iterations) & ~(settled & (count > 1))
+
+    start, _ = normalised(optax.tree.random_like(jax.random.key(0) if key is None else key, params))
+    nothing = jnp.full((), -1, base.default_float_dtype())
+    _, estimate, _, _ = jax.lax.while_loop(goes_on, body, (start, nothing, nothing, 0))
+    return estimate
+
+
+class LocalSmoothnessState(NamedTuple):
+    """State of :func:`local_smoothness`."""
+
+    count: jax.Array  # shape=(), dtype=int32; estimates so far
+    latest: jax.Array  # shape=(), dtype=float; the last estimate
+    mean: jax.Array  # shape=(), dtype=float; running mean
+    maximum: jax.Array  # shape=(), dtype=float; the greatest
+    previous_params: optax.Params
+    previous_gradient: optax.Updates
+
+
+def local_smoothness(decay: ArrayLike = 0.9) -> optax.GradientTransformation:
+    """Follows |g_t - g_{t-1}| / |params_t - params_{t-1}| along a training, and changes nothing.
+
+    Put it first in a chain, where the updates are still the gradients. On one batch after another the
+    difference of gradients holds their noise too, so the estimate is then too high; with full gradients it
+    is a lower bound of L.
+
+    Args:
+      decay: of the running mean, in [0, 1); may be traced. Its first estimate counts fully.
+
+    Returns:
+      A gradient transformation that needs ``params``, whose state holds ``latest``, ``mean`` and
+      ``maximum``, NaN or 0 before there are two steps, and one copy of parameters and gradient. Steps that
+      do not move, or whose gradients are not finite, are left out.
+
+    Raises:
+      ValueError: if ``decay`` is out of its range; ``update`` raises it if ``params`` is missing.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from greedylr_jax.theory import local_smoothness
+      >>> tx = optax.chain(local_smoothness(), optax.sgd(0.1))
+      >>> params = jnp.array([1.0, 0.0])
+      >>> state = tx.init(params)
+      >>> for _ in range(2):
+      ...     grads = jax.grad(lambda p: 3.0 * jnp.sum(p**2))(params)
+      ...     updates, state = tx.update(grads, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(f"{state[0].latest:.3f}")
+      6.000
+    """
+    decay = _checks.check_real("decay", decay, low=0.0, high=1.0, high_open=True)
+
+    def init_fn(params: optax.Params) -> LocalSmoothnessState:
+        dtype = base.default_float_dtype()
+        nothing = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), params)
+        return LocalSmoothnessState(
+            count=jnp.zeros((), jnp.int32),
+            latest=jnp.full((), jnp.nan, dtype),
+            mean=jnp.full((), jnp.nan, dtype),
+            maximum=jnp.zeros((), dtype),
+            previous_params=nothing,
+            previous_gradient=jax.tree.map(jnp.array, nothing),
+        )
+
+    def update_fn(
+        updates: optax.Updates, state: LocalSmoothnessState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, LocalSmoothnessState]:
+        if params is None:
+            raise ValueError("local_smoothness needs the parameters: tx.update(grads, opt_state, params).")
+        distance = _norm(optax.tree.sub(params, state.previous_params))
+        change = _norm(optax.tree.sub(updates, state.previous_gradient))
+        known = (distance > 0) & jnp.isfinite(distance) & jnp.isfinite(change)
+        estimate = change / jnp.where(known, distance, 1)
+        weight = jnp.where(state.count == 0, 1, 1 - jnp.asarray(decay, estimate.dtype))
+        mean = jnp.where(state.count == 0, 0, state.mean)
+        advanced = (
+            optax.safe_increment(state.count),
+            estimate,
+            mean + weight * (estimate - mean),
+            jnp.maximum(state.maximum, estimate),
+        )
+        kept = (state.count, state.latest, state.mean, state.maximum)
+        return updates, LocalSmoothnessState(*base.select(known, advanced, kept), params, updates)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def optimal_factor(smoothness: ArrayLike) -> jax.Array:
+    """GreedyLR's factor for an L-smooth objective, F = 1 - 1/L.
+
+    L has a unit (loss over squared parameter), so the factor changes when the loss is rescaled: take it as
+    the paper's claim, which the laboratory tests, and not as advice.
+
+    Args:
+      smoothness: L_max, > 1 in the units of the problem: at 1 and below the formula gives no factor in
+        (0, 1). May be traced; it is then not checked.
+
+    Returns:
+      A scalar in (0, 1), for ``greedy_lr(factor=...)``.
+
+    Raises:
+      ValueError: if ``smoothness`` is known and not a finite number above 1.
+
+    Examples:
+      >>> from greedylr_jax.theory import optimal_factor
+      >>> print(optimal_factor(20.0))
+      0.95
+
+    Source: "Dynamic Learning Rate Scheduling based on Loss Changes Leads to Faster Convergence", abstract.
+    """
+    smoothness = _checks.check_real("smoothness", smoothness, low=1.0, low_open=True, high_open=True)
+    return 1 - 1 / jnp.asarray(smoothness, base.default_float_dtype())
+
+
+def convergence_bound(
+    learning_rates: ArrayLike, *, smoothness: float, initial_distance: float, strong_convexity: float = 0.0
+) -> np.ndarray:
+    """What gradient descent with these rates is sure to have reached after each step.
+
+    For a convex, L-smooth f with a minimiser x*, D = |x_0 - x*|, and rates a_t in (0, 2/L) that may depend
+    on all that went before, as GreedyLR's do:
+
+    * *Descent.* f(x_{t+1}) <= f(x_t) - a_t (1 - L a_t / 2) |g_t|^2, by smoothness; so f falls at every step.
+    * *Distance.* |x_{t+1} - x*|^2 = |x_t - x*|^2 - 2 a_t <g_t, x_t - x*> + a_t^2 |g_t|^2, where convexity
+      bounds <g_t, x_t - x*> from below by f(x_t) - f*.
+    * The two together, with c_t = a_t / (1 - L a_t / 2):
+      2 a_t (f(x_t) - f*) <= |x_t - x*|^2 - |x_{t+1} - x*|^2 + c_t (f(x_t) - f(x_{t+1})).
+    * *Rates up to 1/L* have c_t <= 2 a_t, so that f(x_t) may be replaced by f(x_{t+1}) on the left and the
+      last term dropped. Summed up, as f falls:  f(x_T) - f* <= D^2 / (2 sum a_t).
+    * *Any rates below 2/L*: c_t <= C = max c_t, the last terms sum to at most C (f(x_0) - f*), which is at
+      most C L D^2 / 2:  f(x_T) - f* <= D^2 (1 + C L / 2) / (2 sum a_t).
+    * *Strong convexity* m > 0: the distance shrinks by max(|1 - a_t m|, |1 - a_t L|) at every step, so
+      f(x_T) - f* <= (L / 2) D^2 product of their squares. The least of the bounds that hold is returned.
+
+    For GreedyLR before any training: its rates never fall below its minimum a, so with ``learning_rates``
+    all equal to a the bound holds (if its maximum is at most 1/L, as that bound falls in every rate).
+
+    Args:
+      learning_rates: a_t, shape (steps,), each in (0, 2/L).
+      smoothness: L > 0.
+      initial_distance: D >= 0.
+      strong_convexity: m in [0, L].
+
+    Returns:
+      Shape (steps,), float64: the bound on f - f* after 1, 2, ... steps.
+
+    Raises:
+      ValueError: if an argument is out of its range.
+
+    Examples:
+      >>> from greedylr_jax.theory import convergence_bound
+      >>> print(convergence_bound([0.5, 0.25, 0.25], smoothness=2.0, initial_distance=1.0))
+      [1.         0.66666667 0.5       ]
+    """
+    limit = _checks.check_real("smoothness", smoothness, low=0.0, low_open=True, high_open=True)
+    distance = _checks.check_real("initial_distance", initial_distance, low=0.0, high_open=True)
+    strong = _checks.check_real("strong_convexity", strong_convexity, low=0.0, high=limit)
+    rates = np.asarray(learning_rates, np.float64)
+    if rates.ndim != 1 or not ((rates > 0) & (rates < 2 / limit)).all():
+        raise ValueError(
+            f"learning_rates must be of shape (steps,) with each in (0, {2 / limit:g}), which is 2 over the "
+            f"smoothness, got shape {rates.shape} and values from {rates.min():g} to {rates.max():g}."
+        )
+    total = np.cumsum(rates)
+    small = np.where(np.maximum.accumulate(rates) <= 1 / limit, distance**2 / (2 * total), np.inf)
+    worst = np.maximum.accumulate(rates / (1 - limit * rates / 2))
+    general = distance**2 * (1 + worst * limit / 2) / (2 * total)
+    shrinks = np.maximum(np.abs(1 - rates * strong), np.abs(1 - rates * limit))
+    contracting = limit / 2 * distance**2 * np.cumprod(shrinks**2) if strong else np.inf
+    return np.minimum(np.minimum(small, general), contracting)
+
+
+def _norm(tree: Any) -> jax.Array:
+    """The Euclidean norm of a pytree, in float32 or wider."""
+    dtype = base.default_float_dtype()
+    squares = [jnp.sum(jnp.square(jnp.abs(leaf).astype(dtype))) for leaf in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(squares, start=jnp.zeros((), dtype)))

@@ -1,0 +1,239 @@
+"""Optimizers that keep their own rates: in wrappers, dtypes, x64, mapped, on devices, with bad losses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import greedylr_jax
+from tests.greedylr_jax.rules import OWN_RATES
+
+TARGET = {"w": jnp.linspace(-1.0, 2.0, 6), "b": jnp.array([0.5, -0.5])}
+START = {"w": jnp.zeros(6), "b": jnp.zeros(2)}
+STEPS = 60
+
+
+def loss_fn(params, noise=0.0):
+    squares = jax.tree.map(lambda a, b: jnp.sum(jnp.square(a - b.astype(a.dtype) - noise)), params, TARGET)
+    return sum(jax.tree.leaves(squares)).astype(jnp.float32)
+
+
+def rates(state):
+    """Everything that the readers give of the rate."""
+    read = greedylr_jax.metrics(state)
+    return {key: value for key, value in read.items() if "learning_rate" in key or "scale" in key}
+
+
+def train(tx, start=START, noise=0.1, bad_steps=()):
+    if not isinstance(tx, optax.MultiSteps):  # which takes them without being of a type that says so
+        tx = optax.with_extra_args_support(tx)
+
+    def body(carry, inputs):
+        params, state = carry
+        offset, bad = inputs
+        loss, grads = jax.value_and_grad(loss_fn)(params, offset)
+        updates, state = tx.update(
+            grads,
+            state,
+            params,
+            value=jnp.where(bad, jnp.nan, loss),
+            value_fn=lambda p: jnp.where(bad, jnp.nan, loss_fn(p, offset)),
+        )
+        return (optax.apply_updates(params, updates), state), rates(state)
+
+    offsets = noise * np.random.default_rng(0).standard_normal(STEPS).astype(np.float32)
+    bad = np.isin(np.arange(STEPS), bad_steps)
+    run = jax.jit(lambda params: jax.lax.scan(body, (params, tx.init(params)), (offsets, bad)))
+    (params, state), history = run(start)
+    return params, state, history
+
+
+@pytest.fixture(scope="module")
+def bare():
+    return {name: train(tx) for name, tx in OWN_RATES.items()}
+
+
+# Wrappers that hand everything on, so that nothing changes.
+TRANSPARENT = {
+    "chain": lambda tx: optax.chain(optax.identity(), tx),
+    "named_chain": lambda tx: optax.named_chain(("optimizer", tx)),
+    "greedylr_jax.chain": lambda tx: greedylr_jax.chain(optax.clip_by_global_norm(1e9), tx),
+    "clipping before it": lambda tx: optax.chain(optax.clip(1e9), tx),
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+    "MultiSteps of one": lambda tx: optax.MultiSteps(tx, 1),
+    "multi_steps of one": lambda tx: greedylr_jax.multi_steps(tx, 1),
+}
+KEY_PREFIX = {"named_chain": "optimizer/"}
+
+
+@pytest.mark.parametrize("wrapper", TRANSPARENT)
+@pytest.mark.parametrize("name", OWN_RATES)
+def test_a_wrapper_that_hands_all_on_changes_nothing(name, wrapper, bare):
+    params, _, history = train(TRANSPARENT[wrapper](OWN_RATES[name]))
+    expected_params, _, expected = bare[name]
+    for key, values in expected.items():
+        np.testing.assert_allclose(history[KEY_PREFIX.get(wrapper, "") + key], values, rtol=1e-4)
+    np.testing.assert_allclose(params["w"], expected_params["w"], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", OWN_RATES)
+def test_the_rate_moves_and_the_loss_falls(name, bare):
+    params, _, history = bare[name]
+    assert any(np.ptp(values) > 0 for values in history.values())
+    assert loss_fn(params) < 0.3 * loss_fn(START)
+
+
+@pytest.mark.parametrize("name", [name for name in OWN_RATES if name.startswith("hypergradient")])
+def test_hypergradient_works_on_a_part_of_the_parameters(name):
+    tx = optax.with_extra_args_support(OWN_RATES[name])
+    if "group" not in name:  # its labels are those of all parameters
+        params, _, _ = train(optax.masked(tx, {"w": True, "b": False}))
+        assert np.abs(params["w"] - TARGET["w"]).max() < 0.5
+
+
+@pytest.mark.parametrize("name", [name for name in OWN_RATES if not name.startswith("hypergradient")])
+def test_accumulation_shows_a_probing_rule_its_last_micro_batch(name):
+    params, _, history = train(greedylr_jax.multi_steps(OWN_RATES[name], 2))
+    assert loss_fn(params) < 0.7 * loss_fn(START)
+    for values in history.values():
+        np.testing.assert_array_equal(values[1:-1:2], values[2::2])  # moves only with an update
+
+
+@pytest.mark.parametrize("name", OWN_RATES)
+def test_rates_and_averages_stay_wide_beside_bfloat16_parameters(name):
+    start = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), START)
+    params, state, history = train(OWN_RATES[name], start)
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(params))
+    assert all(values.dtype == jnp.float32 for values in history.values())
+    wide = [
+        leaf
+        for leaf in jax.tree.leaves(state)
+        if leaf.shape == () and jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+    assert all(leaf.dtype == jnp.float32 for leaf in wide)
+    assert loss_fn(params) < 0.3 * loss_fn(START)
+
+
+@pytest.mark.parametrize("name", OWN_RATES)
+def test_with_64_bits_rates_are_float64(name):
+    with jax.enable_x64(True):
+        # A zeroth-order part of the state must not stay at 32 bits either.
+        start = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), START)
+        params, _, history = train(OWN_RATES[name], start)
+    assert all(values.dtype == jnp.float64 for values in history.values())
+    assert all(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("name", OWN_RATES)
+def test_steps_with_bad_losses_poison_nothing(name):
+    params, _, history = train(OWN_RATES[name], bad_steps=(0, 1, 7, 8, 20, 41))
+    for leaf in jax.tree.leaves((params, history)):
+        assert np.isfinite(leaf).all()
+    assert loss_fn(params) < 0.5 * loss_fn(START)
+
+
+@pytest.mark.parametrize("name", OWN_RATES)
+def test_a_step_moves_nothing_between_host_and_device_and_gives_its_buffers_back(name):
+    tx = optax.with_extra_args_support(OWN_RATES[name])
+
+    def step(params, state):
+        loss, grads = jax.value_and_grad(loss_fn)(params)
+        updates, state = tx.update(grads, state, params, value=loss, value_fn=loss_fn)
+        return optax.apply_updates(params, updates), state
+
+    donating = jax.jit(step, donate_argnums=(0, 1))
+    params = jax.tree.map(jnp.array, START)
+    params, state = donating(params, tx.init(params))
+    with jax.transfer_guard("disallow"):
+        before = state
+        params, state = donating(params, state)
+        jax.block_until_ready(params)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+    assert jax.tree.structure(before) == jax.tree.structure(state)
+
+
+@pytest.mark.parametrize("name", OWN_RATES)
+def test_mapped_runs_equal_single_ones(name, bare):
+    tx = optax.with_extra_args_support(OWN_RATES[name])
+
+    def run(scale):
+        def body(carry, _):
+            params, state = carry
+            loss, grads = jax.value_and_grad(loss_fn)(params)
+            updates, state = tx.update(grads, state, params, value=loss, value_fn=loss_fn)
+            return (optax.apply_updates(params, updates), state), rates(state)
+
+        start = jax.tree.map(lambda leaf: leaf + scale, START)
+        return jax.lax.scan(body, (start, tx.init(start)), length=12)[1]
+
+    scales = jnp.array([0.0, 0.3, 2.0])
+    mapped = jax.jit(jax.vmap(run))(scales)
+    for index, scale in enumerate(scales):
+        single = jax.jit(run)(scale)
+        for key, values in single.items():
+            np.testing.assert_allclose(mapped[key][index], values, rtol=2e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in OWN_RATES if not name.startswith("hypergradient")])
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"value_fn": None}, TypeError, "evaluates the loss along the step"),
+        ({"params": None}, TypeError, "needs the parameters"),
+        ({"value": jnp.ones(3)}, ValueError, "value must be a scalar loss"),
+        ({"value": "high"}, TypeError, "value must be a real scalar loss"),
+    ],
+)
+def test_a_call_without_what_a_probing_rule_needs_shows_the_right_one(name, arguments, error, message):
+    tx = OWN_RATES[name]
+    call = {"params": START, "value": 1.0, "value_fn": loss_fn} | arguments
+    with pytest.raises(error, match=message) as caught:
+        tx.update(START, tx.init(START), **call)
+    assert "tx.update(" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["lr_tuner-fit", "lr_tuner-taylor", "factor_polling"])
+def test_under_shard_map_all_devices_decide_alike(name):
+    """Each device has its own part of the data; rates must be those of one device with all of it."""
+    settings = {"explore_steps": 99, "recompute_every": 2}
+    make = {
+        "lr_tuner-fit": lambda **axis: greedylr_jax.lr_tuner(optax.identity(), 0.01, **settings, **axis),
+        "lr_tuner-taylor": lambda **axis: greedylr_jax.lr_tuner(
+            optax.identity(), 0.01, method="taylor", **settings, **axis
+        ),
+        "factor_polling": lambda **axis: optax.chain(optax.sgd(0.01), greedylr_jax.factor_polling(**axis)),
+    }[name]
+    data = jnp.asarray(np.random.default_rng(0).standard_normal((16, 6)), jnp.float32)
+
+    def batch_loss(params, x):
+        return jnp.mean((x @ params["w"] - x.sum(axis=1)) ** 2)
+
+    def run(tx, x, average):
+        params = {"w": jnp.zeros(6)}
+
+        def body(carry, _):
+            params, state = carry
+            loss, grads = jax.value_and_grad(batch_loss)(params, x)
+            updates, state = tx.update(
+                average(grads), state, params, value=loss, value_fn=lambda p: batch_loss(p, x)
+            )
+            return (optax.apply_updates(params, updates), state), rates(state)
+
+        return jax.lax.scan(body, (params, tx.init(params)), length=8)[1]
+
+    expected = jax.jit(lambda x: run(make(), x, lambda tree: tree))(data)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+    sharded = jax.jit(
+        jax.shard_map(
+            lambda x: run(make(axis_name="data"), x, lambda tree: jax.lax.pmean(tree, "data")),
+            mesh=mesh,
+            in_specs=spec("data"),
+            out_specs=spec(),
+            check_vma=False,
+        )
+    )(data)
+    for key, values in expected.items():
+        assert np.ptp(values) > 0
+        np.testing.assert_allclose(sharded[key], values, rtol=1e-4)
