@@ -1,6 +1,7 @@
 """The command line: ``python -m experiments COMMAND``."""
 
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
@@ -15,11 +16,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-
-
-@app.callback()
-def _commands() -> None:
-    """Keeps ``compare`` a command of its own while it is the only one."""
 
 
 @app.command()
@@ -55,6 +51,51 @@ def compare(
         out=out,
         fresh=fresh,
     )
+
+
+@app.command()
+def study(
+    name: Annotated[str | None, typer.Argument(help="Which study; --list shows them.")] = None,
+    preset: Annotated[str, typer.Option(help="quick (minutes) or full.")] = "quick",
+    out: Annotated[Path | None, typer.Option(help="Folder for the results. Default: results/NAME.")] = None,
+    show_list: Annotated[bool, typer.Option("--list", help="List the studies.")] = False,
+) -> None:
+    """Put the claims of a paper to the test."""
+    from rich.console import Console
+
+    from experiments.studies import STUDIES
+
+    if show_list or name is None:
+        for key, each in STUDIES.items():
+            typer.echo(f"{key}: {each.summary}")
+        return
+    _one_of("NAME", name, STUDIES)
+    _one_of("--preset", preset, ("quick", "full"))
+    from experiments import engine
+
+    engine.configure_devices()
+    STUDIES[name].load()(preset, out or Path("results") / name, Console())
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="Which benchmark: probing.")],
+    repeats: Annotated[int, typer.Option(help="Turns of each side in a timing.")] = 15,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results/bench"),
+) -> None:
+    """Measure costs; all sides take turns in one run, and ratios are compared."""
+    _one_of("NAME", name, ("probing",))
+    _at_least("--repeats", repeats, 1)
+    from rich.console import Console
+
+    from experiments.bench import probing
+
+    probing.run(Console(), out, repeats)
+
+
+def _one_of(option: str, value: str, allowed: Collection[str]) -> None:
+    if value not in allowed:
+        raise UsageError(f"{option} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 def _at_least(option: str, value: int, low: int) -> None:

@@ -122,14 +122,19 @@ class Engine:
             return (params, (optimizer_state, rule_state)), (loss, rate * scale)
 
         (params, _), (loss, rate) = jax.lax.scan(
-            body, (params, state), (inputs.rates, self._batches(batch_key))
+            body, (params, state), (inputs.rates, batch_indices(task, self.steps, batch_key))
         )
         return RunResult(loss, rate, task.loss(params, task.test), task.accuracy(params, task.test))
 
-    def _batches(self, key: jax.Array) -> jax.Array:
-        """Indices of each step's examples: every epoch a new permutation, its remainder left out."""
-        per_epoch, size = self.task.steps_per_epoch, self.task.batch_size
-        examples = len(next(iter(self.task.train.values())))
-        keys = jax.random.split(key, -(-self.steps // per_epoch))
-        permuted = jax.vmap(functools.partial(jax.random.permutation, x=examples))(keys)
-        return permuted[:, : per_epoch * size].reshape(-1, size)[: self.steps]
+
+def batch_indices(task: Task, steps: int, key: jax.Array) -> jax.Array:
+    """Indices of each step's examples: every epoch a new permutation, its remainder left out.
+
+    Returns:
+      Shape (steps, batch size).
+    """
+    per_epoch, size = task.steps_per_epoch, task.batch_size
+    examples = len(next(iter(task.train.values())))
+    keys = jax.random.split(key, -(-steps // per_epoch))
+    permuted = jax.vmap(functools.partial(jax.random.permutation, x=examples))(keys)
+    return permuted[:, : per_epoch * size].reshape(-1, size)[:steps]

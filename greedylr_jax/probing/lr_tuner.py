@@ -87,7 +87,7 @@ def lr_tuner(
     epsilon_threshold: ArrayLike = 1e-3,
     saturation_threshold: ArrayLike = 100.0,
     method: Literal["fit", "taylor"] = "fit",
-    probe_width: ArrayLike = 1.0,
+    probe_width: ArrayLike = 0.5,
     rollback: bool = True,
     rollback_threshold: ArrayLike = 0.1,
     axis_name: Hashable | None = None,
@@ -301,26 +301,12 @@ def _propose(
     axis_name = settings.axis_name
     if settings.method == "taylor":
         touching = probe.taylor_along(value_fn, params, direction, -learning_rate, axis_name=axis_name)
-        return _minimiser(touching._replace(k1=-touching.k1), learning_rate, bound)
+        return probe.best_rate(touching._replace(k1=-touching.k1), learning_rate, bound)
     width = _sample_width(learning_rate, bound, settings.probe_width)
     offsets = width * jnp.linspace(-1.0, 1.0, settings.num_samples, dtype=width.dtype)
     distances = -(learning_rate + offsets)
     losses = probe.losses_along(value_fn, params, direction, distances, axis_name=axis_name)
-    return _minimiser(probe.fit_parabola(losses, width), learning_rate, bound)
-
-
-def _minimiser(parabola: probe.Parabola, learning_rate: jax.Array, bound: jax.Array) -> jax.Array:
-    """The rate at the minimum of a parabola in eps, no further than ``bound`` away.
-
-    Returns:
-      NaN where the parabola is not finite.
-    """
-    convex = parabola.k2 > 0
-    vertex = -parabola.k1 / (2 * jnp.where(convex, parabola.k2, 1))
-    downhill = jnp.maximum(-jnp.sign(parabola.k1) * bound, -learning_rate / 2)
-    eps = jnp.where(convex, jnp.clip(vertex, -bound, bound), downhill)
-    known = jnp.isfinite(parabola.k1) & jnp.isfinite(parabola.k2)
-    return jnp.where(known, learning_rate + eps, jnp.nan)
+    return probe.best_rate(probe.fit_parabola(losses, width), learning_rate, bound)
 
 
 def _float(value: ArrayLike) -> jax.Array:

@@ -133,6 +133,21 @@ def fit_parabola(losses: jax.Array, width: jax.Array) -> Parabola:
     return Parabola(common + k0, k1 / width, k2 / width / width)
 
 
+def best_rate(parabola: Parabola, learning_rate: jax.Array, bound: jax.Array) -> jax.Array:
+    """The rate at the minimum of a parabola in the change of rate, no further than ``bound`` away.
+
+    Returns:
+      NaN where the parabola is not finite. Where it is not convex: the bound, downhill, but at least half of
+      the rate, as the bound may exceed the rate.
+    """
+    convex = parabola.k2 > 0
+    vertex = -parabola.k1 / (2 * jnp.where(convex, parabola.k2, 1))
+    downhill = jnp.maximum(-jnp.sign(parabola.k1) * bound, -learning_rate / 2)
+    eps = jnp.where(convex, jnp.clip(vertex, -bound, bound), downhill)
+    known = jnp.isfinite(parabola.k1) & jnp.isfinite(parabola.k2)
+    return jnp.where(known, learning_rate + eps, jnp.nan)
+
+
 def move(params: optax.Params, direction: optax.Updates, distance: ArrayLike) -> optax.Params:
     """``params + distance * direction``, in the parameters' dtypes."""
     steps = base.scale_updates(direction, jnp.asarray(distance, base.default_float_dtype()))

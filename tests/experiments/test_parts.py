@@ -14,7 +14,7 @@ import greedylr_jax
 from experiments import summary
 from experiments.data.digits import Digits
 from experiments.data.loading import load_split
-from experiments.engine import Engine, RunSpec
+from experiments.engine import Engine, RunSpec, batch_indices
 from experiments.errors import UsageError
 from experiments.schedules import ADAPTIVE, SCHEDULES, schedule_inputs, switch
 from experiments.store import RunStore, write_atomically
@@ -81,7 +81,7 @@ def test_a_run_of_the_engine_is_plain_training(data_dir):
         "plateau": optax.chain(optax.sgd(rate), ADAPTIVE["plateau"](task.steps_per_epoch)),
     }
     init_key, batch_key = jax.random.split(jax.random.key(seed))
-    batches = engine._batches(batch_key)
+    batches = batch_indices(engine.task, engine.steps, batch_key)
     for name, transformation in transformations.items():
         tx = optax.with_extra_args_support(transformation)
 
@@ -105,7 +105,7 @@ def test_a_run_of_the_engine_is_plain_training(data_dir):
 def test_batches_are_permutations_of_whole_epochs(data_dir):
     task = make_task("digits", data_dir)
     engine = Engine(task, "sgd", 3 * task.steps_per_epoch)
-    batches = np.asarray(engine._batches(jax.random.key(0)))
+    batches = np.asarray(batch_indices(engine.task, engine.steps, jax.random.key(0)))
     for epoch in batches.reshape(3, -1):
         assert len(np.unique(epoch)) == len(epoch)
     assert not (batches[0] == batches[task.steps_per_epoch]).all()

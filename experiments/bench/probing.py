@@ -1,0 +1,260 @@
+"""What probing costs, in forward passes of the same loss, and whether cheap and exact probes agree.
+
+Work is counted by XLA (``compiled.cost_analysis()``), which counts the body of a loop once: the passes of a
+probe that it leaves out are added at the cost of one pass at p + t d, compiled alone.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from experiments.store import write_atomically
+from experiments.tasks import make_task
+from experiments.timing import interleaved_medians
+from greedylr_jax import factor_polling, superbatch_loss
+from greedylr_jax.probing import probe
+
+FACTORS = (8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.125)
+BATCHES, BATCH = 4, 256  # of the superbatch
+WIDTHS = (64, 512, 512, 512, 10)
+# Direction, learning rate, epsilon threshold of the size that the paper advises for such rates.
+DIRECTIONS = {
+    "sgd": (optax.identity(), 0.1, 1e-3),
+    "momentum": (optax.trace(0.9), 0.02, 1e-4),
+    "adam": (optax.scale_by_adam(), 1e-3, 1e-8),
+}
+
+
+class Cost(NamedTuple):
+    """One side of the table."""
+
+    name: str
+    flops: float  # in forward passes over the same data
+    seconds: float  # in forward passes over the same data
+    limit: float | None  # in forward passes
+    note: str
+
+
+def cost_rows(repeats: int = 15) -> list[Cost]:
+    """Work and time of each probe on a multilayer perceptron of 0.6 million parameters.
+
+    Args:
+      repeats: turns of each side in the timing; 0: work only, and NaN for the times.
+    """
+    sides = _sides()
+    compiled = {name: jax.jit(side.function).lower(*side.arguments).compile() for name, side in sides.items()}
+    flops = {name: program.cost_analysis()["flops"] for name, program in compiled.items()}
+    moved = {unit: flops[f"{unit} at p + t d"] for unit in (_SUPERBATCH, _BATCH)}
+    flops = {name: flops[name] + side.uncounted * moved[side.unit] for name, side in sides.items()}
+    seconds = dict.fromkeys(sides, float("nan"))
+    if repeats:
+        runs = {
+            name: lambda program=program, side=sides[name]: program(*side.arguments)
+            for name, program in compiled.items()
+        }
+        seconds = interleaved_medians(runs, repeats)
+    limits = {
+        "probe, 3 points": 3.2,
+        "probe, taylor": 6.0,
+        # Each of its passes is at moved parameters: one product and one sum a parameter more.
+        "polling, 7 factors": (flops["batch, forward and back"] + len(FACTORS) * moved[_BATCH])
+        / flops[_BATCH],
+    }
+
+    def row(name: str, side: _Side) -> Cost:
+        unit = side.unit
+        return Cost(
+            name, flops[name] / flops[unit], seconds[name] / seconds[unit], limits.get(name), side.note
+        )
+
+    return [row(name, side) for name, side in sides.items()]
+
+
+def polling_memory() -> dict[str, float]:
+    """Temporary memory of a compiled polling step and of a forward pass, in copies of the parameters."""
+    sides = _sides()
+    size = _bytes(sides["polling, 7 factors"].arguments[0])
+
+    def temporary(name: str) -> float:
+        program = jax.jit(sides[name].function).lower(*sides[name].arguments).compile()
+        return program.memory_analysis().temp_size_in_bytes / size
+
+    return {name: temporary(name) for name in (_BATCH, "polling, 7 factors")}
+
+
+class Agreement(NamedTuple):
+    """How the rates of two probes differ from those of a five-point fit, relatively, over a training."""
+
+    direction: str
+    three_points: np.ndarray  # shape=(points,)
+    taylor: np.ndarray  # shape=(points,)
+
+
+def agreement(steps: int = 300, every: int = 20) -> list[Agreement]:
+    """Trains the digits network, and compares the rates that three probes propose along the way."""
+    return [agreement_of(name, steps, every) for name in DIRECTIONS]
+
+
+def agreement_of(name: str, steps: int, every: int) -> Agreement:
+    """The same for one direction."""
+    task = make_task("digits")
+    inner, rate, threshold = DIRECTIONS[name]
+    rate = jnp.float32(rate)
+
+    def batches(key, count):
+        indices = jax.random.randint(key, (count, task.batch_size), 0, len(task.train["label"]))
+        return jax.tree.map(lambda examples: jnp.asarray(examples)[indices], task.train)
+
+    @jax.jit
+    def step(params, state, key):
+        keys = jax.random.split(key)
+        batch = jax.tree.map(lambda leaf: leaf[0], batches(keys[0], 1))
+        loss, grads = jax.value_and_grad(task.loss)(params, batch)
+        direction, state = inner.update(grads, state, params)
+        value_fn = superbatch_loss(task.loss, batches(keys[1], 10))
+        bound = jnp.cbrt(threshold * loss)
+        rates = []
+        for count in (3, 5):
+            offsets = 0.5 * rate * jnp.linspace(-1.0, 1.0, count)
+            losses = probe.losses_along(value_fn, params, direction, -(rate + offsets))
+            rates.append(probe.best_rate(probe.fit_parabola(losses, 0.5 * rate), rate, bound))
+        touching = probe.taylor_along(value_fn, params, direction, -rate)
+        rates.append(probe.best_rate(touching._replace(k1=-touching.k1), rate, bound))
+        params = optax.apply_updates(params, jax.tree.map(lambda leaf: -rate * leaf, direction))
+        return params, state, jnp.stack(rates)
+
+    params = task.init(jax.random.key(0))
+    state, seen = inner.init(params), []
+    for index in range(steps):
+        params, state, rates = step(params, state, jax.random.key(index))
+        if index % every == every - 1:
+            seen.append(rates)
+    three, five, taylor = np.array(seen).T
+    # Relative to the present rate where the proposal is near zero or below, which the rule ignores.
+    size = np.maximum(np.abs(five), float(rate))
+    return Agreement(name, np.abs(three - five) / size, np.abs(taylor - five) / size)
+
+
+_SUPERBATCH, _BATCH = "superbatch, forward", "batch, forward"  # the two units
+
+
+class _Side(NamedTuple):
+    unit: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    uncounted: int = 0  # passes that XLA's count leaves out
+    note: str = ""
+
+
+def _sides() -> dict[str, _Side]:
+    keys = jax.random.split(jax.random.key(0), len(WIDTHS) + 1)
+    params = [
+        jax.random.normal(key, (rows, columns)) * np.sqrt(2 / rows)
+        for key, rows, columns in zip(keys, WIDTHS[:-1], WIDTHS[1:], strict=False)
+    ]
+    batches = {
+        "x": jax.random.normal(keys[-2], (BATCHES, BATCH, WIDTHS[0])),
+        "y": jax.random.randint(keys[-1], (BATCHES, BATCH), 0, WIDTHS[-1]),
+    }
+    batch = jax.tree.map(lambda leaf: leaf[0], batches)
+    polling = optax.chain(optax.sgd(0.1), factor_polling(FACTORS))
+
+    def forward(params, batches):
+        return superbatch_loss(_mlp_loss, batches)(params)
+
+    def points(count):
+        def fit(params, batches, direction, distance):
+            distances = distance * (1 + 0.5 * jnp.linspace(-1.0, 1.0, count))
+            losses = probe.losses_along(lambda p: forward(p, batches), params, direction, distances)
+            return probe.fit_parabola(losses, -0.5 * distance)
+
+        return fit
+
+    def taylor(params, batches, direction, distance):
+        return probe.taylor_along(lambda p: forward(p, batches), params, direction, distance)
+
+    def poll(params, batch, state):
+        value, grads = jax.value_and_grad(_mlp_loss)(params, batch)
+        return polling.update(grads, state, params, value=value, value_fn=lambda p: _mlp_loss(p, batch))
+
+    def at_moved(loss):
+        return lambda params, data, direction, distance: loss(probe.move(params, direction, distance), data)
+
+    direction = jax.grad(_mlp_loss)(params, batch)
+    along = (params, batches, direction, jnp.float32(-0.1))
+    passes = len(FACTORS) - 1
+    return {
+        _SUPERBATCH: _Side(_SUPERBATCH, forward, (params, batches), note="unit"),
+        f"{_SUPERBATCH} at p + t d": _Side(_SUPERBATCH, at_moved(forward), along),
+        "probe, 3 points": _Side(_SUPERBATCH, points(3), along, 2, "LRTuner's default"),
+        "probe, 5 points": _Side(_SUPERBATCH, points(5), along, 4, "as in the paper"),
+        "probe, taylor": _Side(_SUPERBATCH, taylor, along, 0, "exact"),
+        _BATCH: _Side(_BATCH, _mlp_loss, (params, batch), note="unit"),
+        f"{_BATCH} at p + t d": _Side(
+            _BATCH, at_moved(_mlp_loss), (params, batch, direction, jnp.float32(-0.1))
+        ),
+        "batch, forward and back": _Side(_BATCH, jax.value_and_grad(_mlp_loss), (params, batch)),
+        "polling, 7 factors": _Side(
+            _BATCH, poll, (params, batch, polling.init(params)), passes, "gradient included"
+        ),
+    }
+
+
+def _mlp_loss(params, batch):
+    hidden = batch["x"]
+    for weights in params[:-1]:
+        hidden = jax.nn.relu(hidden @ weights)
+    losses = optax.softmax_cross_entropy_with_integer_labels(hidden @ params[-1], batch["y"])
+    return jnp.mean(losses)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def run(console: Console, out: Path, repeats: int) -> dict[str, Any]:
+    """Measures all, prints the tables, and writes ``probing.json`` into ``out``."""
+    costs, memory, agreements = cost_rows(repeats), polling_memory(), agreement()
+    table = Table(title="Cost of probing, in forward passes over the same data", box=box.SIMPLE_HEAD)
+    for header in ("side", "work (XLA)", "time", "limit", ""):
+        table.add_column(header, justify="left" if header in ("side", "") else "right")
+    for row in costs:
+        limit = "" if row.limit is None else f"{row.limit:.2f}"
+        table.add_row(row.name, f"{row.flops:.2f}", f"{row.seconds:.2f}", limit, row.note)
+    console.print(table)
+    used, forward = memory["polling, 7 factors"], memory[_BATCH]
+    console.print(
+        f"Temporary memory of a polling step: {used:.2f} copies of the parameters; limit {3 + forward:.2f}, "
+        f"3 copies and one forward pass ({forward:.2f}). The paper keeps {len(FACTORS)} copies.\n"
+    )
+    compared = Table(
+        title="Proposed rates, relative difference from a 5-point fit (digits)",
+        box=box.SIMPLE_HEAD,
+    )
+    for header in ("direction", "3 points: median", "most", "taylor: median", "most"):
+        compared.add_column(header, justify="left" if header == "direction" else "right")
+    for each in agreements:
+        cells = [f(values) for values in (each.three_points, each.taylor) for f in (np.median, np.max)]
+        compared.add_row(each.direction, *(f"{cell:.2%}" for cell in cells))
+    console.print(compared)
+    result = {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "costs": [cost._asdict() for cost in costs],
+        "memory": memory,
+        "agreement": {
+            each.direction: {"three_points": each.three_points.tolist(), "taylor": each.taylor.tolist()}
+            for each in agreements
+        },
+    }
+    write_atomically(out / "probing.json", lambda path: path.write_text(json.dumps(result, indent=2)))
+    return result

@@ -1,0 +1,284 @@
+"""Figures 8 to 10 of "Zeroth Order GreedyLR": one network trained with SGD at a constant rate, with GreedyLR,
+and with hypergradient descent per parameter and per parameter group.
+
+The paper names neither its network nor its hyper learning rate. Here it is the digits network, each layer a
+group, and each method takes the hyper learning rate of a grid that gave it the lowest training loss on seeds
+that are not reported.
+"""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+import polars as pl
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import greedylr_jax
+from experiments.engine import batch_indices
+from experiments.store import write_atomically
+from experiments.summary import confidence_interval, stage_losses
+from experiments.tasks import make_task
+from experiments.tasks.base import Task
+
+INITIAL_RATES = (0.01, 0.1)
+HYPER_RATES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+TUNING_SEEDS = (1000, 1001)
+PRESETS = {"quick": {"steps": 300, "seeds": 3}, "full": {"steps": 1200, "seeds": 10}}
+# Colours as in the paper's figure 8.
+COLORS = {
+    "constant SGD": "#CC3311",
+    "GreedyLR": "#111111",
+    "per parameter": "#009E73",
+    "per group": "#0072B2",
+}
+
+
+def _layers(params: optax.Params) -> Any:
+    """The layer that each array belongs to, its group."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: str(path[0].key), params)
+
+
+def _hypergradient(granularity: str) -> Callable[[jax.Array, jax.Array], optax.GradientTransformation]:
+    def make(rate: jax.Array, hyper_rate: jax.Array) -> optax.GradientTransformation:
+        labels = _layers if granularity == "group" else None
+        return greedylr_jax.hypergradient(
+            optax.identity(), rate, hyper_rate, granularity=granularity, param_labels=labels
+        )
+
+    return make
+
+
+METHODS: dict[str, Callable[[jax.Array, jax.Array], optax.GradientTransformation]] = {
+    "constant SGD": lambda rate, hyper_rate: optax.sgd(rate),
+    "GreedyLR": lambda rate, hyper_rate: optax.chain(optax.sgd(rate), greedylr_jax.greedy_lr()),
+    "per parameter": _hypergradient("parameter"),
+    "per group": _hypergradient("group"),
+}
+HAS_HYPER_RATE = ("per parameter", "per group")
+
+
+class History(NamedTuple):
+    """What a run leaves; ``rates`` holds least, mean and greatest, or one for each group."""
+
+    loss: np.ndarray  # shape=(steps,)
+    rates: dict[str, np.ndarray]  # each of shape=(steps,)
+    test_accuracy: np.ndarray  # shape=()
+
+
+def _rates(method: str, state: optax.OptState, rate: jax.Array) -> dict[str, jax.Array]:
+    if method == "constant SGD":
+        return {"learning_rate": rate}
+    if method == "GreedyLR":
+        return {"learning_rate": rate * greedylr_jax.get_scale(state)}
+    read = greedylr_jax.metrics(state)
+    return {name: value for name, value in read.items() if "learning_rate" in name}
+
+
+def train(task: Task, method: str, steps: int, runs: list[tuple[int, float, float]]) -> list[History]:
+    """Trains runs of one method, each (seed, initial rate, hyper learning rate), in one compiled program."""
+
+    def one(run: tuple[jax.Array, jax.Array, jax.Array]) -> History:
+        seed, rate, hyper_rate = run
+        init_key, batch_key = jax.random.split(jax.random.key(seed))
+        params = task.init(init_key)
+        tx = optax.with_extra_args_support(METHODS[method](rate, hyper_rate))
+
+        def body(carry: Any, indices: jax.Array) -> Any:
+            params, state = carry
+            batch = jax.tree.map(lambda examples: jnp.asarray(examples)[indices], task.train)
+            loss, grads = jax.value_and_grad(task.loss)(params, batch)
+            updates, state = tx.update(grads, state, params, value=loss)
+            return (optax.apply_updates(params, updates), state), (loss, _rates(method, state, rate))
+
+        (params, _), (loss, rates) = jax.lax.scan(
+            body, (params, tx.init(params)), batch_indices(task, steps, batch_key)
+        )
+        return History(loss, rates, task.accuracy(params, task.test))
+
+    columns = tuple(jnp.array(column) for column in zip(*runs, strict=True))
+    histories = jax.device_get(jax.jit(lambda all_runs: jax.lax.map(one, all_runs))(columns))
+    return [jax.tree.map(lambda leaf, row=row: leaf[row], histories) for row in range(len(runs))]
+
+
+def tune(task: Task, method: str, steps: int) -> dict[float, float]:
+    """For each initial rate the hyper learning rate with the lowest final loss on the tuning seeds."""
+    if method not in HAS_HYPER_RATE:
+        return dict.fromkeys(INITIAL_RATES, 0.0)
+    runs = list(itertools.product(TUNING_SEEDS, INITIAL_RATES, HYPER_RATES))
+    losses = [stage_losses(history.loss)[100] for history in train(task, method, steps, runs)]
+    means = np.mean(np.reshape(losses, (len(TUNING_SEEDS), len(INITIAL_RATES), -1)), axis=0)
+    return {rate: HYPER_RATES[int(np.argmin(row))] for rate, row in zip(INITIAL_RATES, means, strict=True)}
+
+
+def run(preset: str, out: Path, console: Console) -> None:
+    """Trains all, and leaves ``runs.parquet``, ``table.csv`` and the three figures in ``out``."""
+    steps, seeds = PRESETS[preset]["steps"], PRESETS[preset]["seeds"]
+    task = make_task("digits")
+    rows: list[dict[str, Any]] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        job = progress.add_task("training", total=2 * len(METHODS))
+        for method in METHODS:
+            progress.update(job, description=f"{method}: tuning")
+            hyper_rates = tune(task, method, steps)
+            progress.update(job, description=f"{method}: training", advance=1)
+            specs = [(seed, rate, hyper_rates[rate]) for rate in INITIAL_RATES for seed in range(seeds)]
+            histories = train(task, method, steps, specs)
+            rows += [_row(method, *pair) for pair in zip(specs, histories, strict=True)]
+            progress.advance(job)
+    runs = pl.DataFrame(rows, infer_schema_length=None)
+    table = summarize(runs)
+    _print(table, f"digits, SGD, {steps} steps, {seeds} seeds: loss at the end", console)
+    write_atomically(out / "runs.parquet", runs.write_parquet)
+    write_atomically(out / "table.csv", table.write_csv)
+    figures = {"fig8_losses": draw_losses, "fig9_greedylr": draw_greedy, "fig10_rates": draw_groups}
+    for name, draw in figures.items():
+        figure = draw(runs)
+        write_atomically(out / f"{name}.png", lambda path, figure=figure: figure.savefig(path, dpi=150))
+        plt.close(figure)
+    console.print(f"Table, figures 8 to 10 and rows are in {out}.")
+
+
+def _row(method: str, spec: tuple[int, float, float], history: History) -> dict[str, Any]:
+    seed, rate, hyper_rate = spec
+    return {
+        "method": method,
+        "learning_rate": rate,
+        "hyper_learning_rate": hyper_rate,
+        "seed": seed,
+        "final_loss": stage_losses(history.loss)[100],
+        "test_accuracy": float(history.test_accuracy),
+        "loss": history.loss.tolist(),
+        "rates": {name: values.tolist() for name, values in sorted(history.rates.items())},
+    }
+
+
+def summarize(runs: pl.DataFrame) -> pl.DataFrame:
+    """One row for each initial rate and method: mean final loss, its difference from constant SGD's."""
+    rows = []
+    for (rate,), cell in runs.group_by(["learning_rate"], maintain_order=True):
+        baseline = cell.filter(pl.col("method") == "constant SGD").sort("seed")["final_loss"].to_numpy()
+        for (method,), group in cell.group_by(["method"], maintain_order=True):
+            losses = group.sort("seed")["final_loss"].to_numpy()
+            low, high = confidence_interval(losses - baseline)
+            rows.append(
+                {
+                    "learning_rate": rate,
+                    "method": method,
+                    "hyper_learning_rate": group["hyper_learning_rate"][0],
+                    "final_loss": float(np.mean(losses)),
+                    "difference": float(np.mean(losses - baseline)),
+                    "difference_low": low,
+                    "difference_high": high,
+                    "test_accuracy": 100 * float(group["test_accuracy"].mean()),
+                }
+            )
+    return pl.DataFrame(rows)
+
+
+def _print(table: pl.DataFrame, title: str, console: Console) -> None:
+    printed = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    headers = ("rate", "method", "hyper", "loss", "minus constant [95% CI]", "acc.")
+    for header in headers:
+        printed.add_column(header, justify="left" if header == "method" else "right", no_wrap=True)
+    for row in table.iter_rows(named=True):
+        interval = f"{row['difference']:+.2g} [{row['difference_low']:+.2g}, {row['difference_high']:+.2g}]"
+        printed.add_row(
+            f"{row['learning_rate']:g}",
+            row["method"],
+            f"{row['hyper_learning_rate']:g}" if row["method"] in HAS_HYPER_RATE else "",
+            f"{row['final_loss']:.3g}",
+            "" if row["method"] == "constant SGD" else interval,
+            f"{row['test_accuracy']:.1f}",
+        )
+    console.print(printed)
+
+
+def _panels(runs: pl.DataFrame, title: str) -> tuple[plt.Figure, list[tuple[plt.Axes, float]]]:
+    """One panel for each initial rate."""
+    rates = runs["learning_rate"].unique(maintain_order=True).to_list()
+    figure, grid = plt.subplots(
+        1, len(rates), figsize=(5.2 * len(rates), 4.2), squeeze=False, layout="constrained"
+    )
+    figure.suptitle(title, fontsize=12)
+    for axes, rate in zip(grid[0], rates, strict=True):
+        axes.set_title(f"initial rate {rate:g}", fontsize=10)
+        axes.set_xlabel("step")
+        axes.set_yscale("log")
+        axes.grid(alpha=0.25, lw=0.5)
+    return figure, list(zip(grid[0], rates, strict=True))
+
+
+def _add_legend(figure: plt.Figure, panels: list[tuple[plt.Axes, float]]) -> None:
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3), frameon=False)
+
+
+def _histories(runs: pl.DataFrame, method: str, rate: float, column: str) -> np.ndarray:
+    """Shape (seeds, steps)."""
+    cell = runs.filter((pl.col("method") == method) & (pl.col("learning_rate") == rate))
+    if column == "loss":
+        return np.array(cell["loss"].to_list())
+    return np.array([row[column] for row in cell["rates"].to_list()], float)
+
+
+def draw_losses(runs: pl.DataFrame) -> plt.Figure:
+    """Figure 8: loss histories of the four methods."""
+    figure, panels = _panels(runs, "Training loss (mean of the seeds, running mean over 20 steps)")
+    for axes, rate in panels:
+        for method, color in COLORS.items():
+            mean = _histories(runs, method, rate, "loss").mean(axis=0)
+            smooth = np.convolve(mean, np.full(20, 1 / 20), mode="valid")
+            axes.plot(np.arange(len(smooth)) + 20, smooth, color=color, lw=1.5, label=method)
+        axes.set_ylabel("training loss")
+    _add_legend(figure, panels)
+    return figure
+
+
+def draw_greedy(runs: pl.DataFrame) -> plt.Figure:
+    """Figure 9: the rate of GreedyLR beside the constant one."""
+    figure, panels = _panels(runs, "Learning rate of GreedyLR (each line one seed) and of constant SGD")
+    for axes, rate in panels:
+        for method in ("constant SGD", "GreedyLR"):
+            for index, values in enumerate(_histories(runs, method, rate, "learning_rate")):
+                axes.plot(values, color=COLORS[method], lw=1, label=method if index == 0 else None)
+        axes.set_ylabel("learning rate")
+    _add_legend(figure, panels)
+    return figure
+
+
+def draw_groups(runs: pl.DataFrame) -> plt.Figure:
+    """Figure 10: rates per parameter (mean and extent) and per group, of the first seed."""
+    figure, panels = _panels(runs, "Learning rates of hypergradient descent (first seed)")
+    for axes, rate in panels:
+        low, mean, high = (
+            _histories(runs, "per parameter", rate, f"learning_rate_{name}")[0]
+            for name in ("min", "mean", "max")
+        )
+        steps = np.arange(len(mean))
+        axes.fill_between(steps, np.maximum(low, rate / 1e3), high, color="#0072B2", alpha=0.2, lw=0)
+        axes.plot(steps, mean, color="#0072B2", lw=1.5, label="per parameter: mean (band: least to greatest)")
+        cell = runs.filter((pl.col("method") == "per group") & (pl.col("learning_rate") == rate))
+        groups = {name: values for name, values in cell["rates"][0].items() if values is not None}
+        groups = {name: values for name, values in groups.items() if name.endswith("/learning_rate")}
+        for (name, values), style in zip(groups.items(), ("-", "--", ":", "-."), strict=False):
+            label = f"per group: {name.removesuffix('/learning_rate')}"
+            axes.plot(steps, values, color="#CC3311", lw=1.3, ls=style, label=label)
+        axes.axhline(rate, color="#777777", lw=1, label="constant SGD")
+        axes.set_ylabel("learning rate")
+        axes.set_ylim(rate / 2e3, None)  # rates may be zero, which a logarithmic axis has no place for
+    _add_legend(figure, panels)
+    return figure

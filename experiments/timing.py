@@ -1,0 +1,29 @@
+"""Timing that a noisy machine does not spoil: sides take turns, and medians are compared."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def interleaved_medians(sides: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Seconds of each side, the median of its turns; the order changes from turn to turn.
+
+    Args:
+      sides: functions without arguments that return arrays, compiled already.
+      repeats: turns of each, >= 1.
+    """
+    order = list(sides)
+    for name in order:  # what the first call alone does
+        jax.block_until_ready(sides[name]())
+    seconds: dict[str, list[float]] = {name: [] for name in order}
+    generator = np.random.default_rng(0)
+    for _ in range(repeats):
+        generator.shuffle(order)
+        for name in order:
+            start = time.perf_counter()
+            jax.block_until_ready(sides[name]())
+            seconds[name].append(time.perf_counter() - start)
+    return {name: float(np.median(each)) for name, each in seconds.items()}
