@@ -62,8 +62,9 @@ def train(environment, out):
     return run(environment, "train_digits", *arguments)
 
 
-def test_killed_training_ends_as_if_undisturbed(environment, tmp_path):
-    """SIGKILL at five random moments; each restart goes on from the last Orbax checkpoint."""
+@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_killed_training_ends_as_if_undisturbed(environment, tmp_path, kills):
+    """SIGKILL at random moments; each restart goes on from the last Orbax checkpoint."""
     whole = tmp_path / "whole"
     assert "test accuracy" in train(environment, whole)
     assert (whole / "history.png").stat().st_size > 10_000
@@ -75,7 +76,7 @@ def test_killed_training_ends_as_if_undisturbed(environment, tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "train_digits.py"), "--out", str(out)]
     command += ["--steps", str(STEPS), "--checkpoint-every", str(EVERY)]
     started_at = 0
-    for kill in range(5):
+    for kill in range(kills):
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
         # Wait until it has saved something new, so that the kills spread over the run, then a bit more.
         deadline = time.monotonic() + 60

@@ -4,6 +4,7 @@ Work is counted by XLA (``compiled.cost_analysis()``), which counts the body of 
 probe that it leaves out are added at the cost of one pass at p + t d, compiled alone.
 """
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -50,8 +51,7 @@ def cost_rows(repeats: int = 15) -> list[Cost]:
     Args:
       repeats: turns of each side in the timing; 0: work only, and NaN for the times.
     """
-    sides = _sides()
-    compiled = {name: jax.jit(side.function).lower(*side.arguments).compile() for name, side in sides.items()}
+    sides, compiled = _sides(), _programs()
     flops = {name: program.cost_analysis()["flops"] for name, program in compiled.items()}
     moved = {unit: flops[f"{unit} at p + t d"] for unit in (_SUPERBATCH, _BATCH)}
     flops = {name: flops[name] + side.uncounted * moved[side.unit] for name, side in sides.items()}
@@ -85,8 +85,7 @@ def polling_memory() -> dict[str, float]:
     size = _bytes(sides["polling, 7 factors"].arguments[0])
 
     def temporary(name: str) -> float:
-        program = jax.jit(sides[name].function).lower(*sides[name].arguments).compile()
-        return program.memory_analysis().temp_size_in_bytes / size
+        return _programs()[name].memory_analysis().temp_size_in_bytes / size
 
     return {name: temporary(name) for name in (_BATCH, "polling, 7 factors")}
 
@@ -155,6 +154,13 @@ class _Side(NamedTuple):
     note: str = ""
 
 
+@functools.cache
+def _programs() -> dict[str, Any]:
+    """The compiled sides."""
+    return {name: jax.jit(side.function).lower(*side.arguments).compile() for name, side in _sides().items()}
+
+
+@functools.cache
 def _sides() -> dict[str, _Side]:
     keys = jax.random.split(jax.random.key(0), len(WIDTHS) + 1)
     params = [

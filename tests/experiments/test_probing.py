@@ -95,7 +95,7 @@ def test_without_its_guard_against_divergence_polling_does_not_recover(task):
 
 
 def test_the_range_test_finds_the_best_rate_of_a_grid_within_a_factor_of_three(task, tmp_path):
-    grid = jnp.array([0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0])
+    grid = jnp.array([0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0])
 
     def both(seed):
         indices = batch_indices(task, 300, jax.random.key(seed))

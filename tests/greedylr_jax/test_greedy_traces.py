@@ -157,7 +157,7 @@ def with_slow_full_set(traces):
     ]
 
 
-@pytest.mark.parametrize("traces", group_by_program(EXACT), ids=lambda group: group[0]["id"])
+@pytest.mark.parametrize("traces", with_slow_full_set(EXACT))
 def test_float32_runs_equal_the_traces_bit_for_bit(traces):
     for history, trace in zip(run_group(traces), traces, strict=True):
         assert_equal_bits(history, trace)
