@@ -224,20 +224,46 @@ def lr_tuner(
         changed = learning_rate != state.rate.learning_rate
         # A change that is watched must leave something to go back from: NaN plus anything is NaN.
         steps = _where_finite(state.snapshot.watched | changed, steps, params)
-        limit = _highest_mean(window, state.progress.last_mean, settings.rollback_threshold)
-        snapshot = jax.lax.cond(
-            changed,
-            lambda: _take_snapshot(state, advanced.progress, limit, params),
-            lambda: state.snapshot._replace(
-                watched=state.snapshot.watched & ~ends, settling=jnp.zeros((), jnp.int32)
-            ),
-        )
         settling = state.snapshot.settling > 0
-        return jax.lax.cond(
-            bad | (settling & ~_equal(settling, params, state.snapshot.params)),
-            lambda: _go_back(state, params),
-            lambda: (steps, advanced._replace(snapshot=snapshot)),
+
+        def exchange(_: jax.Array, carry: Any) -> Any:
+            """Goes back to the snapshot, or takes a new one."""
+            steps, inner_state, kept, _ = carry
+            goes_back = bad | (settling & ~_equal(params, kept[0]))
+            back = (_difference(kept[0], params), kept[1])
+            steps, inner_state = base.select(goes_back, back, (steps, inner_state))
+            kept = base.select(changed & ~goes_back, (params, state.inner_state), kept)
+            return steps, inner_state, kept, goes_back
+
+        # A loop of one turn or none works in place. A lax.cond would copy what it hands through, which are
+        # arrays of the parameters' size; so would any other use of the snapshot's arrays.
+        kept = (state.snapshot.params, state.snapshot.inner_state)
+        steps, inner_state, (kept_params, kept_inner_state), goes_back = jax.lax.fori_loop(
+            0,
+            (bad | changed | settling).astype(jnp.int32),
+            exchange,
+            (steps, inner_state, kept, jnp.asarray(False)),
         )
+        limit = _highest_mean(window, state.progress.last_mean, settings.rollback_threshold)
+        taken = Snapshot(
+            watched=jnp.asarray(True),
+            settling=jnp.zeros((), jnp.int32),
+            limit=limit,
+            learning_rate=state.rate.learning_rate,
+            progress=advanced.progress._replace(first_drop=state.progress.first_drop),
+            params=None,
+            inner_state=None,
+        )
+        kept = state.snapshot._replace(
+            watched=state.snapshot.watched & ~ends,
+            settling=jnp.zeros((), jnp.int32),
+            params=None,
+            inner_state=None,
+        )
+        advanced = advanced._replace(snapshot=base.select(changed, taken, kept), inner_state=None)
+        numbers = base.select(goes_back, _returned(state), advanced)
+        snapshot = numbers.snapshot._replace(params=kept_params, inner_state=kept_inner_state)
+        return steps, numbers._replace(snapshot=snapshot, inner_state=inner_state)
 
     return base.GradientTransformationExtraLoss(init_fn, update_fn)
 
@@ -332,23 +358,7 @@ def _empty_window() -> Window:
 
 
 def _unknown_progress() -> Progress:
-    # Three arrays and not one: the same array twice in a state could not be donated.
     return Progress(_float(jnp.nan), _float(jnp.nan), _float(jnp.nan))
-
-
-def _take_snapshot(
-    state: LRTunerState, progress: Progress, limit: jax.Array, params: optax.Params
-) -> Snapshot:
-    """What a rollback of the change made now would restore; ``progress`` is as it is after the change."""
-    return Snapshot(
-        watched=jnp.asarray(True),
-        settling=jnp.zeros((), jnp.int32),
-        limit=limit,
-        learning_rate=state.rate.learning_rate,
-        progress=progress._replace(first_drop=state.progress.first_drop),
-        params=params,
-        inner_state=state.inner_state,
-    )
 
 
 def _empty_snapshot(params: optax.Params, inner_state: optax.OptState, learning_rate: ArrayLike) -> Snapshot:
@@ -358,7 +368,7 @@ def _empty_snapshot(params: optax.Params, inner_state: optax.OptState, learning_
         limit=_float(jnp.nan),
         learning_rate=_float(learning_rate),
         progress=_unknown_progress(),
-        # Copies, for the same reason.
+        # Copies: the same array twice in a state could not be donated.
         params=jax.tree.map(jnp.array, params),
         inner_state=jax.tree.map(jnp.array, inner_state),
     )
@@ -405,29 +415,28 @@ def _where_finite(condition: jax.Array, steps: optax.Updates, params: optax.Para
     return jax.tree.map(check, steps, params)
 
 
-def _equal(relevant: jax.Array, left: optax.Params, right: optax.Params) -> jax.Array:
-    """Whether two trees are equal; compared only where it matters."""
-
-    def compare() -> jax.Array:
-        pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
-        return jnp.all(jnp.array([jnp.all(a == b) for a, b in pairs]))
-
-    return jax.lax.cond(relevant, compare, lambda: jnp.asarray(True))
+def _equal(left: optax.Params, right: optax.Params) -> jax.Array:
+    """Whether two trees are equal, to the last bit."""
+    pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
+    return jnp.all(jnp.array([jnp.all(a == b) for a, b in pairs]))
 
 
-def _go_back(state: LRTunerState, params: optax.Params) -> tuple[optax.Updates, LRTunerState]:
-    """The step to the snapshot, or the next one where rounding kept the last from it."""
+def _difference(there: optax.Params, here: optax.Params) -> optax.Updates:
+    """The step from one to the other."""
+    return jax.tree.map(lambda a, b: (a - b).astype(b.dtype), there, here)
+
+
+def _returned(state: LRTunerState) -> LRTunerState:
+    """The numbers of the state on the way back to the snapshot, whose arrays are left out."""
     snapshot = state.snapshot
     begins = snapshot.settling == 0
     left = jnp.where(begins, _SETTLING_STEPS, snapshot.settling) - 1
-    steps = jax.tree.map(lambda there, here: (there - here).astype(here.dtype), snapshot.params, params)
-    returned = LRTunerState(
+    return LRTunerState(
         rate=base.RateState(snapshot.learning_rate),
         step=optax.safe_increment(state.step),
         num_rollbacks=state.num_rollbacks + begins.astype(jnp.int32),
         window=_empty_window(),
         progress=snapshot.progress,
-        snapshot=snapshot._replace(watched=jnp.asarray(False), settling=left),
-        inner_state=snapshot.inner_state,
+        snapshot=snapshot._replace(watched=jnp.asarray(False), settling=left, params=None, inner_state=None),
+        inner_state=None,
     )
-    return steps, returned
