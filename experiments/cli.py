@@ -1,5 +1,6 @@
 """The command line: ``python -m experiments COMMAND``."""
 
+import importlib
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -20,8 +21,10 @@ app = typer.Typer(
 
 @app.command()
 def compare(
-    task: Annotated[str, typer.Option(help="What to train: digits.")] = "digits",
-    optimizer: Annotated[str, typer.Option(help="One or more of adamw,sgd, with commas.")] = "adamw,sgd",
+    task: Annotated[str, typer.Option(help="What to train: digits, digits-mlp or mnist1d-mlp.")] = "digits",
+    optimizer: Annotated[
+        str, typer.Option(help="One or more of adamw,sgd,adagrad,adafactor, with commas.")
+    ] = "adamw,sgd",
     steps: Annotated[int, typer.Option(help=f"Training steps of a run, at least {MIN_STEPS}.")] = 600,
     seeds: Annotated[int, typer.Option(help="Runs that differ in parameters and batches.")] = 5,
     learning_rates: Annotated[
@@ -79,18 +82,20 @@ def study(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="Which benchmark: probing.")],
+    name: Annotated[str, typer.Argument(help="Which benchmark: probing or sweep.")],
     repeats: Annotated[int, typer.Option(help="Turns of each side in a timing.")] = 15,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results/bench"),
 ) -> None:
     """Measure costs; all sides take turns in one run, and ratios are compared."""
-    _one_of("NAME", name, ("probing",))
+    _one_of("NAME", name, ("probing", "sweep"))
     _at_least("--repeats", repeats, 1)
     from rich.console import Console
 
-    from experiments.bench import probing
+    from experiments import engine
 
-    probing.run(Console(), out, repeats)
+    engine.configure_devices()
+    module = importlib.import_module(f"experiments.bench.{name}")
+    module.run(Console(), out, repeats)
 
 
 def _one_of(option: str, value: str, allowed: Collection[str]) -> None:

@@ -7,15 +7,14 @@ from typing import Any
 import jax
 import polars as pl
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import greedylr_jax
 from experiments import report, summary
-from experiments.engine import Engine, RunResult, RunSpec
-from experiments.schedules import SCHEDULES
+from experiments.engine import Engine, make_specs
+from experiments.schedules import COMPARED
 from experiments.store import RunStore
+from experiments.sweep import Group, run_sweep
 from experiments.tasks import make_task
-from experiments.tasks.base import Task
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -57,16 +56,17 @@ def compare(
         "steps": steps,
         "seeds": seeds,
         "learning_rates": rates,
-        "schedules": SCHEDULES,
+        "schedules": COMPARED,
         "version": greedylr_jax.__version__,
     }
     store = RunStore(out, settings, fresh=fresh)
     compilations = _CompilationCount()
-    with _progress_bar(console) as progress:
-        engines = [
-            _train(task, optimizer, rates[optimizer], steps, seeds, store, progress)
-            for optimizer in optimizers
-        ]
+    groups = [
+        Group(task, optimizer, make_specs(COMPARED, rates[optimizer], range(seeds)))
+        for optimizer in optimizers
+    ]
+    engines: dict[tuple[str, str], Engine] = {}
+    run_sweep(groups, steps, store, console, engines)
     runs = store.finish()
     compilations.stop()
 
@@ -74,70 +74,13 @@ def compare(
     console.print(report.rich_table(table, report.make_title(task_name, steps, seeds), console.width))
     console.print(report.verdict(table))
     report.write(runs, table, out)
-    programs = sum(engine.num_compilations for engine in engines)
+    programs = sum(engine.num_compilations for engine in engines.values())
     console.print(
         f"{len(runs)} runs. Compilations: {programs} training programs (one an optimizer serves all its "
         f"schedules, rates and seeds); {compilations.total} in all with the small ones of the set-up."
     )
     console.print(f"Table, figures and rows are in {out}.")
     return runs
-
-
-def _train(
-    task: Task,
-    optimizer: str,
-    learning_rates: Sequence[float],
-    steps: int,
-    seeds: int,
-    store: RunStore,
-    progress: Progress,
-) -> Engine:
-    """Trains the runs of one optimizer that the store does not hold yet."""
-    specs = [
-        RunSpec(schedule, rate, seed)
-        for seed in range(seeds)
-        for rate in learning_rates
-        for schedule in SCHEDULES
-    ]
-    done = _finished(store.rows(), optimizer)
-    bar = progress.add_task(f"{task.name}, {optimizer}: compiling", total=len(specs), completed=len(done))
-    engine = Engine(task, optimizer, steps)
-    for group in engine.train([spec for spec in specs if spec not in done]):
-        store.append([_row(task, optimizer, steps, spec, result) for spec, result in group])
-        progress.update(bar, advance=len(group), description=f"{task.name}, {optimizer}")
-    progress.update(bar, description=f"{task.name}, {optimizer}")
-    return engine
-
-
-def _finished(rows: pl.DataFrame | None, optimizer: str) -> set[RunSpec]:
-    if rows is None:
-        return set()
-    keys = rows.filter(pl.col("optimizer") == optimizer).select(RunSpec._fields)
-    return {RunSpec(*key) for key in keys.iter_rows()}
-
-
-def _row(task: Task, optimizer: str, steps: int, spec: RunSpec, result: RunResult) -> dict[str, Any]:
-    return {
-        "task": task.name,
-        "optimizer": optimizer,
-        **spec._asdict(),
-        "steps": steps,
-        "test_loss": float(result.test_loss),
-        "test_accuracy": float(result.test_accuracy),
-        "loss": result.loss.tolist(),
-        "rate": result.rate.tolist(),
-    }
-
-
-def _progress_bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("runs"),
-        TimeRemainingColumn(),
-        console=console,
-    )
 
 
 class _CompilationCount:

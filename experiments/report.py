@@ -13,14 +13,14 @@ import polars as pl
 from rich import box
 from rich.table import Table
 
-from experiments.schedules import SCHEDULES
+from experiments.schedules import COMPARED
 from experiments.store import write_atomically
 from experiments.summary import OURS, STAGES
 
 # Okabe and Ito's palette: told apart by readers who do not see all colours.
-COLORS = dict(zip(SCHEDULES, ("#56B4E9", "#009E73", "#0072B2", "#E69F00", "#D55E00"), strict=True))
+COLORS = dict(zip(COMPARED, ("#56B4E9", "#009E73", "#0072B2", "#E69F00", "#D55E00"), strict=True))
 _OUTCOME_COLORS = {"beats": "#d9f0d9", "loses": "#f7d9d4"}
-LINES = dict.fromkeys(SCHEDULES, "-") | {"plateau": "--"}  # often on top of the constant rate
+LINES = dict.fromkeys(COMPARED, "-") | {"plateau": "--"}  # often on top of the constant rate
 HEADERS = (
     "optimizer",
     "initial rate",
@@ -172,7 +172,7 @@ def draw_histories(runs: pl.DataFrame, title: str) -> plt.Figure:
 def _draw_cell(pair: np.ndarray, cell: pl.DataFrame) -> None:
     steps = int(cell["steps"][0])
     width = max(1, steps // 40)
-    for schedule in SCHEDULES:
+    for schedule in COMPARED:
         rows = cell.filter(pl.col("schedule") == schedule)
         if rows.is_empty():
             continue

@@ -12,11 +12,15 @@ import numpy as np
 import optax
 
 import greedylr_jax
+from greedylr_jax.schedules import knee_schedule
 
 PASSIVE: dict[str, Callable[[int], optax.Schedule]] = {
     "constant": lambda steps: optax.constant_schedule(1.0),
     "linear": lambda steps: optax.linear_schedule(1.0, 0.0, steps),
     "cosine": lambda steps: optax.cosine_decay_schedule(1.0, steps),
+    "polynomial": lambda steps: optax.polynomial_schedule(1.0, 0.0, 2, steps),
+    "warmup": lambda steps: optax.linear_schedule(0.0, 1.0, max(1, steps // 10)),  # then constant
+    "knee": lambda steps: knee_schedule(1.0, 8 * steps // 10, steps),
 }
 ADAPTIVE: dict[str, Callable[[int], optax.GradientTransformationExtraArgs]] = {
     # One decision an epoch, as in PyTorch and Keras. Their default patience of 10 epochs would leave it a
@@ -27,7 +31,28 @@ ADAPTIVE: dict[str, Callable[[int], optax.GradientTransformationExtraArgs]] = {
     # The published settings: factor 0.95, patience 10, window 50, at least 10% of the initial rate.
     "GreedyLR": lambda steps_per_epoch: greedylr_jax.greedy_lr(),
 }
+# Rules that keep their own rates, from an optimizer built with rate 1, the initial rate and the steps.
+OWN_RATES: dict[str, Callable[[Any, jax.Array, int], optax.GradientTransformationExtraArgs]] = {
+    "hypergradient": lambda optimizer, rate, steps: greedylr_jax.hypergradient(
+        optimizer, rate, 0.02, mode="multiplicative"
+    ),
+    # The paper's advice: explore for a quarter of the training, epsilon threshold of the size of the rate.
+    "LRTuner": lambda optimizer, rate, steps: greedylr_jax.lr_tuner(
+        optimizer,
+        rate,
+        explore_steps=steps // 4,
+        recompute_every=max(1, steps // 20),
+        epsilon_threshold=(2 * rate) ** 3,
+    ),
+    "polling": lambda optimizer, rate, steps: optax.chain(
+        optimizer,
+        optax.scale(rate),
+        greedylr_jax.factor_polling((8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.125)),
+    ),
+}
+NEEDS_SUPERBATCH = ("LRTuner",)
 SCHEDULES = (*PASSIVE, *ADAPTIVE)
+COMPARED = ("constant", "linear", "cosine", "plateau", "GreedyLR")  # by the command compare
 
 
 class ScheduleInputs(NamedTuple):

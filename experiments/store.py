@@ -63,13 +63,17 @@ class RunStore:
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         """Keeps a group of finished runs."""
-        part = self._parts / f"{len(list(self._parts.glob('*.parquet'))):06d}.parquet"
+        part = self._parts / f"{len(self._finished_parts()):06d}.parquet"
         write_atomically(part, pl.DataFrame(rows).write_parquet)
 
     def rows(self) -> pl.DataFrame | None:
         """The runs kept so far; None if there are none."""
-        parts = sorted(self._parts.glob("*.parquet"))
+        parts = self._finished_parts()
         return pl.concat([pl.read_parquet(part) for part in parts]) if parts else None
+
+    def _finished_parts(self) -> list[Path]:
+        """The files that were written to the end; what a kill left half-written begins with a dot."""
+        return sorted(part for part in self._parts.glob("*.parquet") if not part.name.startswith("."))
 
     def finish(self) -> pl.DataFrame:
         """Puts all runs into ``runs.parquet`` and returns them."""

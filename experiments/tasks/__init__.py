@@ -4,11 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from experiments.errors import UsageError
-from experiments.tasks import digits_cnn
+from experiments.tasks import digits_cnn, mlp
 from experiments.tasks.base import Task
 
 TASKS: dict[str, Callable[[Path | None], Task]] = {
     "digits": digits_cnn.make,
+    "digits-mlp": mlp.make_digits,
+    "mnist1d-mlp": mlp.make_mnist1d,
 }
 
 

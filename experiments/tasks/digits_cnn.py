@@ -3,14 +3,12 @@
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 from flax import nnx
 
 from experiments.data.digits import Digits
 from experiments.data.loading import load_split
-from experiments.tasks.base import Batch, Params, Task
+from experiments.tasks.base import Batch, Task
+from experiments.tasks.classification import make_classifier
 from experiments.tasks.convolution import convolution
 
 
@@ -29,37 +27,24 @@ class DigitsCnn(nnx.Module):
         return self.logits(hidden.reshape(hidden.shape[0], -1))
 
 
+def load_digits(split: str, data_dir: Path | None) -> Batch:
+    """One split of the digits, pixels from 0 to 1."""
+    examples = load_split(Digits, split, data_dir)
+    return {"input": examples["image"].astype("float32") / 16, "label": examples["label"].astype("int32")}
+
+
 def make(data_dir: Path | None = None) -> Task:
     """The task, with its data prepared and in memory."""
-    graph, _ = nnx.split(nnx.eval_shape(lambda: DigitsCnn(rngs=nnx.Rngs(0))), nnx.Param)
-
-    def init(key: jax.Array) -> Params:
-        return nnx.state(DigitsCnn(rngs=nnx.Rngs(key)), nnx.Param)
-
-    def logits(params: Params, batch: Batch) -> jax.Array:
-        return nnx.merge(graph, params)(batch["image"])
-
-    def loss(params: Params, batch: Batch) -> jax.Array:
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits(params, batch), batch["label"])
-        return jnp.mean(losses)
-
-    def accuracy(params: Params, batch: Batch) -> jax.Array:
-        return jnp.mean(jnp.argmax(logits(params, batch), axis=-1) == batch["label"])
-
-    return Task(
-        name="digits",
-        init=init,
-        loss=loss,
-        accuracy=accuracy,
-        train=_prepare(load_split(Digits, "train", data_dir)),
-        test=_prepare(load_split(Digits, "test", data_dir)),
+    return make_classifier(
+        "digits",
+        lambda rngs: DigitsCnn(rngs=rngs),
+        load_digits("train", data_dir),
+        load_digits("test", data_dir),
         batch_size=64,
-        learning_rates={"adamw": (1e-4, 1e-3, 1e-2), "sgd": (1e-2, 1e-1, 1.0)},
+        learning_rates={
+            "adamw": (1e-4, 1e-3, 1e-2),
+            "sgd": (1e-2, 1e-1, 1.0),
+            "adagrad": (1e-3, 1e-2, 1e-1),
+            "adafactor": (1e-4, 1e-3, 1e-2),
+        },
     )
-
-
-def _prepare(split: dict[str, np.ndarray]) -> Batch:
-    return {
-        "image": split["image"].astype(np.float32) / 16,
-        "label": split["label"].astype(np.int32),
-    }

@@ -128,8 +128,11 @@ def test_a_comparison_from_end_to_end(environment, finished, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--task", "imagenet"], "unknown task 'imagenet'; there are: digits"),
-        (["--optimizer", "adamw,lion"], "--optimizer must be of adamw, sgd, with commas, got 'lion'"),
+        (["--task", "imagenet"], "unknown task 'imagenet'; there are: digits, digits-mlp"),
+        (
+            ["--optimizer", "adamw,lion"],
+            "--optimizer must be of adamw, sgd, adagrad, adafactor, with commas, got 'lion'",
+        ),
         (["--optimizer", "sgd,sgd"], "--optimizer names one twice"),
         (["--steps", "5"], "--steps must be at least 20, got 5"),
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),

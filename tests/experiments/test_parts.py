@@ -52,7 +52,7 @@ def linear_task(data_dir):
     """Logistic regression on the digits: compiles much faster than the networks."""
 
     def logits(params, batch):
-        return batch["image"].reshape(-1, 64) @ params
+        return batch["input"].reshape(-1, 64) @ params
 
     def loss(params, batch):
         losses = optax.softmax_cross_entropy_with_integer_labels(logits(params, batch), batch["label"])

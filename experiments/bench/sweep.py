@@ -1,0 +1,90 @@
+"""How fast the engine trains many runs, beside a compilation for each schedule and rate."""
+
+import functools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from experiments.engine import OPTIMIZERS, Engine, RunSpec, batch_indices, make_specs
+from experiments.schedules import ADAPTIVE, PASSIVE
+from experiments.store import write_atomically
+from experiments.tasks import make_task
+from experiments.tasks.base import Task
+
+TASKS, OPTIMIZER_NAMES = ("digits-mlp", "mnist1d-mlp"), ("adamw", "sgd", "adagrad")
+SCHEDULES = ("constant", "linear", "cosine", "knee", "plateau", "GreedyLR")
+STEPS, SEEDS = 1000, 5
+
+
+def run(console: Console, out: Path, repeats: int) -> dict[str, Any]:
+    """Trains 540 runs with the engine, and a sixth of them naively; prints times and their ratio."""
+    del repeats  # one turn takes a minute
+    tasks = [make_task(name) for name in TASKS]
+    seconds, runs = 0.0, 0
+    first = None
+    for task in tasks:
+        for optimizer in OPTIMIZER_NAMES:
+            specs = make_specs(SCHEDULES, task.learning_rates[optimizer], range(SEEDS))
+            start = time.perf_counter()
+            results = [each for group in Engine(task, optimizer, STEPS).train(specs) for each in group]
+            taken = time.perf_counter() - start
+            seconds, runs = seconds + taken, runs + len(results)
+            first = first or (task, optimizer, specs, taken)
+    task, optimizer, specs, taken = first
+    start = time.perf_counter()
+    _train_naively(task, optimizer, specs)
+    naive = time.perf_counter() - start
+
+    table = Table(title=f"{STEPS} steps each, on {jax.devices()[0].device_kind}", box=box.SIMPLE_HEAD)
+    for header in ("side", "runs", "seconds", "runs a second"):
+        table.add_column(header, justify="left" if header == "side" else "right")
+    rows = [
+        ("engine, all", runs, seconds),
+        (f"engine, {task.name}, {optimizer}", len(specs), taken),
+        ("the same, a compilation for each schedule and rate", len(specs), naive),
+    ]
+    for name, count, duration in rows:
+        table.add_row(name, str(count), f"{duration:.1f}", f"{count / duration:.1f}")
+    console.print(table)
+    console.print(f"The engine takes {taken / naive:.2f} of the naive time on the same runs.")
+    result = {"device": jax.devices()[0].device_kind, "rows": rows, "ratio": taken / naive}
+    write_atomically(out / "sweep.json", lambda path: path.write_text(json.dumps(result, indent=2)))
+    return result
+
+
+def _train_naively(task: Task, optimizer: str, specs: list[RunSpec]) -> None:
+    """As one would write it first: a jitted function for each schedule and rate, called for each seed."""
+    cells = dict.fromkeys((spec.schedule, spec.learning_rate) for spec in specs)
+    for schedule, rate in cells:
+        if schedule in PASSIVE:
+            shape = PASSIVE[schedule](STEPS)
+            tx = OPTIMIZERS[optimizer](lambda step, shape=shape, rate=rate: rate * shape(step))
+        else:
+            tx = optax.chain(OPTIMIZERS[optimizer](rate), ADAPTIVE[schedule](task.steps_per_epoch))
+        train = jax.jit(functools.partial(_train, task, optax.with_extra_args_support(tx)))
+        for spec in specs:
+            if (spec.schedule, spec.learning_rate) == (schedule, rate):
+                jax.block_until_ready(train(spec.seed))
+
+
+def _train(task: Task, tx: optax.GradientTransformationExtraArgs, seed: jax.Array) -> Any:
+    init_key, batch_key = jax.random.split(jax.random.key(seed))
+    params = task.init(init_key)
+
+    def body(carry: Any, indices: jax.Array) -> Any:
+        params, state = carry
+        batch = jax.tree.map(lambda examples: jnp.asarray(examples)[indices], task.train)
+        loss, grads = jax.value_and_grad(task.loss)(params, batch)
+        updates, state = tx.update(grads, state, params, value=loss)
+        return (optax.apply_updates(params, updates), state), loss
+
+    (params, _), losses = jax.lax.scan(body, (params, tx.init(params)), batch_indices(task, STEPS, batch_key))
+    return losses, task.accuracy(params, task.test)

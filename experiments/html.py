@@ -1,0 +1,74 @@
+"""A report as one HTML file: tables and interactive figures, which open without a network."""
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import plotly.graph_objects as go
+import plotly.io
+import plotly.offline
+
+from experiments.store import write_atomically
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2rem auto; }
+table { border-collapse: collapse; font-size: 13px; margin: 1rem 0; }
+th, td { border-bottom: 1px solid #ddd; padding: 3px 10px; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+th { border-bottom: 2px solid #888; }
+"""
+
+
+class Table(NamedTuple):
+    """A table of a page; cells are text."""
+
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+class Section(NamedTuple):
+    """A heading, a paragraph, and what follows it."""
+
+    title: str
+    text: str
+    parts: Sequence[Table | go.Figure]
+
+
+def write_page(path: Path, title: str, text: str, sections: Sequence[Section]) -> None:
+    """Writes a page that holds all it needs, the plotting library included.
+
+    Args:
+      path: the HTML file.
+      title: its title and first heading.
+      text: a paragraph below that: what was done, and by which command.
+      sections: what it shows. Curves of a figure are toggled by a click on their legend; figures zoom and
+        show values on hover.
+
+    Raises:
+      UsageError: if the file cannot be written.
+    """
+    body = [f"<h1>{html.escape(title)}</h1>", f"<p>{html.escape(text)}</p>"]
+    for section in sections:
+        body.append(f"<h2>{html.escape(section.title)}</h2><p>{html.escape(section.text)}</p>")
+        body.extend(_table(part) if isinstance(part, Table) else _figure(part) for part in section.parts)
+    page = (
+        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        # Without an icon of its own a browser asks the server for one, and logs an error.
+        '<link rel="icon" href="data:,">'
+        f"<style>{_STYLE}</style><script>{plotly.offline.get_plotlyjs()}</script></head>"
+        f"<body>{''.join(body)}</body></html>"
+    )
+    write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+
+
+def _table(table: Table) -> str:
+    head = "".join(f"<th>{html.escape(header)}</th>" for header in table.headers)
+    rows = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in table.rows)
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _figure(figure: go.Figure) -> str:
+    return plotly.io.to_html(figure, include_plotlyjs=False, full_html=False, config={"displaylogo": False})

@@ -1,0 +1,62 @@
+"""Multilayer perceptrons on the digits and on MNIST-1D: the smallest tasks, for sweeps of many runs."""
+
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from experiments.data.loading import load_split
+from experiments.data.mnist1d import Mnist1d
+from experiments.tasks.base import Batch, Task
+from experiments.tasks.classification import make_classifier
+from experiments.tasks.digits_cnn import load_digits
+
+LEARNING_RATES = {
+    "adamw": (1e-4, 1e-3, 1e-2),
+    "sgd": (1e-2, 1e-1, 1.0),
+    "adagrad": (1e-3, 1e-2, 1e-1),
+    "adafactor": (1e-4, 1e-3, 1e-2),
+}
+
+
+class Mlp(nnx.Module):
+    """Two hidden layers with ReLU."""
+
+    def __init__(self, inputs: int, hidden: int, *, rngs: nnx.Rngs):
+        self.first = nnx.Linear(inputs, hidden, rngs=rngs)
+        self.second = nnx.Linear(hidden, hidden, rngs=rngs)
+        self.logits = nnx.Linear(hidden, 10, rngs=rngs)
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Logits, shape (batch, 10)."""
+        hidden = nnx.relu(self.first(inputs.reshape(inputs.shape[0], -1)))
+        return self.logits(nnx.relu(self.second(hidden)))
+
+
+def make_digits(data_dir: Path | None = None) -> Task:
+    """64 pixels, 32 hidden units, 3,466 parameters."""
+    splits = (load_digits(split, data_dir) for split in ("train", "test"))
+    return make_classifier(
+        "digits-mlp",
+        lambda rngs: Mlp(64, 32, rngs=rngs),
+        *splits,
+        batch_size=64,
+        learning_rates=LEARNING_RATES,
+    )
+
+
+def make_mnist1d(data_dir: Path | None = None) -> Task:
+    """40 numbers, 64 hidden units, 7,434 parameters."""
+
+    def load(split: str) -> Batch:
+        examples = load_split(Mnist1d, split, data_dir)
+        return {"input": examples["signal"], "label": examples["label"].astype("int32")}
+
+    return make_classifier(
+        "mnist1d-mlp",
+        lambda rngs: Mlp(40, 64, rngs=rngs),
+        load("train"),
+        load("test"),
+        batch_size=64,
+        learning_rates=LEARNING_RATES,
+    )

@@ -1,0 +1,207 @@
+"""Sweeps of many runs: rules with rates of their own, resumption, the study of initial rates, its report."""
+
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import plotly.graph_objects as go
+import polars as pl
+import pytest
+from mnist1d.data import get_dataset_args, make_dataset
+from rich.console import Console
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.wait import WebDriverWait
+
+from experiments import html, sweep
+from experiments.data.loading import load_split
+from experiments.data.mnist1d import Mnist1d
+from experiments.engine import SUPERBATCH, Engine, RunSpec, batch_indices
+from experiments.errors import UsageError
+from experiments.schedules import NEEDS_SUPERBATCH, OWN_RATES
+from experiments.store import RunStore
+from experiments.studies import initial_rate
+from experiments.tasks import make_task
+from greedylr_jax import superbatch_loss
+
+
+@pytest.fixture(scope="module")
+def task():
+    return make_task("digits-mlp")
+
+
+def test_mnist1d_is_the_published_set_and_leaves_the_random_state_alone(tmp_path):
+    np.random.seed(3)  # noqa: NPY002
+    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    splits = {split: load_split(Mnist1d, split, tmp_path) for split in ("train", "test")}
+    np.testing.assert_array_equal(np.random.get_state()[1], before)  # noqa: NPY002
+    made = make_dataset(get_dataset_args())
+    for split, suffix in (("train", ""), ("test", "_test")):
+        theirs = made["x" + suffix].astype(np.float32)
+        # The builder shuffles: compare as sets of rows with their labels.
+        rows = {row.tobytes(): int(label) for row, label in zip(theirs, made["y" + suffix], strict=True)}
+        ours = splits[split]
+        assert len(ours["label"]) == len(theirs)
+        assert {r.tobytes(): int(y) for r, y in zip(ours["signal"], ours["label"], strict=True)} == rows
+
+
+@pytest.mark.parametrize("rule", OWN_RATES)
+def test_a_rule_with_its_own_rates_trains_as_plain_optax_does(task, rule):
+    steps, rate, seed = 40, 0.1, 5
+    engine = Engine(task, "sgd", steps)
+    ((_, got),) = next(engine.train([RunSpec(rule, rate, seed)]))
+    assert engine.num_compilations == 1
+
+    tx = optax.with_extra_args_support(OWN_RATES[rule](optax.sgd(1.0), rate, steps))
+    init_key, batch_key = jax.random.split(jax.random.key(seed))
+    batches = batch_indices(task, steps, batch_key)
+
+    def take(indices):
+        return jax.tree.map(lambda examples: jnp.asarray(examples)[indices], task.train)
+
+    def body(carry, inputs):
+        params, state = carry
+        step, indices = inputs
+        loss, grads = jax.value_and_grad(task.loss)(params, take(indices))
+        many = jax.vmap(take)(batches[(step + jnp.arange(SUPERBATCH)) % steps])
+        value_fn = superbatch_loss(task.loss, many)
+        if rule not in NEEDS_SUPERBATCH:
+            value_fn = lambda p: task.loss(p, take(indices))  # noqa: E731
+        updates, state = tx.update(grads, state, params, value=loss, value_fn=value_fn)
+        return (optax.apply_updates(params, updates), state), loss
+
+    params = task.init(init_key)
+    _, losses = jax.jit(
+        lambda params: jax.lax.scan(body, (params, tx.init(params)), (jnp.arange(steps), batches))
+    )(params)
+    np.testing.assert_allclose(got.loss, losses, rtol=1e-3)
+    assert np.ptp(got.rate) > 0
+
+
+SMALL = {"tasks": ("digits-mlp",), "steps": 30, "seeds": 2}
+
+
+@pytest.fixture
+def small_study(monkeypatch):
+    monkeypatch.setitem(initial_rate.PRESETS, "quick", SMALL)
+    monkeypatch.setattr(initial_rate, "SCHEDULES", ("cosine", "GreedyLR", "polling"))
+    monkeypatch.setattr(initial_rate, "COLORS", ("#000000", "#111111", "#222222"))
+    monkeypatch.setattr(initial_rate, "OPTIMIZERS", ("sgd",))
+
+
+def test_a_study_that_was_interrupted_ends_as_an_undisturbed_one(small_study, tmp_path, monkeypatch):
+    console = Console(record=True, width=100)
+    initial_rate.run("quick", tmp_path / "whole", console)
+    assert "digits-mlp, sgd: median test accuracy" in console.export_text()
+
+    train, calls = Engine.train, []
+
+    def interrupted(self, specs):
+        for group in train(self, specs):
+            calls.append(len(group))
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            yield group
+
+    monkeypatch.setattr(sweep.Engine, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        initial_rate.run("quick", tmp_path / "cut", console)
+    assert not (tmp_path / "cut" / "runs.parquet").exists()
+    initial_rate.run("quick", tmp_path / "cut", console)
+    whole, cut = (pl.read_parquet(tmp_path / name / "runs.parquet") for name in ("whole", "cut"))
+    keys = ["schedule", "learning_rate", "seed"]
+    assert cut.sort(keys).equals(whole.sort(keys))
+    assert len(whole) == 7 * 2 + 3 * 7 * 2  # tuning, then schedules x rates x seeds
+
+    table = pl.read_csv(tmp_path / "whole" / "table.csv")
+    recomputed = initial_rate.summarize(whole)
+    assert table.sort("schedule", "factor")["accuracy"].to_list() == pytest.approx(
+        recomputed.sort("schedule", "factor")["accuracy"].to_list()
+    )
+    assert sorted(set(table["factor"])) == sorted(initial_rate.FACTORS)
+    assert (tmp_path / "whole" / "initial_rate.png").stat().st_size > 10_000
+    assert "GreedyLR" in (tmp_path / "whole" / "report.html").read_text()
+
+
+def rows(**columns):
+    return pl.DataFrame({"task": "t", "optimizer": "o", "schedule": "cosine"} | columns)
+
+
+def test_the_best_rate_is_chosen_on_seeds_that_are_not_reported():
+    tuning = rows(
+        seed=[1000, 1001, 1000, 1001], learning_rate=[0.1, 0.1, 1.0, 1.0], test_accuracy=[0.5, 0.9, 0.8, 0.8]
+    )
+    reported = rows(
+        seed=[0, 1, 2, 0], learning_rate=[1.0, 1.0, 1.0, 0.001], test_accuracy=[0.1, 0.3, 0.9, 0.7]
+    )
+    assert initial_rate.best_rates(tuning) == {("t", "o"): 1.0}
+    table = initial_rate.summarize(pl.concat([tuning, reported])).sort("factor")
+    assert table["factor"].to_list() == [0.001, 1.0]
+    assert table["accuracy"].to_list() == pytest.approx([70.0, 30.0])
+    assert table["accuracy_low"].to_list() == pytest.approx([70.0, 10.0])
+    assert table["accuracy_high"].to_list() == pytest.approx([70.0, 90.0])
+
+
+def test_a_part_that_a_kill_left_half_written_is_not_read(tmp_path):
+    store = RunStore(tmp_path, {"steps": 1})
+    store.append([{"task": "t", "seed": 0}])
+    (tmp_path / "parts" / ".123-000001.parquet").write_bytes(b"PAR1")
+    again = RunStore(tmp_path, {"steps": 1})
+    assert again.rows()["seed"].to_list() == [0]
+    again.append([{"task": "t", "seed": 1}])
+    assert again.finish()["seed"].to_list() == [0, 1]
+
+
+@pytest.fixture
+def page(tmp_path):
+    figure = go.Figure()
+    figure.add_scatter(x=[1, 2, 3], y=[1, 4, 9], name="squares")
+    figure.add_scatter(x=[1, 2, 3], y=[1, 8, 27], name="cubes")
+    table = html.Table(("name", "value <1>"), [("squares", "9"), ("cubes & more", "27")])
+    path = tmp_path / "report.html"
+    html.write_page(path, "Powers", "Made by hand.", [html.Section("First", "Two curves.", [figure, table])])
+    return path
+
+
+def test_a_page_holds_all_it_needs(page):
+    text = page.read_text()
+    assert "value &lt;1&gt;" in text and "cubes &amp; more" in text
+    assert not re.search(r"<(script|link)[^>]+(src|href)=\"http", text)
+    with pytest.raises(UsageError, match="cannot write"):
+        html.write_page(page / "below" / "a.html", "", "", [])
+
+
+@pytest.mark.skipif(
+    not (shutil.which("chromium") and shutil.which("chromedriver")), reason="needs Chromium and its driver"
+)
+def test_a_page_opens_in_a_browser_without_errors_and_its_plots_react(page):
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in (
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--window-size=1200,900",
+    ):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = webdriver.ChromeService(shutil.which("chromedriver"))
+    driver = webdriver.Chrome(options=options, service=service)
+    try:
+        driver.get(page.as_uri())
+        driver.implicitly_wait(20)
+        entry = driver.find_element(By.CSS_SELECTOR, ".legendtoggle")
+        visible = "return document.querySelector('.js-plotly-plot').data[0].visible"
+        assert driver.execute_script(visible) in (None, True)
+        webdriver.ActionChains(driver).move_to_element(entry).click().perform()
+        WebDriverWait(driver, 20).until(lambda browser: browser.execute_script(visible) == "legendonly")
+        assert [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"] == []
+    finally:
+        driver.quit()
