@@ -1,5 +1,6 @@
 """Studies: each puts claims of one paper to the test, and leaves table, figures and rows."""
 
+import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,24 +12,21 @@ class Study(NamedTuple):
     load: Callable[[], Callable[..., None]]  # imports it, when it is wanted
 
 
-def _hypergradient() -> Callable[..., None]:
-    from experiments.studies import hypergradient  # noqa: PLC0415  (imports JAX)
-
-    return hypergradient.run
-
-
-def _initial_rate() -> Callable[..., None]:
-    from experiments.studies import initial_rate  # noqa: PLC0415
-
-    return initial_rate.run
+def _load(module: str) -> Callable[..., None]:
+    return importlib.import_module(f"experiments.studies.{module}").run
 
 
 STUDIES: dict[str, Study] = {
     "hypergradient": Study(
         "first-order GreedyLR (hypergradient descent) beside GreedyLR: figures 8 to 10 of paper 000",
-        _hypergradient,
+        lambda: _load("hypergradient"),
     ),
     "initial-rate": Study(
-        "every schedule and rule from 1/1000 to 1000 times the best initial rate", _initial_rate
+        "every schedule and rule from 1/1000 to 1000 times the best initial rate",
+        lambda: _load("initial_rate"),
+    ),
+    "theory": Study(
+        "final loss against GreedyLR's factor where the smoothness is known (paper 001)",
+        lambda: _load("theory"),
     ),
 }

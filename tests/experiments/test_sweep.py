@@ -23,9 +23,10 @@ from experiments.engine import SUPERBATCH, Engine, RunSpec, batch_indices
 from experiments.errors import UsageError
 from experiments.schedules import NEEDS_SUPERBATCH, OWN_RATES
 from experiments.store import RunStore
-from experiments.studies import initial_rate
+from experiments.studies import initial_rate, theory
 from experiments.tasks import make_task
 from greedylr_jax import superbatch_loss
+from greedylr_jax.theory import estimate_smoothness
 
 
 @pytest.fixture(scope="module")
@@ -205,3 +206,54 @@ def test_a_page_opens_in_a_browser_without_errors_and_its_plots_react(page):
         assert [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"] == []
     finally:
         driver.quit()
+
+
+def test_the_objectives_of_the_theory_study_have_the_smoothness_that_they_say():
+    for objective in theory.OBJECTIVES.values():
+        value = lambda x, objective=objective: objective.value(20.0, x)  # noqa: E731
+        zero = jnp.zeros(theory.DIMENSIONS)
+        assert value(zero) == 0
+        np.testing.assert_allclose(estimate_smoothness(value, zero, num_iterations=500), 20.0, rtol=1e-3)
+        for seed in range(3):
+            away = 3 * jax.random.normal(jax.random.key(seed), zero.shape)
+            assert estimate_smoothness(value, away) <= 20.0 * 1.001
+            assert value(away) > 0
+
+
+def test_the_best_factor_does_not_follow_the_smoothness():
+    """A rescaled loss is the same problem: with rates in units of 1/L only the threshold tells L's apart."""
+    losses = {
+        smoothness: [
+            float(theory.final_loss("quadratic", jnp.float32(smoothness), factor, 0.1, 0.0, 0)) / smoothness
+            for factor in (0.5, 0.9)
+        ]
+        for smoothness in (2.0, 32.0)
+    }
+    assert losses[2.0][1] < losses[2.0][0] and losses[32.0][1] < losses[32.0][0]
+
+
+def test_the_theory_study_ranks_the_factor_of_the_paper(tmp_path, monkeypatch):
+    monkeypatch.setitem(theory.PRESETS, "quick", {"starts": 3})
+    monkeypatch.setattr(theory, "SMOOTHNESS", (2.0, 20.0))
+    monkeypatch.setattr(theory, "STEPS", 50)
+    theory.run("quick", tmp_path, Console(record=True, width=100))
+    runs = pl.read_parquet(tmp_path / "runs.parquet")
+    assert set(runs["factor"]) == {*theory.FACTORS, 0.5, 0.95}
+    table = theory.summarize(runs)
+    assert len(table) == 2 * 2 * len(theory.INITIAL_RATES) * len(theory.NOISES)
+    row = table.row(0, named=True)
+    cell = runs.filter(
+        (pl.col("objective") == row["objective"])
+        & (pl.col("smoothness") == row["smoothness"])
+        & (pl.col("initial_rate") == row["initial_rate"])
+        & (pl.col("noise") == row["noise"])
+    )
+    medians = {
+        factor: float(np.median(cell.filter(pl.col("factor") == factor)["loss"]))
+        for factor in set(cell["factor"])
+    }
+    assert row["best_loss"] == min(medians.values())
+    assert row["claimed_loss"] == medians[0.5]
+    assert row["claimed_rank"] == 1 + sum(loss < medians[0.5] for loss in medians.values())
+    for name in ("table.csv", "theory.png", "report.html"):
+        assert (tmp_path / name).stat().st_size > 0

@@ -1,0 +1,271 @@
+"""Is 1 - 1/L the best factor? Final loss against GreedyLR's factor on convex functions of known smoothness.
+
+The second GreedyLR paper derives the factor F = 1 - 1/L_max as the one that maximises the rate of
+convergence. Here gradient descent with GreedyLR minimises functions whose L is known, from several initial
+rates, with every factor of a grid, with exact gradients and with noisy ones.
+"""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+import plotly.graph_objects as go
+import polars as pl
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from experiments import html
+from experiments.store import write_atomically
+from greedylr_jax import greedy_lr
+from greedylr_jax.theory import optimal_factor
+
+SMOOTHNESS = (2.0, 5.0, 20.0, 100.0)
+FACTORS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.97, 0.99)
+INITIAL_RATES = (0.01, 0.1, 1.0)  # times 1/L
+NOISES = (0.0, 0.1)  # of each element of the gradient, times L
+PATIENCE, STEPS, DIMENSIONS = 5, 500, 20
+PRESETS = {"quick": {"starts": 20}, "full": {"starts": 200}}
+
+
+class Objective(NamedTuple):
+    """A convex function with minimum 0 at 0, as a function of its smoothness and the point."""
+
+    value: Callable[[jax.Array, jax.Array], jax.Array]
+    title: str
+
+
+def _curvatures(smoothness: jax.Array) -> jax.Array:
+    return smoothness * jnp.geomspace(0.01, 1.0, DIMENSIONS)
+
+
+OBJECTIVES = {
+    "quadratic": Objective(
+        lambda smoothness, x: 0.5 * jnp.sum(_curvatures(smoothness) * x**2), "quadratic, condition number 100"
+    ),
+    "pseudo-Huber": Objective(
+        lambda smoothness, x: jnp.sum(_curvatures(smoothness) * x**2 / (jnp.sqrt(1 + x**2) + 1)),
+        "pseudo-Huber: linear far away",
+    ),
+}
+
+
+def final_loss(
+    objective: str,
+    smoothness: jax.Array,
+    factor: jax.Array,
+    initial_rate: jax.Array,
+    noise: jax.Array,
+    seed: jax.Array,
+) -> jax.Array:
+    """The loss after a run of gradient descent with GreedyLR; all arguments but the first may be traced."""
+    start_key, noise_key = jax.random.split(jax.random.key(seed))
+    tx = optax.chain(
+        optax.scale(-initial_rate / smoothness),
+        greedy_lr(factor, PATIENCE, window=None, min_scale=1e-3, max_scale=1e3),
+    )
+    loss_fn = lambda x: OBJECTIVES[objective].value(smoothness, x)  # noqa: E731
+
+    def body(carry: Any, key: jax.Array) -> Any:
+        x, state = carry
+        loss, gradient = jax.value_and_grad(loss_fn)(x)
+        gradient += noise * smoothness * jax.random.normal(key, x.shape)
+        updates, state = tx.update(gradient, state, x, value=loss)
+        return (optax.apply_updates(x, updates), state), None
+
+    x = jax.random.normal(start_key, (DIMENSIONS,))
+    (x, _), _ = jax.lax.scan(body, (x, tx.init(x)), jax.random.split(noise_key, STEPS))
+    return loss_fn(x)
+
+
+def run(preset: str, out: Path, console: Console) -> None:
+    """Runs all, and leaves ``runs.parquet``, ``table.csv``, ``theory.png`` and ``report.html`` in ``out``."""
+    runs = measure(PRESETS[preset]["starts"])
+    table = summarize(runs)
+    _print(table, console)
+    write_atomically(out / "runs.parquet", runs.write_parquet)
+    write_atomically(out / "table.csv", table.write_csv)
+    figure = draw(runs)
+    write_atomically(out / "theory.png", lambda path: figure.savefig(path, dpi=150))
+    plt.close(figure)
+    html.write_page(
+        out / "report.html",
+        "The optimal factor",
+        f"Median final loss of gradient descent with GreedyLR after {STEPS} steps, patience {PATIENCE}, "
+        "bounds at 1/1000 and 1000 times the initial rate, against the factor; the dotted line is 1 - 1/L. All "
+        "numbers follow from runs.parquet by experiments.studies.theory.summarize. "
+        f"Made by: python -m experiments study theory --preset {preset}.",
+        _sections(runs, table),
+    )
+    console.print(f"Table, figure, rows and report.html are in {out}.")
+
+
+def measure(starts: int) -> pl.DataFrame:
+    """One row a run: every objective, smoothness, factor (1 - 1/L among them), rate, noise and start."""
+    frames = []
+    for objective in OBJECTIVES:
+        grid = [
+            (smoothness, factor, rate, noise, seed)
+            for smoothness in SMOOTHNESS
+            for factor in sorted({*FACTORS, claimed(smoothness)})
+            for rate, noise, seed in itertools.product(INITIAL_RATES, NOISES, range(starts))
+        ]
+        columns = [np.array(column) for column in zip(*grid, strict=True)]
+        mapped = jax.vmap(lambda *arguments, name=objective: final_loss(name, *arguments))
+        losses = jax.jit(mapped)(*(jnp.asarray(column, jnp.float32) for column in columns[:4]), columns[4])
+        names = ("smoothness", "factor", "initial_rate", "noise", "seed")
+        frame = pl.DataFrame(dict(zip(names, columns, strict=True)))
+        frames.append(
+            frame.with_columns(objective=pl.lit(objective), loss=pl.Series(np.asarray(losses, np.float64)))
+        )
+    return pl.concat(frames)
+
+
+def claimed(smoothness: float) -> float:
+    """The paper's factor, rounded so that it can be looked up among the rows."""
+    return round(float(optimal_factor(smoothness)), 6)
+
+
+_CELL = ["objective", "smoothness", "initial_rate", "noise"]
+
+
+def summarize(runs: pl.DataFrame) -> pl.DataFrame:
+    """One row for each objective, smoothness, initial rate and noise.
+
+    Returns:
+      A frame with the factor of the lowest median final loss (``best_factor``), that loss (``best_loss``),
+      the paper's factor (``claimed_factor``), its median loss (``claimed_loss``), and ``claimed_rank``: 1 if
+      no other factor of the grid did better, 2 if one did, and so on, of ``num_factors``.
+    """
+    medians = runs.group_by([*_CELL, "factor"], maintain_order=True).agg(pl.col("loss").median())
+    rows = []
+    for key, cell in medians.group_by(_CELL, maintain_order=True):
+        factor = claimed(key[1])
+        best = cell.sort("loss").row(0, named=True)
+        theirs = cell.filter(pl.col("factor") == factor)["loss"][0]
+        rows.append(
+            dict(zip(_CELL, key, strict=True))
+            | {
+                "best_factor": best["factor"],
+                "best_loss": best["loss"],
+                "claimed_factor": factor,
+                "claimed_loss": theirs,
+                "claimed_rank": 1 + int((cell["loss"] < theirs).sum()),
+                "num_factors": len(cell),
+            }
+        )
+    return pl.DataFrame(rows)
+
+
+_HEADERS = ("function", "L", "rate x L", "noise", "best F", "loss", "1 - 1/L", "loss", "rank")
+
+
+def _cells(table: pl.DataFrame) -> list[list[str]]:
+    return [
+        [
+            row["objective"],
+            f"{row['smoothness']:g}",
+            f"{row['initial_rate']:g}",
+            f"{row['noise']:g}",
+            f"{row['best_factor']:g}",
+            f"{row['best_loss']:.2g}",
+            f"{row['claimed_factor']:g}",
+            f"{row['claimed_loss']:.2g}",
+            f"{row['claimed_rank']} of {row['num_factors']}",
+        ]
+        for row in table.iter_rows(named=True)
+    ]
+
+
+def _print(table: pl.DataFrame, console: Console) -> None:
+    printed = Table(
+        title="Median final loss: best factor and the paper's", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for header in _HEADERS:
+        printed.add_column(header, justify="left" if header == "function" else "right", no_wrap=True)
+    for row in _cells(table):
+        printed.add_row(*row)
+    console.print(printed)
+    ranks = table["claimed_rank"].to_numpy()
+    console.print(
+        f"1 - 1/L is the best factor of its grid in {np.sum(ranks == 1)} of {len(ranks)} cells; its median "
+        f"rank is {np.median(ranks):g} of about {table['num_factors'].median():g}."
+    )
+
+
+def _curves(runs: pl.DataFrame, objective: str, noise: float) -> list[tuple[float, float, pl.DataFrame]]:
+    """(smoothness, initial rate, median loss by factor) of one panel."""
+    own = runs.filter((pl.col("objective") == objective) & (pl.col("noise") == noise))
+    medians = own.group_by(["smoothness", "initial_rate", "factor"]).agg(pl.col("loss").median())
+    return [
+        (*key, cell.sort("factor"))
+        for key, cell in medians.sort("smoothness", "initial_rate").group_by(
+            ["smoothness", "initial_rate"], maintain_order=True
+        )
+    ]
+
+
+COLORS = dict(zip(SMOOTHNESS, ("#56B4E9", "#009E73", "#E69F00", "#D55E00"), strict=True))
+STYLES = dict(zip(INITIAL_RATES, (":", "--", "-"), strict=True))
+
+
+def draw(runs: pl.DataFrame) -> plt.Figure:
+    """Loss against factor, a panel for each objective and noise; a dot is the paper's factor."""
+    figure, grid = plt.subplots(
+        len(OBJECTIVES), len(NOISES), figsize=(11, 8), sharex=True, squeeze=False, layout="constrained"
+    )
+    for (objective, noise), axes in zip(itertools.product(OBJECTIVES, NOISES), grid.flat, strict=True):
+        for smoothness, rate, cell in _curves(runs, objective, noise):
+            label = f"L = {smoothness:g}, rate {rate:g}/L"
+            color = COLORS[smoothness]
+            # A loss of exactly zero has no place on a logarithmic axis.
+            losses = np.maximum(cell["loss"].to_numpy(), 1e-30)
+            axes.plot(cell["factor"], losses, color=color, ls=STYLES[rate], lw=1.4, label=label)
+            at = int(np.argmin(np.abs(cell["factor"].to_numpy() - claimed(smoothness))))
+            axes.plot(cell["factor"][at], losses[at], "o", color=color, ms=6)
+        axes.set_yscale("log")
+        axes.set_title(f"{OBJECTIVES[objective].title}; gradient noise {noise:g} L", fontsize=10)
+        axes.grid(alpha=0.25, lw=0.5)
+    for axes in grid[-1]:
+        axes.set_xlabel("factor F")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("median final loss")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.suptitle("Final loss against GreedyLR's factor; dots: the paper's 1 - 1/L", fontsize=12)
+    return figure
+
+
+def _sections(runs: pl.DataFrame, table: pl.DataFrame) -> list[html.Section]:
+    sections = []
+    for objective, noise in itertools.product(OBJECTIVES, NOISES):
+        figure = go.Figure()
+        for smoothness, rate, cell in _curves(runs, objective, noise):
+            dash = {":": "dot", "--": "dash", "-": "solid"}[STYLES[rate]]
+            figure.add_scatter(
+                x=cell["factor"].to_list(),
+                y=cell["loss"].to_list(),
+                name=f"L = {smoothness:g}, rate {rate:g}/L",
+                line={"color": COLORS[smoothness], "dash": dash},
+            )
+        for smoothness in SMOOTHNESS:
+            figure.add_vline(
+                x=claimed(smoothness), line={"color": COLORS[smoothness], "dash": "dot", "width": 1}
+            )
+        figure.update_yaxes(type="log", title="median final loss", exponentformat="power")
+        figure.update_xaxes(title="factor F")
+        figure.update_layout(height=450, margin={"t": 20})
+        own = table.filter((pl.col("objective") == objective) & (pl.col("noise") == noise))
+        title = f"{OBJECTIVES[objective].title}; gradient noise {noise:g} L"
+        sections.append(html.Section(title, "", [figure, html.Table(_HEADERS, _cells(own))]))
+    return sections
