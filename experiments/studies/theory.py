@@ -102,8 +102,8 @@ def run(preset: str, out: Path, console: Console) -> None:
         out / "report.html",
         "The optimal factor",
         f"Median final loss of gradient descent with GreedyLR after {STEPS} steps, patience {PATIENCE}, "
-        "bounds at 1/1000 and 1000 times the initial rate, against the factor; the dotted line is 1 - 1/L. All "
-        "numbers follow from runs.parquet by experiments.studies.theory.summarize. "
+        "bounds at 1/1000 and 1000 times the initial rate, against the factor; the dotted line is 1 - 1/L. "
+        "All numbers follow from runs.parquet by experiments.studies.theory.summarize. "
         f"Made by: python -m experiments study theory --preset {preset}.",
         _sections(runs, table),
     )
