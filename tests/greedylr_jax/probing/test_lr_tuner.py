@@ -309,3 +309,122 @@ def test_bad_arguments_are_named(arguments, message):
     good = {"learning_rate": 0.1, "explore_steps": 1, "recompute_every": 1}
     with pytest.raises(ValueError, match=message):
         lr_tuner(optax.identity(), **(good | arguments))
+
+
+def drive(tx, values, targets, opinions=None):
+    """Rates and rollbacks at fixed parameters, for given losses and superbatches.
+
+    A superbatch's loss is lowest at the rate ``targets[i]`` (highest, where ``opinions[i]`` is -1); where that
+    is NaN it is the same at every rate.
+    """
+
+    @jax.jit
+    def step(state, value, target, opinion):
+        def value_fn(params):
+            rate = 1 - params["w"][0] / START["w"][0]
+            return jnp.where(jnp.isnan(target), 0, opinion * (rate - target) ** 2)
+
+        return tx.update(START, state, START, value=value, value_fn=value_fn)[1]
+
+    state, history = tx.init(START), []
+    opinions = np.ones(len(values)) if opinions is None else opinions
+    for arguments in zip(values, targets, opinions, strict=True):
+        state = step(state, *map(np.float32, arguments))
+        history.append((float(get_learning_rate(state)), int(state.num_rollbacks)))
+    rates, rollbacks = zip(*history, strict=True)
+    return np.array(rates), list(rollbacks)
+
+
+def tuner(**settings):
+    settings = {"explore_steps": 100, "recompute_every": 1, "epsilon_threshold": ENOUGH} | settings
+    return lr_tuner(optax.identity(), 0.5, **settings)
+
+
+NONE = float("nan")
+
+
+def test_a_proposal_below_zero_is_ignored():
+    exploit = tuner(explore_steps=0, saturation_threshold=1.0)
+    values, targets = [8.0, 7.0, 6.9, 6.8], [NONE, NONE, -1.0, 0.25]
+    rates, _ = drive(exploit, values, targets)
+    np.testing.assert_allclose(rates, [0.5, 0.5, 0.5, 0.25], rtol=1e-5)
+
+
+def test_downhill_on_a_concave_loss_the_rate_at_most_halves():
+    exploit = tuner(explore_steps=0, saturation_threshold=1.0, rollback=False)
+    rates, _ = drive(exploit, [8.0, 7.0, 6.9], [NONE, NONE, 2.0], [1, 1, -1])
+    np.testing.assert_allclose(rates, [0.5, 0.5, 0.25], rtol=1e-6)
+    bounded = tuner(explore_steps=0, saturation_threshold=1.0, rollback=False, epsilon_threshold=1e-6)
+    rates, _ = drive(bounded, [8.0, 7.0, 6.9], [NONE, NONE, 2.0], [1, 1, -1])
+    np.testing.assert_allclose(rates[-1], 0.5 - np.cbrt(6.9e-6), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "after", "rollbacks"),
+    [
+        # The loss falls from 8 to 4, by half. A change then: what must the next loss be at most?
+        (0.1, 3.79, 0),  # 4 * (1 - 0.1 * 0.5) = 3.8
+        (0.1, 3.81, 1),
+        (1.0, 1.99, 0),  # 4 * (1 - 0.5) = 2
+        (1.0, 2.01, 1),
+        (0.0, 3.99, 0),
+        (0.0, 4.01, 1),
+    ],
+)
+def test_a_change_is_bad_if_the_relative_drop_falls_below_its_threshold(threshold, after, rollbacks):
+    rates, seen = drive(tuner(rollback_threshold=threshold), [8.0, 4.0, after], [NONE, 0.75, NONE])
+    assert seen == [0, 0, rollbacks]
+    np.testing.assert_allclose(rates, [0.5, 0.75, 0.5 if rollbacks else 0.75], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("values", "rollbacks"),
+    [
+        ([2.0, 4.0, 7.9], 0),  # doubling before the change, and hardly more after it
+        ([2.0, 4.0, 8.1], 1),
+        ([-2.0, -1.0, -0.01], 0),  # losses below zero have no ratio: a rise of 1 before it, and after it
+        ([-2.0, -1.0, 0.01], 1),
+    ],
+)
+def test_a_loss_that_was_rising_may_go_on_as_it_did(values, rollbacks):
+    _, seen = drive(tuner(), values, [NONE, 0.75, NONE])
+    assert seen[-1] == rollbacks
+
+
+def test_a_change_is_judged_once():
+    values, targets = [8.0, 4.0, 2.0, 50.0, np.nan, 90.0], [NONE, 0.75, NONE, NONE, NONE, NONE]
+    rates, seen = drive(tuner(), values, targets)
+    assert seen == [0] * 6
+    np.testing.assert_allclose(rates[1:], 0.75, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("spread", "rollbacks"), [(0.0, 1), (2.0, 0)])
+def test_what_the_noise_of_the_losses_explains_is_not_bad(spread, rollbacks):
+    """Two windows of four losses with means 8 and 4; the third has 4.5, with and without noise before it."""
+    noise = spread * np.array([1.0, -1.0, 1.0, -1.0])
+    values = np.concatenate([8 + noise, 4 + noise, np.full(4, 4.5)])
+    targets = [NONE] * 7 + [0.75] + [NONE] * 4
+    _, seen = drive(tuner(recompute_every=4), values, targets)
+    assert seen[-1] == rollbacks
+
+
+def test_a_step_that_would_destroy_the_parameters_leaves_a_way_back():
+    """A finite loss with an infinite gradient, right after a change of rate; then the loss is gone, too."""
+    tx = tuner()
+    target = {"w": 0.25 * START["w"]}  # at three quarters of the way: a rate of 0.75
+
+    @jax.jit
+    def step(params, state, grads, value):
+        def value_fn(params):
+            return jnp.sum((params["w"] - target["w"]) ** 2)
+
+        updates, state = tx.update(grads, state, params, value=value, value_fn=value_fn)
+        return optax.apply_updates(params, updates), state
+
+    params, state = step(START, tx.init(START), START, 8.0)
+    np.testing.assert_allclose(get_learning_rate(state), 0.75, rtol=1e-5)
+    infinite = {"w": jnp.array([jnp.inf, 1.0, jnp.nan, -jnp.inf])}
+    params, state = step(params, state, infinite, 1.0)
+    assert np.isfinite(params["w"]).all()
+    params, state = step(params, state, infinite, 0.5)  # no longer watched: as the inner optimizer has it
+    assert not np.isfinite(params["w"]).all()
