@@ -314,8 +314,8 @@ def test_bad_arguments_are_named(arguments, message):
 def drive(tx, values, targets, opinions=None):
     """Rates and rollbacks at fixed parameters, for given losses and superbatches.
 
-    A superbatch's loss is lowest at the rate ``targets[i]`` (highest, where ``opinions[i]`` is -1); where that
-    is NaN it is the same at every rate.
+    A superbatch's loss is lowest at the rate ``targets[i]`` (highest, where ``opinions[i]`` is -1); where
+    that is NaN it is the same at every rate.
     """
 
     @jax.jit
