@@ -21,7 +21,13 @@ def test_they_are_the_ones_that_the_readme_lists():
         assert f"notebooks/{path.name}" in readme
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=pytest.mark.slow if path.stem == "many_runs_at_once" else [], id=path.stem)
+        for path in NOTEBOOKS
+    ],
+)
 def test_notebook_runs_from_top_to_bottom(path, tmp_path):
     notebook = read(path)
     started = time.monotonic()

@@ -91,7 +91,7 @@ SMALL = {"tasks": ("digits-mlp",), "steps": 30, "seeds": 2}
 @pytest.fixture
 def small_study(monkeypatch):
     monkeypatch.setitem(initial_rate.PRESETS, "quick", SMALL)
-    monkeypatch.setattr(initial_rate, "SCHEDULES", ("cosine", "GreedyLR", "polling"))
+    monkeypatch.setattr(initial_rate, "SCHEDULES", ("constant", "cosine", "GreedyLR"))  # one compilation
     monkeypatch.setattr(initial_rate, "COLORS", ("#000000", "#111111", "#222222"))
     monkeypatch.setattr(initial_rate, "OPTIMIZERS", ("sgd",))
 
@@ -235,6 +235,7 @@ def test_the_best_factor_does_not_follow_the_smoothness():
     assert losses[2.0][1] < losses[2.0][0] and losses[32.0][1] < losses[32.0][0]
 
 
+@pytest.mark.slow
 def test_the_theory_study_ranks_the_factor_of_the_paper(tmp_path, monkeypatch):
     monkeypatch.setitem(theory.PRESETS, "quick", {"starts": 3})
     monkeypatch.setattr(theory, "SMOOTHNESS", (2.0, 20.0))
