@@ -24,6 +24,11 @@ def is_traced(value: Any) -> bool:
     return isinstance(value, jax.core.Tracer)
 
 
+def is_known_false(condition: Any) -> bool:
+    """Whether a flag such as ``has_value`` is given and is False, known before the program runs."""
+    return condition is not None and not is_traced(condition) and not condition
+
+
 def _scalar(name: str, value: ArrayLike, kinds: tuple[Any, ...], expected: str) -> Any:
     """Returns ``value`` as a Python number, or the tracer that it is."""
     numeric = isinstance(value, (numbers.Real, np.ndarray, np.generic, jax.Array))
@@ -85,6 +90,18 @@ def check_choice(name: str, value: Any, allowed: Collection[str]) -> str:
         choices = ", ".join(repr(choice) for choice in allowed)
         raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
     return value
+
+
+def check_leading_axis(name: str, tree: Any, what: str, *, low: int = 1) -> int:
+    """Returns the length of the leading axis that all arrays of a pytree share, or raises ``ValueError``."""
+    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(tree)}
+    if len(sizes) != 1 or max(sizes) < (low,):
+        raise ValueError(
+            f"{name} must hold arrays with one leading axis of equal length >= {low}, the number of {what}; "
+            f"got leading axes {sorted(sizes)}."
+        )
+    ((length,),) = sizes
+    return length
 
 
 def check_order(low_name: str, low: ArrayLike, high_name: str, high: ArrayLike) -> None:

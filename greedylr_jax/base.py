@@ -381,13 +381,11 @@ def _observe(
     axis_name: Hashable | None,
 ) -> RuleState:
     """Hands one loss to the rule: averaged over devices, and over ``every`` losses."""
-    if has_value is not None and not _checks.is_traced(has_value):
-        if not has_value:
-            return state
+    if _checks.is_known_false(has_value):
+        return state
+    if not _checks.is_traced(has_value):
         has_value = None
-    loss = check_loss(rule.name, value).astype(state.value_sum.dtype)
-    if axis_name is not None:
-        loss = jax.lax.pmean(loss, axis_name)
+    loss = average(check_loss(rule.name, value).astype(state.value_sum.dtype), axis_name)
     decides_each_step = not _checks.is_traced(every) and every == 1
     if decides_each_step and has_value is None:
         return state._replace(rule=rule.update(state.rule, loss))
@@ -409,6 +407,11 @@ def _observe(
 def select(condition: jax.Array, on_true: RuleStateT, on_false: RuleStateT) -> RuleStateT:
     """``jnp.where`` for two states of the same structure and a boolean scalar."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), on_true, on_false)
+
+
+def average(losses: RuleStateT, axis_name: Hashable | None) -> RuleStateT:
+    """The mean over the devices of a mapped axis; what is given where there is none."""
+    return losses if axis_name is None else jax.lax.pmean(losses, axis_name)
 
 
 def check_loss(rule_name: str, value: ArrayLike | None) -> jax.Array:

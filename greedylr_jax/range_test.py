@@ -76,13 +76,7 @@ def range_test(
     _checks.check_order("min_value", low, "max_value", high)
     divergence = _checks.check_real("divergence", divergence, low=1.0, low_open=True)
     _checks.check_choice("ramp", ramp, ("geometric", "linear"))
-    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}
-    if len(sizes) != 1 or max(sizes) < (_LEAST_STEPS,):
-        raise ValueError(
-            f"batches must hold arrays with one leading axis of equal length >= {_LEAST_STEPS}, the number "
-            f"of steps; got leading axes {sorted(sizes)}."
-        )
-    ((steps,),) = sizes
+    steps = _checks.check_leading_axis("batches", batches, "steps", low=_LEAST_STEPS)
     spaced = jnp.geomspace if ramp == "geometric" else jnp.linspace
     rates = spaced(low, high, steps, dtype=base.default_float_dtype())
     direction = base.as_direction(optax.identity() if inner is None else inner)

@@ -120,14 +120,9 @@ def agreement_of(name: str, steps: int, every: int) -> Agreement:
         loss, grads = jax.value_and_grad(task.loss)(params, batch)
         direction, state = inner.update(grads, state, params)
         value_fn = superbatch_loss(task.loss, batches(keys[1], 10))
-        bound = jnp.cbrt(threshold * loss)
-        rates = []
-        for count in (3, 5):
-            offsets = 0.5 * rate * jnp.linspace(-1.0, 1.0, count)
-            losses = probe.losses_along(value_fn, params, direction, -(rate + offsets))
-            rates.append(probe.best_rate(probe.fit_parabola(losses, 0.5 * rate), rate, bound))
-        touching = probe.taylor_along(value_fn, params, direction, -rate)
-        rates.append(probe.best_rate(touching._replace(k1=-touching.k1), rate, bound))
+        probed = (value_fn, params, direction, rate, jnp.cbrt(threshold * loss))
+        rates = [probe.rate_by_fit(*probed, 0.5 * rate, count) for count in (3, 5)]
+        rates.append(probe.rate_by_taylor(*probed))
         params = optax.apply_updates(params, jax.tree.map(lambda leaf: -rate * leaf, direction))
         return params, state, jnp.stack(rates)
 
@@ -178,25 +173,24 @@ def _sides() -> dict[str, _Side]:
         return superbatch_loss(_mlp_loss, batches)(params)
 
     def points(count):
-        def fit(params, batches, direction, distance):
-            distances = distance * (1 + 0.5 * jnp.linspace(-1.0, 1.0, count))
-            losses = probe.losses_along(lambda p: forward(p, batches), params, direction, distances)
-            return probe.fit_parabola(losses, -0.5 * distance)
+        def fit(params, batches, direction, rate):
+            step = (lambda p: forward(p, batches), params, direction, rate, jnp.inf)
+            return probe.rate_by_fit(*step, 0.5 * rate, count)
 
         return fit
 
-    def taylor(params, batches, direction, distance):
-        return probe.taylor_along(lambda p: forward(p, batches), params, direction, distance)
+    def taylor(params, batches, direction, rate):
+        return probe.rate_by_taylor(lambda p: forward(p, batches), params, direction, rate, jnp.inf)
 
     def poll(params, batch, state):
         value, grads = jax.value_and_grad(_mlp_loss)(params, batch)
         return polling.update(grads, state, params, value=value, value_fn=lambda p: _mlp_loss(p, batch))
 
     def at_moved(loss):
-        return lambda params, data, direction, distance: loss(probe.move(params, direction, distance), data)
+        return lambda params, data, direction, rate: loss(probe.move(params, direction, -rate), data)
 
     direction = jax.grad(_mlp_loss)(params, batch)
-    along = (params, batches, direction, jnp.float32(-0.1))
+    along = (params, batches, direction, jnp.float32(0.1))
     passes = len(FACTORS) - 1
     return {
         _SUPERBATCH: _Side(_SUPERBATCH, forward, (params, batches), note="unit"),
@@ -206,11 +200,11 @@ def _sides() -> dict[str, _Side]:
         "probe, taylor": _Side(_SUPERBATCH, taylor, along, 0, "exact"),
         _BATCH: _Side(_BATCH, _mlp_loss, (params, batch), note="unit"),
         f"{_BATCH} at p + t d": _Side(
-            _BATCH, at_moved(_mlp_loss), (params, batch, direction, jnp.float32(-0.1))
+            _BATCH, at_moved(_mlp_loss), (params, batch, direction, jnp.float32(0.1))
         ),
         "batch, forward and back": _Side(_BATCH, jax.value_and_grad(_mlp_loss), (params, batch)),
         "polling, 7 factors": _Side(
-            _BATCH, poll, (params, batch, polling.init(params)), passes, "gradient included"
+            _BATCH, poll, (params, batch, polling.init(params)), passes, "gradient and 7 passes at p + t d"
         ),
     }
 

@@ -189,11 +189,10 @@ def lr_tuner(
         **extra_args: Any,
     ) -> tuple[optax.Updates, LRTunerState]:
         probe.check_value_fn("lr_tuner", value_fn, params)
-        if value is None and has_value is not None and not _checks.is_traced(has_value) and not has_value:
+        if value is None and _checks.is_known_false(has_value):
             value = 0.0  # never looked at
         loss = base.check_loss("lr_tuner", value).astype(state.window.mean.dtype)
-        if axis_name is not None:
-            loss = jax.lax.pmean(loss, axis_name)
+        loss = base.average(loss, axis_name)
         extra_args |= {"value": value, "value_fn": value_fn, "has_value": has_value}
         direction, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
 
@@ -324,15 +323,11 @@ def _propose(
 ) -> jax.Array:
     """The rate of equations 2 and 3."""
     bound = jnp.cbrt(jnp.asarray(settings.epsilon_threshold, loss.dtype) * jnp.abs(loss))
-    axis_name = settings.axis_name
+    step = (value_fn, params, direction, learning_rate, bound)
     if settings.method == "taylor":
-        touching = probe.taylor_along(value_fn, params, direction, -learning_rate, axis_name=axis_name)
-        return probe.best_rate(touching._replace(k1=-touching.k1), learning_rate, bound)
+        return probe.rate_by_taylor(*step, axis_name=settings.axis_name)
     width = _sample_width(learning_rate, bound, settings.probe_width)
-    offsets = width * jnp.linspace(-1.0, 1.0, settings.num_samples, dtype=width.dtype)
-    distances = -(learning_rate + offsets)
-    losses = probe.losses_along(value_fn, params, direction, distances, axis_name=axis_name)
-    return probe.best_rate(probe.fit_parabola(losses, width), learning_rate, bound)
+    return probe.rate_by_fit(*step, width, settings.num_samples, axis_name=settings.axis_name)
 
 
 def _float(value: ArrayLike) -> jax.Array:

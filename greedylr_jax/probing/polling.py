@@ -143,24 +143,20 @@ def factor_polling(
         **extra_args: Any,
     ) -> tuple[optax.Updates, base.RuleState]:
         del extra_args
-        if has_value is not None and not _checks.is_traced(has_value) and not has_value:
+        if _checks.is_known_false(has_value):
             return base.scale_updates(updates, state.rule.scale), state
         probe.check_value_fn("factor_polling", value_fn, params)
         rule = state.rule
         loss = jnp.full((), jnp.inf, rule.scale.dtype)
         if value is not None:
-            loss = base.check_loss("factor_polling", value).astype(loss.dtype)
-            if axis_name is not None:
-                loss = jax.lax.pmean(loss, axis_name)
+            loss = base.average(base.check_loss("factor_polling", value).astype(loss.dtype), axis_name)
             fresh = jnp.isinf(rule.first_value) & jnp.isfinite(loss)
             rule = rule._replace(first_value=jnp.where(fresh, loss, rule.first_value))
-            loss = jnp.where(jnp.isfinite(loss), loss, rule.first_value)
+        loss = jnp.where(jnp.isfinite(loss), loss, rule.first_value)
         observed = jnp.asarray(True if has_value is None else has_value, bool)
         scale, takes = jax.lax.cond(
             observed & (state.value_count == 0),
-            lambda: poll(
-                rule, jnp.where(jnp.isfinite(loss), loss, rule.first_value), updates, params, value_fn
-            ),
+            lambda: poll(rule, loss, updates, params, value_fn),
             lambda: (rule.scale, jnp.asarray(True)),
         )
         takes |= not decline

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from greedylr_jax import base
+from greedylr_jax import _checks, base
 
 ValueFn = Callable[[optax.Params], jax.Array]
 
@@ -53,12 +53,7 @@ def superbatch_loss(loss_fn: Callable[[optax.Params, Any], jax.Array], batches: 
 
     Source: LRTuner, Section 2, "Stochasticity", and Appendix C.
     """
-    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}
-    if len(sizes) != 1 or sizes in ({()}, {(0,)}):
-        raise ValueError(
-            "batches must hold arrays with one leading axis of equal length >= 1, the number of batches; "
-            f"got leading axes {sorted(sizes)}."
-        )
+    _checks.check_leading_axis("batches", batches, "batches")
 
     def value_fn(params: optax.Params) -> jax.Array:
         def one_batch(batch: Any) -> jax.Array:
@@ -90,7 +85,7 @@ def losses_along(
       Shape (n,), float32 or wider; not finite where the loss is not.
     """
     losses = jax.lax.map(lambda t: _loss(value_fn, move(params, direction, t)), distances)
-    return losses if axis_name is None else jax.lax.pmean(losses, axis_name)
+    return base.average(losses, axis_name)
 
 
 def taylor_along(
@@ -114,8 +109,7 @@ def taylor_along(
         return jax.jvp(loss, (t,), (jnp.ones_like(t),))
 
     (k0, k1), (_, curvature) = jax.jvp(loss_and_slope, (distance,), (jnp.ones_like(distance),))
-    result = Parabola(k0, k1, curvature / 2)
-    return result if axis_name is None else jax.lax.pmean(result, axis_name)
+    return base.average(Parabola(k0, k1, curvature / 2), axis_name)
 
 
 def fit_parabola(losses: jax.Array, width: jax.Array) -> Parabola:
@@ -131,6 +125,42 @@ def fit_parabola(losses: jax.Array, width: jax.Array) -> Parabola:
     common = losses[losses.shape[0] // 2]
     k0, k1, k2 = (jnp.sum(jnp.asarray(row, losses.dtype) * (losses - common)) for row in weights)
     return Parabola(common + k0, k1 / width, k2 / width / width)
+
+
+def rate_by_fit(
+    value_fn: ValueFn,
+    params: optax.Params,
+    direction: optax.Updates,
+    learning_rate: jax.Array,
+    bound: jax.Array,
+    width: jax.Array,
+    num_samples: int,
+    *,
+    axis_name: Hashable | None = None,
+) -> jax.Array:
+    """:func:`best_rate` for the step ``-learning_rate * direction``, by a parabola through samples.
+
+    The samples are ``num_samples`` losses at rates from ``width`` below ``learning_rate`` to ``width`` above.
+    """
+    offsets = width * jnp.linspace(-1.0, 1.0, num_samples, dtype=width.dtype)
+    distances = -(learning_rate + offsets)
+    losses = losses_along(value_fn, params, direction, distances, axis_name=axis_name)
+    return best_rate(fit_parabola(losses, width), learning_rate, bound)
+
+
+def rate_by_taylor(
+    value_fn: ValueFn,
+    params: optax.Params,
+    direction: optax.Updates,
+    learning_rate: jax.Array,
+    bound: jax.Array,
+    *,
+    axis_name: Hashable | None = None,
+) -> jax.Array:
+    """:func:`best_rate` for the step ``-learning_rate * direction``, by exact derivatives."""
+    touching = taylor_along(value_fn, params, direction, -learning_rate, axis_name=axis_name)
+    # Along the direction the rate counts backwards.
+    return best_rate(touching._replace(k1=-touching.k1), learning_rate, bound)
 
 
 def best_rate(parabola: Parabola, learning_rate: jax.Array, bound: jax.Array) -> jax.Array:
