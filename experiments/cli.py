@@ -21,9 +21,9 @@ app = typer.Typer(
 
 @app.command()
 def compare(
-    task: Annotated[str, typer.Option(help="What to train: digits, digits-mlp or mnist1d-mlp.")] = "digits",
+    task: Annotated[str, typer.Option(help="What to train; the command tasks lists them.")] = "digits",
     optimizer: Annotated[
-        str, typer.Option(help="One or more of adamw,sgd,adagrad,adafactor, with commas.")
+        str, typer.Option(help="One or more of adamw,sgd,momentum,adagrad,adafactor, with commas.")
     ] = "adamw,sgd",
     steps: Annotated[int, typer.Option(help=f"Training steps of a run, at least {MIN_STEPS}.")] = 600,
     seeds: Annotated[int, typer.Option(help="Runs that differ in parameters and batches.")] = 5,
@@ -44,7 +44,7 @@ def compare(
     _at_least("--steps", steps, MIN_STEPS)
     _at_least("--seeds", seeds, 1)
     rates = None if learning_rates is None else _rates("--learning-rates", learning_rates)
-    engine.configure_devices()
+    engine.configure()
     run(
         task,
         optimizers,
@@ -57,11 +57,27 @@ def compare(
 
 
 @app.command()
+def tasks() -> None:
+    """List the tasks: what a comparison can train."""
+    from experiments.tasks import TASKS
+
+    for name, entry in TASKS.items():
+        typer.echo(f"{name}: {entry.summary}")
+
+
+@app.command()
 def study(
     name: Annotated[str | None, typer.Argument(help="Which study; --list shows them.")] = None,
     preset: Annotated[str, typer.Option(help="quick (minutes) or full.")] = "quick",
     out: Annotated[Path | None, typer.Option(help="Folder for the results. Default: results/NAME.")] = None,
     show_list: Annotated[bool, typer.Option("--list", help="List the studies.")] = False,
+    cluster: Annotated[
+        str | None,
+        typer.Option(help="Train on a Ray cluster: auto (the one of this machine) or an address."),
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Drop an unfinished study instead of going on with it.")
+    ] = False,
 ) -> None:
     """Put the claims of a paper to the test."""
     from rich.console import Console
@@ -75,9 +91,10 @@ def study(
     _one_of("NAME", name, STUDIES)
     _one_of("--preset", preset, ("quick", "full"))
     from experiments import engine
+    from experiments.studies.base import Job
 
-    engine.configure_devices()
-    STUDIES[name].load()(preset, out or Path("results") / name, Console())
+    engine.configure()
+    STUDIES[name].load()(Job(name, preset, out or Path("results") / name, Console(), cluster, fresh))
 
 
 @app.command()
@@ -93,7 +110,7 @@ def bench(
 
     from experiments import engine
 
-    engine.configure_devices()
+    engine.configure()
     module = importlib.import_module(f"experiments.bench.{name}")
     module.run(Console(), out, repeats)
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 import greedylr_jax
 from experiments import report, summary
-from experiments.engine import Engine, make_specs
+from experiments.engine import Engine, Settings, make_specs
 from experiments.schedules import COMPARED
 from experiments.store import RunStore
 from experiments.sweep import Group, run_sweep
@@ -62,11 +62,11 @@ def compare(
     store = RunStore(out, settings, fresh=fresh)
     compilations = _CompilationCount()
     groups = [
-        Group(task, optimizer, make_specs(COMPARED, rates[optimizer], range(seeds)))
+        Group(task_name, optimizer, make_specs(COMPARED, rates[optimizer], range(seeds)))
         for optimizer in optimizers
     ]
     engines: dict[tuple[str, str], Engine] = {}
-    run_sweep(groups, steps, store, console, engines)
+    run_sweep(groups, Settings(steps), store, console, engines=engines)
     runs = store.finish()
     compilations.stop()
 

@@ -1,15 +1,18 @@
 """Training many runs in one compiled program.
 
-A run is one ``lax.scan``. The runs of a call are an axis that is spread over all devices (on a CPU: one
-for each core) and mapped with ``lax.map`` on each, which suits networks: a ``vmap`` over their weights
-would turn convolutions and small matrix products into slower batched ones. What tells runs apart (seed,
-rates, adaptive rule) is an input, so one compilation serves all schedules of a task and an optimizer.
+A run is one ``lax.scan``. The runs of a call are spread over all devices (on a CPU: one for each core), each
+of which trains its share one after the other, which suits networks: a ``vmap`` over their weights would turn
+convolutions and small matrix products into slower batched ones. What tells runs apart (seed, rates, adaptive
+rule and its settings, disturbance), how many there are, and the data are inputs, so one compilation serves
+all schedules of a task and an optimizer.
 """
 
 import contextlib
 import functools
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,11 +22,14 @@ import optax
 from jax.sharding import PartitionSpec
 
 import greedylr_jax
+from experiments.disturbance import Disturbance, disturbance_inputs
 from experiments.schedules import (
     NEEDS_SUPERBATCH,
     OWN_RATES,
+    PEERS,
     ScheduleInputs,
     adaptive_scale,
+    parse,
     schedule_inputs,
 )
 from experiments.tasks.base import Batch, Params, Task
@@ -35,9 +41,11 @@ OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
     "adagrad": optax.adagrad,
     # As the Hugging Face trainer sets it up: the rate is absolute, and not relative to the parameters.
     "adafactor": lambda rate: optax.adafactor(rate, multiply_by_parameter_scale=False),
+    "momentum": lambda rate: optax.sgd(rate, momentum=0.9),
 }
 SUPERBATCH = 10  # batches
-RUNS_PER_DEVICE = 5  # in one call: what is between two reports of progress
+RUNS_PER_DEVICE = 16  # at most in one call
+SECONDS_PER_CALL = 5.0  # about what is between two reports of progress
 
 
 class RunSpec(NamedTuple):
@@ -46,6 +54,7 @@ class RunSpec(NamedTuple):
     schedule: str
     learning_rate: float
     seed: int
+    disturbance: str = "none"
 
 
 def make_specs(
@@ -57,22 +66,46 @@ def make_specs(
     ]
 
 
+class Settings(NamedTuple):
+    """What all runs of an engine have in common."""
+
+    steps: int
+    evaluations: int = 1  # on the held-out examples, evenly over the steps, the last at the end
+    disturbed: bool = False  # whether runs have disturbances; they cost random numbers
+
+
 class RunResult(NamedTuple):
     """What a run leaves."""
 
     loss: np.ndarray  # shape=(steps,); the batch's loss before each update
     rate: np.ndarray  # shape=(steps,); the learning rate of each update
-    test_loss: np.ndarray  # shape=()
-    test_accuracy: np.ndarray  # shape=()
+    test_loss: np.ndarray  # shape=(evaluations,)
+    test_metric: np.ndarray  # shape=(evaluations,)
 
 
-def configure_devices() -> None:
-    """Lets JAX see a CPU as one device a core, so that runs can go side by side.
+class Inputs(NamedTuple):
+    """What tells one run of a compiled program from another."""
 
-    Does nothing where JAX has started already: it then works with the devices that it has.
+    seed: np.ndarray  # shape=(), dtype=uint32
+    schedule: ScheduleInputs
+    disturbance: Disturbance | None
+
+
+def configure(cpus: int | None = None) -> None:
+    """Lets JAX see a CPU as one device a core, and keep what it compiles on disk.
+
+    Compiled programs lie in ``JAX_COMPILATION_CACHE_DIR`` or, if that is not set, in the user's cache folder.
+    Where JAX has started already it works with the devices that it has.
+
+    Args:
+      cpus: devices to make of the CPU; None: one for each core.
     """
     with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+        jax.config.update("jax_num_cpu_devices", cpus or os.cpu_count() or 1)
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "greedylr_jax" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 class Engine:
@@ -82,91 +115,157 @@ class Engine:
     own rates (:data:`experiments.schedules.OWN_RATES`) has another.
     """
 
-    def __init__(self, task: Task, optimizer: str, steps: int):
-        self.task, self.optimizer, self.steps = task, optimizer, steps
+    def __init__(self, task: Task, optimizer: str, settings: Settings):
+        if settings.steps % settings.evaluations:
+            raise ValueError(
+                f"steps must be a multiple of evaluations, got {settings.steps} and {settings.evaluations}."
+            )
+        self.task, self.optimizer, self.settings = task, optimizer, settings
         devices = jax.local_devices()
         if devices[0].platform == "cpu":  # more devices than cores would only take turns
             devices = devices[: os.cpu_count()]
         self._mesh = jax.sharding.Mesh(np.array(devices), ("runs",))
+        everywhere = jax.sharding.NamedSharding(self._mesh, PartitionSpec())
+        self._data = jax.device_put((task.train, task.test), everywhere)
         self._compiled: dict[str | None, Callable[..., RunResult]] = {}  # None: the shared one
-
-    @property
-    def runs_per_call(self) -> int:
-        """How many runs one call of the compiled program trains."""
-        return self._mesh.size * RUNS_PER_DEVICE
 
     @property
     def num_compilations(self) -> int:
         """How many training programs were compiled so far."""
         return len(self._compiled)
 
-    def train(self, specs: Sequence[RunSpec]) -> Iterator[list[tuple[RunSpec, RunResult]]]:
-        """Trains the runs, and yields them in groups as they finish."""
+    def train(self, specs: Sequence[RunSpec]) -> Iterator[list[tuple[RunSpec, RunResult, float]]]:
+        """Trains the runs, and yields them in groups as they finish, each with its seconds."""
         by_program: dict[str | None, list[RunSpec]] = {}
         for spec in specs:
-            by_program.setdefault(spec.schedule if spec.schedule in OWN_RATES else None, []).append(spec)
+            name, _ = parse(spec.schedule)
+            by_program.setdefault(name if name in OWN_RATES else None, []).append(spec)
         for rule, together in by_program.items():
-            for start in range(0, len(together), self.runs_per_call):
-                yield self._train_group(rule, together[start : start + self.runs_per_call])
+            share, start = 1, 0
+            while start < len(together):
+                group = together[start : start + share * self._mesh.size]
+                trained = self._train_group(rule, group)
+                start += len(group)
+                yield trained
+                share = int(np.clip(SECONDS_PER_CALL / trained[0][2], 1, RUNS_PER_DEVICE))
 
-    def _train_group(self, rule: str | None, group: list[RunSpec]) -> list[tuple[RunSpec, RunResult]]:
-        # A short last group is filled up with repetitions: another shape would compile again.
-        filled = [group[i % len(group)] for i in range(self.runs_per_call)]
-        inputs = [schedule_inputs(s.schedule, s.learning_rate, self.steps) for s in filled]
-        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *inputs)
-        seeds = np.array([spec.seed for spec in filled], np.uint32)
-        results = jax.device_get(self._program(rule, seeds, stacked)(seeds, stacked))
+    def _train_group(self, rule: str | None, group: list[RunSpec]) -> list[tuple[RunSpec, RunResult, float]]:
+        devices = self._mesh.size
+        # A device's place in the arrays is of a fixed size, and how much of it is used is an input.
+        rows = [index % devices * RUNS_PER_DEVICE + index // devices for index in range(len(group))]
+        filled = [group[0]] * (devices * RUNS_PER_DEVICE)
+        for row, spec in zip(rows, group, strict=True):
+            filled[row] = spec
+        made = {spec: self._inputs(spec) for spec in set(group)}
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *(made[spec] for spec in filled))
+        counts = np.array([len(group[device::devices]) for device in range(devices)], np.int32)
+        program = self._program(rule, counts, stacked)
+        start = time.perf_counter()
+        results = jax.device_get(program(counts, stacked, self._data))
+        seconds = (time.perf_counter() - start) / int(counts[0])
         return [
-            (spec, jax.tree.map(lambda leaf, row=row: leaf[row], results)) for row, spec in enumerate(group)
+            (spec, jax.tree.map(lambda leaf, row=row: leaf[row], results), seconds)
+            for row, spec in zip(rows, group, strict=True)
         ]
 
-    def _program(
-        self, rule: str | None, seeds: np.ndarray, inputs: ScheduleInputs
-    ) -> Callable[..., RunResult]:
+    def _inputs(self, spec: RunSpec) -> Inputs:
+        steps = self.settings.steps
+        return Inputs(
+            np.uint32(spec.seed),
+            schedule_inputs(spec.schedule, spec.learning_rate, steps),
+            disturbance_inputs(spec.disturbance, steps, spec.seed) if self.settings.disturbed else None,
+        )
+
+    def _program(self, rule: str | None, counts: np.ndarray, inputs: Inputs) -> Callable[..., RunResult]:
         if rule not in self._compiled:
             runs = PartitionSpec("runs")
             mapped = jax.shard_map(
-                lambda seeds, inputs: jax.lax.map(lambda run: self._run(rule, *run), (seeds, inputs)),
+                functools.partial(self._run_all, rule),
                 mesh=self._mesh,
-                in_specs=runs,
+                in_specs=(runs, runs, PartitionSpec()),
                 out_specs=runs,
                 check_vma=False,
             )
-            self._compiled[rule] = jax.jit(mapped).lower(seeds, inputs).compile()
+            self._compiled[rule] = jax.jit(mapped).lower(counts, inputs, self._data).compile()
         return self._compiled[rule]
 
-    def _run(self, rule: str | None, seed: jax.Array, inputs: ScheduleInputs) -> RunResult:
-        task = self.task
-        init_key, batch_key = jax.random.split(jax.random.key(seed))
+    def _run_all(
+        self, rule: str | None, count: jax.Array, inputs: Inputs, data: tuple[Batch, Batch]
+    ) -> RunResult:
+        """The runs of one device, ``count`` of them; the rest of the result is zero."""
+        run = lambda index: self._run(rule, jax.tree.map(lambda leaf: leaf[index], inputs), data)  # noqa: E731
+        shapes = jax.eval_shape(run, 0)
+        results = jax.tree.map(lambda leaf: jnp.zeros((RUNS_PER_DEVICE, *leaf.shape), leaf.dtype), shapes)
+
+        def body(index: jax.Array, results: RunResult) -> RunResult:
+            return jax.tree.map(lambda all_runs, one: all_runs.at[index].set(one), results, run(index))
+
+        return jax.lax.fori_loop(0, count[0], body, results)
+
+    def _run(self, rule: str | None, inputs: Inputs, data: tuple[Batch, Batch]) -> RunResult:
+        task, (steps, evaluations, disturbed) = self.task, self.settings
+        train, test = data
+        init_key, batch_key = jax.random.split(jax.random.key(inputs.seed))
         params = task.init(init_key)
         optimizer = optax.with_extra_args_support(OPTIMIZERS[self.optimizer](1.0))
         if rule is None:
-            stepper = _shared_stepper(optimizer, inputs.adaptive, task.steps_per_epoch)
+            stepper = _shared_stepper(optimizer, inputs.schedule, task.steps_per_epoch)
         else:
-            stepper = _own_rate_stepper(OWN_RATES[rule](optimizer, inputs.rates[0], self.steps))
-        batches = batch_indices(task, self.steps, batch_key)
+            stepper = _own_rate_stepper(
+                OWN_RATES[rule](optimizer, inputs.schedule.rates[0], steps), reads_rate=rule not in PEERS
+            )
+        batches = batch_indices(task, steps, batch_key)
+        if disturbed:
+            first_loss = jnp.abs(task.loss(params, _take(train, batches[0])))
+            first_norm = optax.tree.norm(params)
+            noise_key = jax.random.fold_in(batch_key, 1)
 
         def body(carry: Any, step_inputs: Any) -> Any:
             params, state = carry
-            rate, step, indices = step_inputs
-            batch = _take(task.train, indices)
+            rate, step, indices, noise = step_inputs
+            batch = _take(train, indices)
             loss, grads = jax.value_and_grad(task.loss)(params, batch)
+            observed = loss
 
             def value_fn(params: Params) -> jax.Array:
                 # The loss on the batch of the step, or on a superbatch, is asked for only now and then.
                 if rule not in NEEDS_SUPERBATCH:
                     return task.loss(params, batch)
                 rows = (step + jnp.arange(SUPERBATCH)) % len(batches)
-                return superbatch_loss(lambda p, row: task.loss(p, _take(task.train, batches[row])), rows)(
-                    params
-                )
+                return superbatch_loss(lambda p, row: task.loss(p, _take(train, batches[row])), rows)(params)
 
-            updates, state, rate = stepper.update(grads, state, params, rate, loss, value_fn)
-            return (optax.apply_updates(params, updates), state), (loss, rate)
+            if disturbed:
+                key, against = jax.random.fold_in(noise_key, step), inputs.disturbance.against
+                direction = _direction(key, grads, against)
+                observed = loss + noise[0] * first_loss
+                grads = optax.tree.add_scale(grads, noise[1] * optax.tree.norm(grads), direction)
+            updates, state, rate = stepper.update(grads, state, params, rate, observed, value_fn)
+            params = optax.apply_updates(params, updates)
+            if disturbed:
+                params = optax.tree.add_scale(params, -noise[2] * first_norm, direction)
+            return (params, state), (loss, rate)
 
-        steps = (inputs.rates, jnp.arange(self.steps), batches)
-        (params, _), (loss, rate) = jax.lax.scan(body, (params, stepper.init(params)), steps)
-        return RunResult(loss, rate, task.loss(params, task.test), task.accuracy(params, task.test))
+        def segment(carry: Any, segment_inputs: Any) -> Any:
+            (params, state), histories = jax.lax.scan(body, carry, segment_inputs)
+            final = stepper.evaluated(state, params)
+            return (params, state), (*histories, task.loss(final, test), task.metric(final, test))
+
+        noise = inputs.disturbance[:3] if disturbed else None
+        xs = (inputs.schedule.rates, jnp.arange(steps), batches, noise)
+        xs = jax.tree.map(lambda leaf: leaf.reshape(evaluations, -1, *leaf.shape[1:]), xs)
+        _, (loss, rate, *tests) = jax.lax.scan(segment, (params, stepper.init(params)), xs)
+        return RunResult(loss.ravel(), rate.ravel(), *tests)
+
+
+def _direction(key: jax.Array, grads: Params, against: jax.Array) -> Params:
+    """A direction of norm 1: random, or that of descent."""
+    leaves, structure = jax.tree.flatten(grads)
+    keys = jax.random.split(key, len(leaves))
+    random = structure.unflatten(
+        [jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]
+    )
+    chosen = jax.tree.map(lambda r, g: jnp.where(against, -g, r), random, grads)
+    return optax.tree.scale(1 / jnp.maximum(optax.tree.norm(chosen), 1e-30), chosen)
 
 
 class _Stepper(NamedTuple):
@@ -174,13 +273,14 @@ class _Stepper(NamedTuple):
 
     init: Callable[[Params], Any]
     update: Callable[..., tuple[optax.Updates, Any, jax.Array]]
+    evaluated: Callable[[Any, Params], Params]  # the parameters to evaluate
 
 
 def _shared_stepper(
-    optimizer: optax.GradientTransformationExtraArgs, adaptive: jax.Array, steps_per_epoch: int
+    optimizer: optax.GradientTransformationExtraArgs, inputs: ScheduleInputs, steps_per_epoch: int
 ) -> _Stepper:
     """Any passive or zeroth-order schedule: which one is an input of the program."""
-    rule = adaptive_scale(adaptive, steps_per_epoch)
+    rule = adaptive_scale(inputs, steps_per_epoch)
 
     def update(grads, state, params, rate, loss, value_fn):
         del value_fn
@@ -192,22 +292,30 @@ def _shared_stepper(
         updates = jax.tree.map(lambda leaf: rate * scale * leaf, updates)
         return updates, (optimizer_state, rule_state), rate * scale
 
-    return _Stepper(lambda params: (optimizer.init(params), rule.init(params)), update)
+    return _Stepper(
+        lambda params: (optimizer.init(params), rule.init(params)), update, lambda state, params: params
+    )
 
 
-def _own_rate_stepper(tx: optax.GradientTransformationExtraArgs) -> _Stepper:
-    """A rule that keeps its own rates, around the optimizer."""
+def _own_rate_stepper(tx: optax.GradientTransformationExtraArgs, *, reads_rate: bool) -> _Stepper:
+    """A rule that keeps its own rates, around the optimizer; the rate of a peer is the one it was given."""
+    tx = optax.with_extra_args_support(tx)
 
     def update(grads, state, params, rate, loss, value_fn):
-        updates, state = tx.update(grads, state, params, value=loss, value_fn=value_fn)
-        read = greedylr_jax.metrics(state)
+        updates, state = tx.update(grads, state, params, value=loss, value_fn=value_fn, grad=grads)
+        read = greedylr_jax.metrics(state) if reads_rate else {}
         return updates, state, read.get("learning_rate", rate * read.get("scale", 1))
 
-    return _Stepper(tx.init, update)
+    def evaluated(state, params):
+        if isinstance(state, optax.contrib.ScheduleFreeState):
+            return optax.contrib.schedule_free_eval_params(state, params)
+        return params
+
+    return _Stepper(tx.init, update, evaluated)
 
 
 def _take(examples: Batch, indices: jax.Array) -> Batch:
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[indices], examples)
+    return jax.tree.map(lambda leaf: leaf[indices], examples)
 
 
 def batch_indices(task: Task, steps: int, key: jax.Array) -> jax.Array:
@@ -217,7 +325,6 @@ def batch_indices(task: Task, steps: int, key: jax.Array) -> jax.Array:
       Shape (steps, batch size).
     """
     per_epoch, size = task.steps_per_epoch, task.batch_size
-    examples = len(next(iter(task.train.values())))
     keys = jax.random.split(key, -(-steps // per_epoch))
-    permuted = jax.vmap(functools.partial(jax.random.permutation, x=examples))(keys)
+    permuted = jax.vmap(functools.partial(jax.random.permutation, x=task.num_examples))(keys)
     return permuted[:, : per_epoch * size].reshape(-1, size)[:steps]

@@ -3,7 +3,7 @@
 import html
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 import plotly.io
@@ -61,6 +61,28 @@ def write_page(path: Path, title: str, text: str, sections: Sequence[Section]) -
         f"<body>{''.join(body)}</body></html>"
     )
     write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+
+
+class Curve(NamedTuple):
+    """A line of a figure, with what Plotly takes as its style."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    line: dict[str, Any] = {}  # noqa: RUF012  (never changed)
+
+
+def line_figure(
+    curves: Sequence[Curve], x_title: str, y_title: str, *, x_log: bool = False, y_log: bool = False
+) -> go.Figure:
+    """An interactive figure of curves, toggled by a click on the legend."""
+    figure = go.Figure()
+    for name, x, y, line in curves:
+        figure.add_scatter(x=list(x), y=list(y), name=name, line=line, mode="lines")
+    figure.update_xaxes(title=x_title, **({"type": "log", "dtick": 1} if x_log else {}))
+    figure.update_yaxes(title=y_title, **({"type": "log", "exponentformat": "power"} if y_log else {}))
+    figure.update_layout(height=430, margin={"t": 20}, showlegend=True)
+    return figure
 
 
 def _table(table: Table) -> str:

@@ -3,22 +3,19 @@
 import math
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
 from rich import box
 from rich.table import Table
 
+from experiments import drawing
 from experiments.schedules import COMPARED
 from experiments.store import write_atomically
 from experiments.summary import OURS, STAGES
 
-# Okabe and Ito's palette: told apart by readers who do not see all colours.
-COLORS = dict(zip(COMPARED, ("#56B4E9", "#009E73", "#0072B2", "#E69F00", "#D55E00"), strict=True))
+_PALETTE = (drawing.SKY, drawing.GREEN, drawing.BLUE, drawing.ORANGE, drawing.RED)
+COLORS = dict(zip(COMPARED, _PALETTE, strict=True))
 _OUTCOME_COLORS = {"beats": "#d9f0d9", "loses": "#f7d9d4"}
 LINES = dict.fromkeys(COMPARED, "-") | {"plateau": "--"}  # often on top of the constant rate
 HEADERS = (
@@ -26,7 +23,7 @@ HEADERS = (
     "initial rate",
     "schedule",
     *(f"loss at {stage}%" for stage in STAGES),
-    "test acc. %",
+    "test %",
     *(f"GreedyLR\nat {stage}%" for stage in STAGES),
     "final loss minus\nGreedyLR's [95% CI]",
 )
@@ -43,7 +40,7 @@ def table_cells(table: pl.DataFrame) -> list[tuple[str, ...]]:
                 f"{row['learning_rate']:g}",
                 row["schedule"],
                 *(f"{row[f'loss_{stage}']:.3g}" for stage in STAGES),
-                f"{row['test_accuracy']:.1f}",
+                f"{row['test_metric']:.1f}",
                 *(row[f"at_{stage}"] or "" for stage in STAGES),
                 _interval(row["difference"], row["difference_low"], row["difference_high"]),
             )
@@ -65,7 +62,7 @@ def rich_table(table: pl.DataFrame, title: str, width: int) -> Table:
     caption = None if width >= _WIDE else "Confidence intervals: table.csv, table.png, or a wider terminal."
     printed = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for header in shown:
-        broken = header.replace("loss at", "loss\nat").replace("test acc.", "test\nacc.")
+        broken = header.replace("loss at", "loss\nat")
         printed.add_column(broken if width >= _WIDE else broken.replace(OURS, "Greedy"), no_wrap=True)
     previous = None
     for optimizer, rate, *cells in table_cells(table):
@@ -101,8 +98,7 @@ def write(runs: pl.DataFrame, table: pl.DataFrame, folder: Path) -> None:
         ("table.png", draw_table(table, title)),
         ("histories.png", draw_histories(runs, title)),
     ):
-        write_atomically(folder / name, lambda path, figure=figure: figure.savefig(path, dpi=150))
-        plt.close(figure)
+        drawing.save(figure, folder / name)
 
 
 def draw_table(table: pl.DataFrame, title: str) -> plt.Figure:
@@ -163,8 +159,7 @@ def draw_histories(runs: pl.DataFrame, title: str) -> plt.Figure:
         grid[row, 0].set_ylabel("training loss" if row % 2 == 0 else "learning rate")
     for axes in grid[-1]:
         axes.set_xlabel("step")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    drawing.add_legend(figure, grid[0, 0], columns=len(COMPARED))
     figure.suptitle(f"{title}; line: median, band: least to greatest", fontsize=12)
     return figure
 
@@ -179,7 +174,7 @@ def _draw_cell(pair: np.ndarray, cell: pl.DataFrame) -> None:
         style = {"color": COLORS[schedule], "linestyle": LINES[schedule]}
         style["linewidth"] = 2.0 if schedule == OURS else 1.2
         order = {"zorder": 3 if schedule == OURS else 2}
-        losses = np.array([_smooth(np.array(loss), width) for loss in rows["loss"].to_list()])
+        losses = np.array([drawing.smooth(np.array(loss), width) for loss in rows["loss"].to_list()])
         x = np.arange(losses.shape[1]) + width
         pair[0].plot(x, np.median(losses, axis=0), label=schedule, **style, **order)
         pair[0].fill_between(
@@ -193,7 +188,3 @@ def _draw_cell(pair: np.ndarray, cell: pl.DataFrame) -> None:
     pair[1].set_ylim(initial / 30, initial * 15)  # passive schedules go to zero, off any log axis
     for axes in pair:
         axes.grid(alpha=0.25, linewidth=0.5)
-
-
-def _smooth(values: np.ndarray, width: int) -> np.ndarray:
-    return np.convolve(values, np.full(width, 1 / width), mode="valid")

@@ -1,10 +1,13 @@
-"""The schedules that a comparison trains with, passive and adaptive, by name.
+"""The schedules that experiments train with, passive and adaptive, by name.
 
 A passive schedule is an array of rates, an input of the compiled program. An adaptive one multiplies the
-updates by a scale of its own; which of them acts is an input, too. So one program serves all.
+updates by a scale of its own; which of them acts, and with which settings, is an input, too. So one program
+serves all. Rules that keep their own rates have a program each, which serves all initial rates.
 """
 
-from collections.abc import Callable, Sequence
+import ast
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +15,7 @@ import numpy as np
 import optax
 
 import greedylr_jax
+from experiments.errors import UsageError
 from greedylr_jax.schedules import knee_schedule
 
 PASSIVE: dict[str, Callable[[int], optax.Schedule]] = {
@@ -19,20 +23,27 @@ PASSIVE: dict[str, Callable[[int], optax.Schedule]] = {
     "linear": lambda steps: optax.linear_schedule(1.0, 0.0, steps),
     "cosine": lambda steps: optax.cosine_decay_schedule(1.0, steps),
     "polynomial": lambda steps: optax.polynomial_schedule(1.0, 0.0, 2, steps),
+    "step": lambda steps: optax.piecewise_constant_schedule(1.0, {steps // 2: 0.1, 3 * steps // 4: 0.1}),
     "warmup": lambda steps: optax.linear_schedule(0.0, 1.0, max(1, steps // 10)),  # then constant
     "knee": lambda steps: knee_schedule(1.0, 8 * steps // 10, steps),
 }
-ADAPTIVE: dict[str, Callable[[int], optax.GradientTransformationExtraArgs]] = {
+# The published settings are the defaults: factor 0.95, patience 10, window 50, at least 10% of the initial
+# rate.
+_TRACED = ("factor", "patience", "threshold", "cooldown", "warmup", "min_scale", "max_scale")
+GREEDY_DEFAULTS: Mapping[str, float] = {
+    name: inspect.signature(greedylr_jax.greedy_lr).parameters[name].default for name in _TRACED
+}
+ADAPTIVE: dict[str, Callable[[int, Mapping[str, jax.Array]], optax.GradientTransformationExtraArgs]] = {
     # One decision an epoch, as in PyTorch and Keras. Their default patience of 10 epochs would leave it a
     # constant rate in runs as short as these: it halves after 2.
-    "plateau": lambda steps_per_epoch: optax.contrib.reduce_on_plateau(
+    "plateau": lambda steps_per_epoch, settings: optax.contrib.reduce_on_plateau(
         factor=0.5, patience=2, accumulation_size=steps_per_epoch
     ),
-    # The published settings: factor 0.95, patience 10, window 50, at least 10% of the initial rate.
-    "GreedyLR": lambda steps_per_epoch: greedylr_jax.greedy_lr(),
+    "GreedyLR": lambda steps_per_epoch, settings: greedylr_jax.greedy_lr(**settings),
 }
-# Rules that keep their own rates, from an optimizer built with rate 1, the initial rate and the steps.
-OWN_RATES: dict[str, Callable[[Any, jax.Array, int], optax.GradientTransformationExtraArgs]] = {
+# From an optimizer built with rate 1, the initial rate and the steps.
+OwnRates = Callable[[Any, jax.Array, int], optax.GradientTransformationExtraArgs]
+RULES: dict[str, OwnRates] = {
     "hypergradient": lambda optimizer, rate, steps: greedylr_jax.hypergradient(
         optimizer, rate, 0.02, mode="multiplicative"
     ),
@@ -44,14 +55,33 @@ OWN_RATES: dict[str, Callable[[Any, jax.Array, int], optax.GradientTransformatio
         recompute_every=max(1, steps // 20),
         epsilon_threshold=(2 * rate) ** 3,
     ),
-    "polling": lambda optimizer, rate, steps: optax.chain(
+    **{
+        name: lambda optimizer, rate, steps, factors=factors: optax.chain(
+            optimizer, optax.scale(rate), greedylr_jax.factor_polling(factors)
+        )
+        for name, factors in (
+            ("polling-3", (2.0, 1.0, 0.5)),
+            ("polling-5", (4.0, 2.0, 1.0, 0.5, 0.25)),
+            ("polling", (8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.125)),
+        )
+    },
+}
+# Peers from Optax, with its defaults. Those that are optimizers themselves leave the given one alone.
+PEERS: dict[str, OwnRates] = {
+    "schedule-free": lambda optimizer, rate, steps: optax.contrib.schedule_free_adamw(rate),
+    "prodigy": lambda optimizer, rate, steps: optax.contrib.prodigy(rate),
+    "mechanic": lambda optimizer, rate, steps: optax.contrib.mechanize(
+        optax.chain(optimizer, optax.scale(rate))
+    ),
+    "momo": lambda optimizer, rate, steps: optax.contrib.momo_adam(rate),
+    "Armijo": lambda optimizer, rate, steps: optax.chain(
         optimizer,
         optax.scale(rate),
-        greedylr_jax.factor_polling((8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.125)),
+        optax.scale_by_backtracking_linesearch(max_backtracking_steps=15),
     ),
 }
+OWN_RATES = RULES | PEERS
 NEEDS_SUPERBATCH = ("LRTuner",)
-SCHEDULES = (*PASSIVE, *ADAPTIVE)
 COMPARED = ("constant", "linear", "cosine", "plateau", "GreedyLR")  # by the command compare
 
 
@@ -60,14 +90,54 @@ class ScheduleInputs(NamedTuple):
 
     rates: np.ndarray  # shape=(steps,), dtype=float32; the passive part
     adaptive: np.ndarray  # shape=(), dtype=int32; 0: none, else 1 + index into ADAPTIVE
+    settings: dict[str, np.ndarray]  # each of shape=(); GreedyLR's
+
+
+def parse(name: str) -> tuple[str, dict[str, float]]:
+    """A schedule's name and, for GreedyLR, settings that differ from the defaults.
+
+    Raises:
+      UsageError: if there is no such schedule or setting.
+
+    Examples:
+      >>> parse("cosine")
+      ('cosine', {})
+      >>> parse("GreedyLR(factor=0.8, patience=5)")
+      ('GreedyLR', {'factor': 0.8, 'patience': 5})
+    """
+    base, bracket, rest = name.partition("(")
+    if base not in (*PASSIVE, *ADAPTIVE, *OWN_RATES) or (bracket and base != "GreedyLR"):
+        raise UsageError(
+            f"unknown schedule {name!r}; there are: {', '.join((*PASSIVE, *ADAPTIVE, *OWN_RATES))}, and "
+            "GreedyLR with settings, as in 'GreedyLR(factor=0.8, patience=5)'"
+        )
+    settings = {}
+    try:
+        for keyword in ast.parse(f"f({rest.removesuffix(')')})", mode="eval").body.keywords:
+            settings[keyword.arg] = ast.literal_eval(keyword.value)
+    except (SyntaxError, ValueError) as error:
+        raise UsageError(f"cannot read the settings of schedule {name!r}") from error
+    if unknown := settings.keys() - GREEDY_DEFAULTS.keys():
+        raise UsageError(
+            f"schedule {name!r} has unknown settings {sorted(unknown)}; there are: "
+            f"{', '.join(GREEDY_DEFAULTS)}"
+        )
+    if bracket:
+        greedylr_jax.greedy_lr(**settings)  # refuses values out of range, by name
+    return base, settings
 
 
 def schedule_inputs(name: str, learning_rate: float, steps: int) -> ScheduleInputs:
     """The inputs of a run of ``steps`` steps that starts at ``learning_rate`` and follows ``name``."""
-    shape = PASSIVE.get(name, PASSIVE["constant"])(steps)
-    fractions = np.array([shape(step) for step in range(steps)], np.float32)
-    adaptive = 1 + list(ADAPTIVE).index(name) if name in ADAPTIVE else 0
-    return ScheduleInputs(np.float32(learning_rate) * fractions, np.int32(adaptive))
+    base, settings = parse(name)
+    shape = PASSIVE.get(base, PASSIVE["constant"])(steps)
+    fractions = np.array(jax.vmap(shape)(np.arange(steps)), np.float32)
+    adaptive = 1 + list(ADAPTIVE).index(base) if base in ADAPTIVE else 0
+    traced = {
+        key: np.asarray(settings.get(key, default), np.int32 if isinstance(default, int) else np.float32)
+        for key, default in GREEDY_DEFAULTS.items()
+    }
+    return ScheduleInputs(np.float32(learning_rate) * fractions, np.int32(adaptive), traced)
 
 
 def switch(
@@ -95,7 +165,7 @@ def switch(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def adaptive_scale(index: jax.Array, steps_per_epoch: int) -> optax.GradientTransformationExtraArgs:
+def adaptive_scale(inputs: ScheduleInputs, steps_per_epoch: int) -> optax.GradientTransformationExtraArgs:
     """The adaptive part of a run: the schedule that :class:`ScheduleInputs` names, or none."""
-    adaptive = [make(steps_per_epoch) for make in ADAPTIVE.values()]
-    return switch(index, [optax.identity(), *adaptive])
+    adaptive = [make(steps_per_epoch, inputs.settings) for make in ADAPTIVE.values()]
+    return switch(inputs.adaptive, [optax.identity(), *adaptive])

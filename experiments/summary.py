@@ -69,7 +69,7 @@ def summarize(runs: pl.DataFrame) -> pl.DataFrame:
 
     Returns:
       A frame with the columns ``optimizer``, ``learning_rate``, ``schedule``; ``loss_10``, ``loss_50``,
-      ``loss_100``: medians over the seeds of :func:`stage_losses`; ``test_accuracy``: its median, in
+      ``loss_100``: medians over the seeds of :func:`stage_losses`; ``test_metric``: its median, in
       percent; ``at_10``, ``at_50``, ``at_100``: the outcome for GreedyLR against this schedule;
       ``difference``, ``difference_low``, ``difference_high``: mean final loss of this schedule minus that
       of GreedyLR, paired by seed, with its 95% confidence interval (positive: GreedyLR was lower).
@@ -78,9 +78,9 @@ def summarize(runs: pl.DataFrame) -> pl.DataFrame:
     stages = pl.DataFrame(
         [
             dict(zip(keys, run[: len(keys)], strict=True))
-            | {"test_accuracy": 100 * run[len(keys)]}
+            | {"test_metric": 100 * run[len(keys)]}
             | {f"loss_{stage}": loss for stage, loss in stage_losses(np.array(run[-1], float)).items()}
-            for run in runs.select(*keys, "test_accuracy", "loss").iter_rows()
+            for run in runs.select(*keys, "test_metric", "loss").iter_rows()
         ]
     )
     rows = []
@@ -96,7 +96,7 @@ def summarize(runs: pl.DataFrame) -> pl.DataFrame:
 def _cell(theirs: pl.DataFrame, ours: pl.DataFrame, is_ours: bool) -> dict[str, float | str | None]:
     losses = {stage: float(np.median(theirs[f"loss_{stage}"])) for stage in STAGES}
     cell: dict[str, float | str | None] = {f"loss_{stage}": losses[stage] for stage in STAGES}
-    cell["test_accuracy"] = float(np.median(theirs["test_accuracy"]))
+    cell["test_metric"] = float(np.median(theirs["test_metric"]))
     for stage in STAGES:
         reached = float(np.median(ours[f"loss_{stage}"]))
         cell[f"at_{stage}"] = None if is_ours else outcome(losses[stage], reached)

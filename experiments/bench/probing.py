@@ -14,11 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from experiments.store import write_atomically
+from experiments.tables import print_table
 from experiments.tasks import make_task
 from experiments.timing import interleaved_medians
 from greedylr_jax import factor_polling, superbatch_loss
@@ -224,28 +223,32 @@ def _bytes(tree: Any) -> int:
 def run(console: Console, out: Path, repeats: int) -> dict[str, Any]:
     """Measures all, prints the tables, and writes ``probing.json`` into ``out``."""
     costs, memory, agreements = cost_rows(repeats), polling_memory(), agreement()
-    table = Table(title="Cost of probing, in forward passes over the same data", box=box.SIMPLE_HEAD)
-    for header in ("side", "work (XLA)", "time", "limit", ""):
-        table.add_column(header, justify="left" if header in ("side", "") else "right")
-    for row in costs:
-        limit = "" if row.limit is None else f"{row.limit:.2f}"
-        table.add_row(row.name, f"{row.flops:.2f}", f"{row.seconds:.2f}", limit, row.note)
-    console.print(table)
+    limits = ["" if row.limit is None else f"{row.limit:.2f}" for row in costs]
+    print_table(
+        console,
+        "Cost of probing, in forward passes over the same data",
+        ("side", "", "work (XLA)", "time", "limit"),
+        [
+            (row.name, row.note, f"{row.flops:.2f}", f"{row.seconds:.2f}", limit)
+            for row, limit in zip(costs, limits, strict=True)
+        ],
+        left=2,
+    )
     used, forward = memory["polling, 7 factors"], memory[_BATCH]
     console.print(
         f"Temporary memory of a polling step: {used:.2f} copies of the parameters; limit {3 + forward:.2f}, "
         f"3 copies and one forward pass ({forward:.2f}). The paper keeps {len(FACTORS)} copies.\n"
     )
-    compared = Table(
-        title="Proposed rates, relative difference from a 5-point fit (digits)",
-        box=box.SIMPLE_HEAD,
-    )
-    for header in ("direction", "3 points: median", "most", "taylor: median", "most"):
-        compared.add_column(header, justify="left" if header == "direction" else "right")
+    compared = []
     for each in agreements:
         cells = [f(values) for values in (each.three_points, each.taylor) for f in (np.median, np.max)]
-        compared.add_row(each.direction, *(f"{cell:.2%}" for cell in cells))
-    console.print(compared)
+        compared.append((each.direction, *(f"{cell:.2%}" for cell in cells)))
+    print_table(
+        console,
+        "Proposed rates, relative difference from a 5-point fit (digits)",
+        ("direction", "3 points: median", "most", "taylor: median", "most"),
+        compared,
+    )
     result = {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,

@@ -9,13 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from experiments.engine import OPTIMIZERS, Engine, RunSpec, batch_indices, make_specs
-from experiments.schedules import ADAPTIVE, PASSIVE
+from experiments.engine import OPTIMIZERS, Engine, RunSpec, Settings, batch_indices, make_specs
+from experiments.schedules import ADAPTIVE, GREEDY_DEFAULTS, PASSIVE
 from experiments.store import write_atomically
+from experiments.tables import print_table
 from experiments.tasks import make_task
 from experiments.tasks.base import Task
 
@@ -34,7 +33,9 @@ def run(console: Console, out: Path, repeats: int) -> dict[str, Any]:
         for optimizer in OPTIMIZER_NAMES:
             specs = make_specs(SCHEDULES, task.learning_rates[optimizer], range(SEEDS))
             start = time.perf_counter()
-            results = [each for group in Engine(task, optimizer, STEPS).train(specs) for each in group]
+            results = [
+                each for group in Engine(task, optimizer, Settings(STEPS)).train(specs) for each in group
+            ]
             taken = time.perf_counter() - start
             seconds, runs = seconds + taken, runs + len(results)
             first = first or (task, optimizer, specs, taken)
@@ -43,17 +44,14 @@ def run(console: Console, out: Path, repeats: int) -> dict[str, Any]:
     _train_naively(task, optimizer, specs)
     naive = time.perf_counter() - start
 
-    table = Table(title=f"{STEPS} steps each, on {jax.devices()[0].device_kind}", box=box.SIMPLE_HEAD)
-    for header in ("side", "runs", "seconds", "runs a second"):
-        table.add_column(header, justify="left" if header == "side" else "right")
     rows = [
         ("engine, all", runs, seconds),
         (f"engine, {task.name}, {optimizer}", len(specs), taken),
         ("the same, a compilation for each schedule and rate", len(specs), naive),
     ]
-    for name, count, duration in rows:
-        table.add_row(name, str(count), f"{duration:.1f}", f"{count / duration:.1f}")
-    console.print(table)
+    cells = [(name, str(count), f"{took:.1f}", f"{count / took:.1f}") for name, count, took in rows]
+    title = f"{STEPS} steps each, on {jax.devices()[0].device_kind}"
+    print_table(console, title, ("side", "runs", "seconds", "runs a second"), cells)
     console.print(f"The engine takes {taken / naive:.2f} of the naive time on the same runs.")
     result = {"device": jax.devices()[0].device_kind, "rows": rows, "ratio": taken / naive}
     write_atomically(out / "sweep.json", lambda path: path.write_text(json.dumps(result, indent=2)))
@@ -68,7 +66,9 @@ def _train_naively(task: Task, optimizer: str, specs: list[RunSpec]) -> None:
             shape = PASSIVE[schedule](STEPS)
             tx = OPTIMIZERS[optimizer](lambda step, shape=shape, rate=rate: rate * shape(step))
         else:
-            tx = optax.chain(OPTIMIZERS[optimizer](rate), ADAPTIVE[schedule](task.steps_per_epoch))
+            tx = optax.chain(
+                OPTIMIZERS[optimizer](rate), ADAPTIVE[schedule](task.steps_per_epoch, GREEDY_DEFAULTS)
+            )
         train = jax.jit(functools.partial(_train, task, optax.with_extra_args_support(tx)))
         for spec in specs:
             if (spec.schedule, spec.learning_rate) == (schedule, rate):
@@ -87,4 +87,4 @@ def _train(task: Task, tx: optax.GradientTransformationExtraArgs, seed: jax.Arra
         return (optax.apply_updates(params, updates), state), loss
 
     (params, _), losses = jax.lax.scan(body, (params, tx.init(params)), batch_indices(task, STEPS, batch_key))
-    return losses, task.accuracy(params, task.test)
+    return losses, task.metric(params, task.test)

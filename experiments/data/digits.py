@@ -4,45 +4,47 @@ Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", 
 Repository, 1998 (its test part).
 """
 
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from experiments.data.builder import EmbeddedBuilder, Example
 
-class Digits(tfds.core.GeneratorBasedBuilder):
+
+def digit_splits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Images (uint8, 0 to 16, shape (n, 8, 8)) and labels of each split; a stratified fifth is the test.
+
+    Examples:
+      >>> {name: images.shape for name, (images, labels) in digit_splits().items()}
+      {'train': (1437, 8, 8), 'test': (360, 8, 8)}
+    """
+    digits = load_digits()
+    train, test = train_test_split(
+        np.arange(len(digits.target)), test_size=0.2, random_state=0, stratify=digits.target
+    )
+    images = digits.images.astype(np.uint8)
+    return {"train": (images[train], digits.target[train]), "test": (images[test], digits.target[test])}
+
+
+class Digits(EmbeddedBuilder):
     """The digits with a fixed, stratified fifth held out as the test split."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES: ClassVar = {"1.0.0": "First version."}
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        features = {
-            "image": tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8),  # 0 to 16
+    def features(self) -> dict[str, Any]:
+        """Pixels from 0 to 16, and the digit."""
+        return {
+            "image": tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8),
             "label": tfds.features.ClassLabel(num_classes=10),
         }
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=__doc__,
-            features=tfds.features.FeaturesDict(features),
-            supervised_keys=("image", "label"),
-        )
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[Any]]:
-        del dl_manager  # nothing to download
-        digits = load_digits()
-        train, test = train_test_split(
-            np.arange(len(digits.target)), test_size=0.2, random_state=0, stratify=digits.target
-        )
+    def splits(self) -> dict[str, Iterable[Example]]:
+        """1,437 to train with, 360 held out."""
         return {
-            "train": self._generate_examples(digits, train),
-            "test": self._generate_examples(digits, test),
+            name: (
+                {"image": image[..., None], "label": int(label)} for image, label in zip(*split, strict=True)
+            )
+            for name, split in digit_splits().items()
         }
-
-    def _generate_examples(self, digits: Any, indices: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
-        for index in indices.tolist():
-            image = digits.images[index].astype(np.uint8)[..., None]
-            yield index, {"image": image, "label": int(digits.target[index])}

@@ -8,41 +8,37 @@ that are not reported.
 
 import itertools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import polars as pl
-from rich import box
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 import greedylr_jax
+from experiments import drawing, html
 from experiments.engine import batch_indices
 from experiments.store import write_atomically
+from experiments.studies.base import Job, publish
 from experiments.summary import confidence_interval, stage_losses
+from experiments.tables import print_table
 from experiments.tasks import make_task
 from experiments.tasks.base import Task
 
 INITIAL_RATES = (0.01, 0.1)
 HYPER_RATES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 TUNING_SEEDS = (1000, 1001)
+_WIDTH = 20  # steps, of the running mean in the figures
 PRESETS = {"quick": {"steps": 300, "seeds": 3}, "full": {"steps": 1200, "seeds": 10}}
 # Colours as in the paper's figure 8.
 COLORS = {
     "constant SGD": "#CC3311",
     "GreedyLR": "#111111",
-    "per parameter": "#009E73",
-    "per group": "#0072B2",
+    "per parameter": drawing.GREEN,
+    "per group": drawing.BLUE,
 }
 
 
@@ -106,7 +102,7 @@ def train(task: Task, method: str, steps: int, runs: list[tuple[int, float, floa
         (params, _), (loss, rates) = jax.lax.scan(
             body, (params, tx.init(params)), batch_indices(task, steps, batch_key)
         )
-        return History(loss, rates, task.accuracy(params, task.test))
+        return History(loss, rates, task.metric(params, task.test))
 
     columns = tuple(jnp.array(column) for column in zip(*runs, strict=True))
     histories = jax.device_get(jax.jit(lambda all_runs: jax.lax.map(one, all_runs))(columns))
@@ -123,33 +119,41 @@ def tune(task: Task, method: str, steps: int) -> dict[float, float]:
     return {rate: HYPER_RATES[int(np.argmin(row))] for rate, row in zip(INITIAL_RATES, means, strict=True)}
 
 
-def run(preset: str, out: Path, console: Console) -> None:
-    """Trains all, and leaves ``runs.parquet``, ``table.csv`` and the three figures in ``out``."""
-    steps, seeds = PRESETS[preset]["steps"], PRESETS[preset]["seeds"]
+def run(job: Job) -> None:
+    """Trains all, and leaves ``runs.parquet``, ``table.csv``, the three figures and a report."""
+    steps, seeds = PRESETS[job.preset]["steps"], PRESETS[job.preset]["seeds"]
     task = make_task("digits")
     rows: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        job = progress.add_task("training", total=2 * len(METHODS))
+    with Progress(*columns, console=job.console) as progress:
+        bar = progress.add_task("training", total=2 * len(METHODS))
         for method in METHODS:
-            progress.update(job, description=f"{method}: tuning")
+            progress.update(bar, description=f"{method}: tuning")
             hyper_rates = tune(task, method, steps)
-            progress.update(job, description=f"{method}: training", advance=1)
+            progress.update(bar, description=f"{method}: training", advance=1)
             specs = [(seed, rate, hyper_rates[rate]) for rate in INITIAL_RATES for seed in range(seeds)]
             histories = train(task, method, steps, specs)
             rows += [_row(method, *pair) for pair in zip(specs, histories, strict=True)]
-            progress.advance(job)
+            progress.advance(bar)
     runs = pl.DataFrame(rows, infer_schema_length=None)
     table = summarize(runs)
-    _print(table, f"digits, SGD, {steps} steps, {seeds} seeds: loss at the end", console)
-    write_atomically(out / "runs.parquet", runs.write_parquet)
-    write_atomically(out / "table.csv", table.write_csv)
-    figures = {"fig8_losses": draw_losses, "fig9_greedylr": draw_greedy, "fig10_rates": draw_groups}
-    for name, draw in figures.items():
-        figure = draw(runs)
-        write_atomically(out / f"{name}.png", lambda path, figure=figure: figure.savefig(path, dpi=150))
-        plt.close(figure)
-    console.print(f"Table, figures 8 to 10 and rows are in {out}.")
+    title = f"digits, SGD, {steps} steps, {seeds} seeds: loss at the end"
+    print_table(job.console, title, _HEADERS, _cells(table), left=2)
+    write_atomically(job.out / "runs.parquet", runs.write_parquet)
+    publish(
+        job,
+        "First-order GreedyLR",
+        "One network trained with SGD at a constant rate, with GreedyLR, and with hypergradient descent: "
+        f"{title}. Figures 8 to 10 of the first GreedyLR paper.",
+        tables={"table": table},
+        figures={
+            "fig8_losses": draw_losses(runs),
+            "fig9_greedylr": draw_greedy(runs),
+            "fig10_rates": draw_groups(runs),
+        },
+        sections=_sections(runs, table),
+        recomputed_by="experiments.studies.hypergradient.summarize",
+    )
 
 
 def _row(method: str, spec: tuple[int, float, float], history: History) -> dict[str, Any]:
@@ -189,42 +193,58 @@ def summarize(runs: pl.DataFrame) -> pl.DataFrame:
     return pl.DataFrame(rows)
 
 
-def _print(table: pl.DataFrame, title: str, console: Console) -> None:
-    printed = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    headers = ("rate", "method", "hyper", "loss", "minus constant [95% CI]", "acc.")
-    for header in headers:
-        printed.add_column(header, justify="left" if header == "method" else "right", no_wrap=True)
+_HEADERS = ("rate", "method", "hyper rate", "loss", "minus constant [95% CI]", "accuracy, %")
+
+
+def _cells(table: pl.DataFrame) -> list[list[str]]:
+    cells = []
     for row in table.iter_rows(named=True):
         interval = f"{row['difference']:+.2g} [{row['difference_low']:+.2g}, {row['difference_high']:+.2g}]"
-        printed.add_row(
-            f"{row['learning_rate']:g}",
-            row["method"],
-            f"{row['hyper_learning_rate']:g}" if row["method"] in HAS_HYPER_RATE else "",
-            f"{row['final_loss']:.3g}",
-            "" if row["method"] == "constant SGD" else interval,
-            f"{row['test_accuracy']:.1f}",
+        cells.append(
+            [
+                f"{row['learning_rate']:g}",
+                row["method"],
+                f"{row['hyper_learning_rate']:g}" if row["method"] in HAS_HYPER_RATE else "",
+                f"{row['final_loss']:.3g}",
+                "" if row["method"] == "constant SGD" else interval,
+                f"{row['test_accuracy']:.1f}",
+            ]
         )
-    console.print(printed)
+    return cells
+
+
+def _sections(runs: pl.DataFrame, table: pl.DataFrame) -> list[html.Section]:
+    sections = []
+    for rate in INITIAL_RATES:
+        losses, rates = [], []
+        for method, color in COLORS.items():
+            mean = drawing.smooth(_histories(runs, method, rate, "loss").mean(axis=0), _WIDTH)
+            losses.append(html.Curve(method, np.arange(len(mean)) + _WIDTH, mean, {"color": color}))
+            first = runs.filter((pl.col("method") == method) & (pl.col("learning_rate") == rate))["rates"][0]
+            rates += [
+                html.Curve(f"{method}: {name}", np.arange(len(values)), values, {"color": color})
+                for name, values in first.items()
+                if values is not None
+            ]
+        parts = [
+            html.line_figure(losses, "step", f"training loss, running mean of {_WIDTH}", y_log=True),
+            html.line_figure(rates, "step", "learning rate, first seed", y_log=True),
+            html.Table(_HEADERS, _cells(table.filter(pl.col("learning_rate") == rate))),
+        ]
+        sections.append(html.Section(f"Initial rate {rate:g}", "", parts))
+    return sections
 
 
 def _panels(runs: pl.DataFrame, title: str) -> tuple[plt.Figure, list[tuple[plt.Axes, float]]]:
     """One panel for each initial rate."""
     rates = runs["learning_rate"].unique(maintain_order=True).to_list()
-    figure, grid = plt.subplots(
-        1, len(rates), figsize=(5.2 * len(rates), 4.2), squeeze=False, layout="constrained"
-    )
+    figure, panels = drawing.panels(len(rates), len(rates), width=5.2, height=4.2)
     figure.suptitle(title, fontsize=12)
-    for axes, rate in zip(grid[0], rates, strict=True):
+    for axes, rate in zip(panels, rates, strict=True):
         axes.set_title(f"initial rate {rate:g}", fontsize=10)
         axes.set_xlabel("step")
         axes.set_yscale("log")
-        axes.grid(alpha=0.25, lw=0.5)
-    return figure, list(zip(grid[0], rates, strict=True))
-
-
-def _add_legend(figure: plt.Figure, panels: list[tuple[plt.Axes, float]]) -> None:
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3), frameon=False)
+    return figure, list(zip(panels, rates, strict=True))
 
 
 def _histories(runs: pl.DataFrame, method: str, rate: float, column: str) -> np.ndarray:
@@ -237,14 +257,14 @@ def _histories(runs: pl.DataFrame, method: str, rate: float, column: str) -> np.
 
 def draw_losses(runs: pl.DataFrame) -> plt.Figure:
     """Figure 8: loss histories of the four methods."""
-    figure, panels = _panels(runs, "Training loss (mean of the seeds, running mean over 20 steps)")
+    figure, panels = _panels(runs, f"Training loss (mean of the seeds, running mean over {_WIDTH} steps)")
     for axes, rate in panels:
         for method, color in COLORS.items():
             mean = _histories(runs, method, rate, "loss").mean(axis=0)
-            smooth = np.convolve(mean, np.full(20, 1 / 20), mode="valid")
-            axes.plot(np.arange(len(smooth)) + 20, smooth, color=color, lw=1.5, label=method)
+            smooth = drawing.smooth(mean, _WIDTH)
+            axes.plot(np.arange(len(smooth)) + _WIDTH, smooth, color=color, lw=1.5, label=method)
         axes.set_ylabel("training loss")
-    _add_legend(figure, panels)
+    drawing.add_legend(figure, panels[0][0], columns=3)
     return figure
 
 
@@ -256,7 +276,7 @@ def draw_greedy(runs: pl.DataFrame) -> plt.Figure:
             for index, values in enumerate(_histories(runs, method, rate, "learning_rate")):
                 axes.plot(values, color=COLORS[method], lw=1, label=method if index == 0 else None)
         axes.set_ylabel("learning rate")
-    _add_legend(figure, panels)
+    drawing.add_legend(figure, panels[0][0], columns=3)
     return figure
 
 
@@ -269,8 +289,10 @@ def draw_groups(runs: pl.DataFrame) -> plt.Figure:
             for name in ("min", "mean", "max")
         )
         steps = np.arange(len(mean))
-        axes.fill_between(steps, np.maximum(low, rate / 1e3), high, color="#0072B2", alpha=0.2, lw=0)
-        axes.plot(steps, mean, color="#0072B2", lw=1.5, label="per parameter: mean (band: least to greatest)")
+        axes.fill_between(steps, np.maximum(low, rate / 1e3), high, color=drawing.BLUE, alpha=0.2, lw=0)
+        axes.plot(
+            steps, mean, color=drawing.BLUE, lw=1.5, label="per parameter: mean (band: least to greatest)"
+        )
         cell = runs.filter((pl.col("method") == "per group") & (pl.col("learning_rate") == rate))
         groups = {name: values for name, values in cell["rates"][0].items() if values is not None}
         groups = {name: values for name, values in groups.items() if name.endswith("/learning_rate")}
@@ -280,5 +302,5 @@ def draw_groups(runs: pl.DataFrame) -> plt.Figure:
         axes.axhline(rate, color="#777777", lw=1, label="constant SGD")
         axes.set_ylabel("learning rate")
         axes.set_ylim(rate / 2e3, None)  # rates may be zero, which a logarithmic axis has no place for
-    _add_legend(figure, panels)
+    drawing.add_legend(figure, panels[0][0], columns=3)
     return figure

@@ -7,26 +7,20 @@ rates, with every factor of a grid, with exact gradients and with noisy ones.
 
 import itertools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-import plotly.graph_objects as go
 import polars as pl
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from experiments import html
+from experiments import drawing, html
 from experiments.store import write_atomically
+from experiments.studies.base import Job, publish
+from experiments.tables import print_table
 from greedylr_jax import greedy_lr
 from greedylr_jax.theory import optimal_factor
 
@@ -88,26 +82,22 @@ def final_loss(
     return loss_fn(x)
 
 
-def run(preset: str, out: Path, console: Console) -> None:
-    """Runs all, and leaves ``runs.parquet``, ``table.csv``, ``theory.png`` and ``report.html`` in ``out``."""
-    runs = measure(PRESETS[preset]["starts"])
+def run(job: Job) -> None:
+    """Runs all (in seconds: there is nothing to resume), and leaves rows, table, figure and report."""
+    runs = measure(PRESETS[job.preset]["starts"])
     table = summarize(runs)
-    _print(table, console)
-    write_atomically(out / "runs.parquet", runs.write_parquet)
-    write_atomically(out / "table.csv", table.write_csv)
-    figure = draw(runs)
-    write_atomically(out / "theory.png", lambda path: figure.savefig(path, dpi=150))
-    plt.close(figure)
-    html.write_page(
-        out / "report.html",
+    _print(table, job.console)
+    write_atomically(job.out / "runs.parquet", runs.write_parquet)
+    publish(
+        job,
         "The optimal factor",
         f"Median final loss of gradient descent with GreedyLR after {STEPS} steps, patience {PATIENCE}, "
-        "bounds at 1/1000 and 1000 times the initial rate, against the factor; the dotted line is 1 - 1/L. "
-        "All numbers follow from runs.parquet by experiments.studies.theory.summarize. "
-        f"Made by: python -m experiments study theory --preset {preset}.",
-        _sections(runs, table),
+        "bounds at 1/1000 and 1000 times the initial rate, against the factor; the dotted line is 1 - 1/L.",
+        tables={"table": table},
+        figures={"theory": draw(runs)},
+        sections=_sections(runs, table),
+        recomputed_by="experiments.studies.theory.summarize",
     )
-    console.print(f"Table, figure, rows and report.html are in {out}.")
 
 
 def measure(starts: int) -> pl.DataFrame:
@@ -188,14 +178,7 @@ def _cells(table: pl.DataFrame) -> list[list[str]]:
 
 
 def _print(table: pl.DataFrame, console: Console) -> None:
-    printed = Table(
-        title="Median final loss: best factor and the paper's", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
-    for header in _HEADERS:
-        printed.add_column(header, justify="left" if header == "function" else "right", no_wrap=True)
-    for row in _cells(table):
-        printed.add_row(*row)
-    console.print(printed)
+    print_table(console, "Median final loss: best factor and the paper's", _HEADERS, _cells(table))
     ranks = table["claimed_rank"].to_numpy()
     console.print(
         f"1 - 1/L is the best factor of its grid in {np.sum(ranks == 1)} of {len(ranks)} cells; its median "
@@ -215,7 +198,7 @@ def _curves(runs: pl.DataFrame, objective: str, noise: float) -> list[tuple[floa
     ]
 
 
-COLORS = dict(zip(SMOOTHNESS, ("#56B4E9", "#009E73", "#E69F00", "#D55E00"), strict=True))
+COLORS = dict(zip(SMOOTHNESS, (drawing.SKY, drawing.GREEN, drawing.ORANGE, drawing.RED), strict=True))
 STYLES = dict(zip(INITIAL_RATES, (":", "--", "-"), strict=True))
 
 
@@ -240,8 +223,7 @@ def draw(runs: pl.DataFrame) -> plt.Figure:
         axes.set_xlabel("factor F")
     for axes in grid[:, 0]:
         axes.set_ylabel("median final loss")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    drawing.add_legend(figure, grid[0, 0])
     figure.suptitle("Final loss against GreedyLR's factor; dots: the paper's 1 - 1/L", fontsize=12)
     return figure
 
@@ -249,22 +231,25 @@ def draw(runs: pl.DataFrame) -> plt.Figure:
 def _sections(runs: pl.DataFrame, table: pl.DataFrame) -> list[html.Section]:
     sections = []
     for objective, noise in itertools.product(OBJECTIVES, NOISES):
-        figure = go.Figure()
-        for smoothness, rate, cell in _curves(runs, objective, noise):
-            dash = {":": "dot", "--": "dash", "-": "solid"}[STYLES[rate]]
-            figure.add_scatter(
-                x=cell["factor"].to_list(),
-                y=cell["loss"].to_list(),
-                name=f"L = {smoothness:g}, rate {rate:g}/L",
-                line={"color": COLORS[smoothness], "dash": dash},
-            )
+        dashes = {":": "dot", "--": "dash", "-": "solid"}
+        figure = html.line_figure(
+            [
+                html.Curve(
+                    f"L = {smoothness:g}, rate {rate:g}/L",
+                    cell["factor"],
+                    cell["loss"],
+                    {"color": COLORS[smoothness], "dash": dashes[STYLES[rate]]},
+                )
+                for smoothness, rate, cell in _curves(runs, objective, noise)
+            ],
+            "factor F",
+            "median final loss",
+            y_log=True,
+        )
         for smoothness in SMOOTHNESS:
             figure.add_vline(
                 x=claimed(smoothness), line={"color": COLORS[smoothness], "dash": "dot", "width": 1}
             )
-        figure.update_yaxes(type="log", title="median final loss", exponentformat="power")
-        figure.update_xaxes(title="factor F")
-        figure.update_layout(height=450, margin={"t": 20})
         own = table.filter((pl.col("objective") == objective) & (pl.col("noise") == noise))
         title = f"{OBJECTIVES[objective].title}; gradient noise {noise:g} L"
         sections.append(html.Section(title, "", [figure, html.Table(_HEADERS, _cells(own))]))

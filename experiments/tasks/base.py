@@ -1,12 +1,22 @@
-"""What a task is."""
+"""What a task is, and how one is made of a Flax NNX module and data."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
 
 Params = Any
 Batch = dict[str, jax.Array]
+# Initial rates to start from: too low, fitting, too high.
+LEARNING_RATES: Mapping[str, tuple[float, ...]] = {
+    "adamw": (1e-4, 1e-3, 1e-2),
+    "sgd": (1e-2, 1e-1, 1.0),
+    "adagrad": (1e-3, 1e-2, 1e-1),
+    "adafactor": (1e-4, 1e-3, 1e-2),
+}
 
 
 class Task(NamedTuple):
@@ -16,7 +26,8 @@ class Task(NamedTuple):
       name: what it is called on the command line.
       init: from a key to the parameters.
       loss: the mean loss of a batch, a scalar.
-      accuracy: the fraction of a batch that is classified correctly.
+      metric: what is reported of held-out examples, from 0 to 1, the higher the better.
+      metric_name: what that is, such as "accuracy".
       train: the training examples, the example as the leading axis.
       test: the held-out examples.
       batch_size: examples a step.
@@ -26,13 +37,74 @@ class Task(NamedTuple):
     name: str
     init: Callable[[jax.Array], Params]
     loss: Callable[[Params, Batch], jax.Array]
-    accuracy: Callable[[Params, Batch], jax.Array]
+    metric: Callable[[Params, Batch], jax.Array]
+    metric_name: str
     train: Batch
     test: Batch
     batch_size: int
-    learning_rates: Mapping[str, tuple[float, ...]]
+    learning_rates: Mapping[str, tuple[float, ...]] = LEARNING_RATES
+
+    @property
+    def num_examples(self) -> int:
+        """How many training examples there are."""
+        return len(next(iter(self.train.values())))
 
     @property
     def steps_per_epoch(self) -> int:
         """Full batches in one pass over the training examples."""
-        return len(next(iter(self.train.values()))) // self.batch_size
+        return self.num_examples // self.batch_size
+
+
+class Objective(NamedTuple):
+    """What tasks of one kind have in common: a loss and a metric of a module on a batch."""
+
+    loss: Callable[[Any, Batch], jax.Array]
+    metric: Callable[[Any, Batch], jax.Array]
+    metric_name: str
+
+
+def module_task(
+    name: str,
+    make_module: Callable[[nnx.Rngs], nnx.Module],
+    objective: Objective,
+    train: Batch,
+    test: Batch,
+    batch_size: int,
+    learning_rates: Mapping[str, tuple[float, ...]] = LEARNING_RATES,
+) -> Task:
+    """A task whose model is a Flax NNX module, all of whose state is parameters.
+
+    Args:
+      name: what the task is called on the command line.
+      make_module: from random number streams to the module.
+      objective: loss and metric of the module.
+      train: as in :class:`Task`.
+      test: as in :class:`Task`.
+      batch_size: as in :class:`Task`.
+      learning_rates: as in :class:`Task`.
+    """
+    graph, _ = nnx.split(nnx.eval_shape(lambda: make_module(nnx.Rngs(0))), nnx.Param)
+    return Task(
+        name,
+        init=lambda key: nnx.state(make_module(nnx.Rngs(key)), nnx.Param),
+        loss=lambda params, batch: objective.loss(nnx.merge(graph, params), batch),
+        metric=lambda params, batch: objective.metric(nnx.merge(graph, params), batch),
+        metric_name=objective.metric_name,
+        train=train,
+        test=test,
+        batch_size=batch_size,
+        learning_rates=learning_rates,
+    )
+
+
+def _classification_loss(module: Any, batch: Batch) -> jax.Array:
+    logits = module(batch["input"])
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]))
+
+
+def _classification_accuracy(module: Any, batch: Batch) -> jax.Array:
+    return jnp.mean(jnp.argmax(module(batch["input"]), axis=-1) == batch["label"])
+
+
+# Inputs under "input", integer labels under "label": one an example, a pixel or a token.
+CLASSIFICATION = Objective(_classification_loss, _classification_accuracy, "accuracy")

@@ -7,16 +7,8 @@ from flax import nnx
 
 from experiments.data.loading import load_split
 from experiments.data.mnist1d import Mnist1d
-from experiments.tasks.base import Batch, Task
-from experiments.tasks.classification import make_classifier
-from experiments.tasks.digits_cnn import load_digits
-
-LEARNING_RATES = {
-    "adamw": (1e-4, 1e-3, 1e-2),
-    "sgd": (1e-2, 1e-1, 1.0),
-    "adagrad": (1e-3, 1e-2, 1e-1),
-    "adafactor": (1e-4, 1e-3, 1e-2),
-}
+from experiments.tasks.base import CLASSIFICATION, Batch, Task, module_task
+from experiments.tasks.images import load_digits
 
 
 class Mlp(nnx.Module):
@@ -36,12 +28,8 @@ class Mlp(nnx.Module):
 def make_digits(data_dir: Path | None = None) -> Task:
     """64 pixels, 32 hidden units, 3,466 parameters."""
     splits = (load_digits(split, data_dir) for split in ("train", "test"))
-    return make_classifier(
-        "digits-mlp",
-        lambda rngs: Mlp(64, 32, rngs=rngs),
-        *splits,
-        batch_size=64,
-        learning_rates=LEARNING_RATES,
+    return module_task(
+        "digits-mlp", lambda rngs: Mlp(64, 32, rngs=rngs), CLASSIFICATION, *splits, batch_size=64
     )
 
 
@@ -52,11 +40,11 @@ def make_mnist1d(data_dir: Path | None = None) -> Task:
         examples = load_split(Mnist1d, split, data_dir)
         return {"input": examples["signal"], "label": examples["label"].astype("int32")}
 
-    return make_classifier(
+    return module_task(
         "mnist1d-mlp",
         lambda rngs: Mlp(40, 64, rngs=rngs),
+        CLASSIFICATION,
         load("train"),
         load("test"),
         batch_size=64,
-        learning_rates=LEARNING_RATES,
     )

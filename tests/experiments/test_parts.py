@@ -14,9 +14,9 @@ import greedylr_jax
 from experiments import summary
 from experiments.data.digits import Digits
 from experiments.data.loading import load_split
-from experiments.engine import Engine, RunSpec, batch_indices
+from experiments.engine import Engine, RunSpec, Settings, batch_indices
 from experiments.errors import UsageError
-from experiments.schedules import ADAPTIVE, SCHEDULES, schedule_inputs, switch
+from experiments.schedules import ADAPTIVE, GREEDY_DEFAULTS, PASSIVE, schedule_inputs, switch
 from experiments.store import RunStore, write_atomically
 from experiments.tasks import make_task
 from experiments.tasks.convolution import matmul_convolution
@@ -64,24 +64,26 @@ def linear_task(data_dir):
     def init(key):
         return jax.random.normal(key, (64, 10)) / 8
 
-    return make_task("digits", data_dir)._replace(init=init, loss=loss, accuracy=accuracy)
+    return make_task("digits", data_dir)._replace(init=init, loss=loss, metric=accuracy)
 
 
 def test_a_run_of_the_engine_is_plain_training(data_dir):
     """One compiled run of many must equal the same run written out with Optax."""
     task = linear_task(data_dir)
     steps, rate, seed = 60, 0.2, 3
-    specs = [RunSpec(schedule, rate, seed) for schedule in SCHEDULES]
-    engine = Engine(task, "sgd", steps)
-    got = {spec.schedule: result for group in engine.train(specs) for spec, result in group}
+    tuned = "GreedyLR(factor=0.5, patience=2)"
+    specs = [RunSpec(schedule, rate, seed) for schedule in (*PASSIVE, *ADAPTIVE, tuned)]
+    engine = Engine(task, "sgd", Settings(steps, evaluations=3))
+    got = {spec.schedule: result for group in engine.train(specs) for spec, result, _ in group}
     assert engine.num_compilations == 1
 
     transformations = {
         "GreedyLR": optax.chain(optax.sgd(rate), greedylr_jax.greedy_lr()),
-        "plateau": optax.chain(optax.sgd(rate), ADAPTIVE["plateau"](task.steps_per_epoch)),
+        tuned: optax.chain(optax.sgd(rate), greedylr_jax.greedy_lr(0.5, 2)),
+        "plateau": optax.chain(optax.sgd(rate), ADAPTIVE["plateau"](task.steps_per_epoch, GREEDY_DEFAULTS)),
     }
     init_key, batch_key = jax.random.split(jax.random.key(seed))
-    batches = batch_indices(engine.task, engine.steps, batch_key)
+    batches = batch_indices(task, steps, batch_key)
     for name, transformation in transformations.items():
         tx = optax.with_extra_args_support(transformation)
 
@@ -97,15 +99,16 @@ def test_a_run_of_the_engine_is_plain_training(data_dir):
             lambda params, state, body=body: jax.lax.scan(body, (params, state), batches)
         )(params, tx.init(params))
         np.testing.assert_allclose(got[name].loss, loss, rtol=1e-4, err_msg=name)
-        accuracy = task.accuracy(params, task.test)
-        np.testing.assert_allclose(got[name].test_accuracy, accuracy, atol=0.003)
-    assert got["GreedyLR"].loss[-1] != got["plateau"].loss[-1]
+        assert got[name].test_metric.shape == got[name].test_loss.shape == (3,)
+        np.testing.assert_allclose(got[name].test_metric[-1], task.metric(params, task.test), atol=0.003)
+        np.testing.assert_allclose(got[name].test_loss[-1], task.loss(params, task.test), rtol=1e-3)
+        assert got[name].test_loss[0] > got[name].test_loss[-1]
+    assert len({got[name].loss[-1] for name in transformations}) == 3
 
 
 def test_batches_are_permutations_of_whole_epochs(data_dir):
     task = make_task("digits", data_dir)
-    engine = Engine(task, "sgd", 3 * task.steps_per_epoch)
-    batches = np.asarray(batch_indices(engine.task, engine.steps, jax.random.key(0)))
+    batches = np.asarray(batch_indices(task, 3 * task.steps_per_epoch, jax.random.key(0)))
     for epoch in batches.reshape(3, -1):
         assert len(np.unique(epoch)) == len(epoch)
     assert not (batches[0] == batches[task.steps_per_epoch]).all()
@@ -140,7 +143,7 @@ def fake_runs():
         rows.append(
             dict(
                 task="digits", optimizer="sgd", schedule=schedule, learning_rate=0.1, seed=seed, steps=10,
-                test_loss=level, test_accuracy=0.5, loss=[level] * 10, rate=[0.1] * 10,
+                test_loss=level, test_metric=0.5, loss=[level] * 10, rate=[0.1] * 10,
             )
         )  # fmt: skip
     return pl.DataFrame(rows)

@@ -11,6 +11,7 @@ from rich.console import Console
 from experiments.bench import probing as bench
 from experiments.engine import batch_indices
 from experiments.studies import hypergradient as study
+from experiments.studies.base import Job
 from experiments.tasks import make_task
 from greedylr_jax import factor_polling
 from greedylr_jax.plotting import plot_range_test
@@ -73,7 +74,7 @@ def accuracies(task, make_tx, steps=300):
 
         indices = batch_indices(task, steps, jax.random.key(seed))
         (params, _), _ = jax.lax.scan(body, (params, tx.init(params)), indices)
-        return task.accuracy(params, task.test)
+        return task.metric(params, task.test)
 
     return np.asarray(jax.jit(lambda seeds: jax.lax.map(train, seeds))(SEEDS))
 
@@ -177,7 +178,7 @@ def test_the_study_leaves_table_figures_and_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "HYPER_RATES", (1e-3, 1e-1))
     monkeypatch.setattr(study, "TUNING_SEEDS", (1000,))
     console = Console(record=True, width=80)
-    study.run("quick", tmp_path, console)
+    study.run(Job("hypergradient", "quick", tmp_path, console))
     runs = pl.read_parquet(tmp_path / "runs.parquet")
     assert len(runs) == len(study.METHODS) * len(study.INITIAL_RATES) * 2
     assert set(runs["hyper_learning_rate"]) <= {0.0, 1e-3, 1e-1}

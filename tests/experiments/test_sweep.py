@@ -19,11 +19,12 @@ from selenium.webdriver.support.wait import WebDriverWait
 from experiments import html, sweep
 from experiments.data.loading import load_split
 from experiments.data.mnist1d import Mnist1d
-from experiments.engine import SUPERBATCH, Engine, RunSpec, batch_indices
+from experiments.engine import SUPERBATCH, Engine, RunSpec, Settings, batch_indices
 from experiments.errors import UsageError
-from experiments.schedules import NEEDS_SUPERBATCH, OWN_RATES
+from experiments.schedules import NEEDS_SUPERBATCH, RULES
 from experiments.store import RunStore
 from experiments.studies import initial_rate, theory
+from experiments.studies.base import Job
 from experiments.tasks import make_task
 from greedylr_jax import superbatch_loss
 from greedylr_jax.theory import estimate_smoothness
@@ -51,15 +52,20 @@ def test_mnist1d_is_the_published_set_and_leaves_the_random_state_alone(tmp_path
 
 @pytest.mark.parametrize(
     "rule",
-    [pytest.param(rule, marks=pytest.mark.slow if rule == "hypergradient" else []) for rule in OWN_RATES],
+    [
+        pytest.param(
+            rule, marks=pytest.mark.slow if rule in ("hypergradient", "polling-3", "polling-5") else []
+        )
+        for rule in RULES
+    ],
 )
 def test_a_rule_with_its_own_rates_trains_as_plain_optax_does(task, rule):
     steps, rate, seed = 40, 0.1, 5
-    engine = Engine(task, "sgd", steps)
-    ((_, got),) = next(engine.train([RunSpec(rule, rate, seed)]))
+    engine = Engine(task, "sgd", Settings(steps))
+    ((_, got, _),) = next(engine.train([RunSpec(rule, rate, seed)]))
     assert engine.num_compilations == 1
 
-    tx = optax.with_extra_args_support(OWN_RATES[rule](optax.sgd(1.0), rate, steps))
+    tx = optax.with_extra_args_support(RULES[rule](optax.sgd(1.0), rate, steps))
     init_key, batch_key = jax.random.split(jax.random.key(seed))
     batches = batch_indices(task, steps, batch_key)
 
@@ -98,7 +104,7 @@ def small_study(monkeypatch):
 
 def test_a_study_that_was_interrupted_ends_as_an_undisturbed_one(small_study, tmp_path, monkeypatch):
     console = Console(record=True, width=100)
-    initial_rate.run("quick", tmp_path / "whole", console)
+    initial_rate.run(Job("initial-rate", "quick", tmp_path / "whole", console))
     assert "digits-mlp, sgd: median test accuracy" in console.export_text()
 
     train, calls = Engine.train, []
@@ -112,12 +118,12 @@ def test_a_study_that_was_interrupted_ends_as_an_undisturbed_one(small_study, tm
 
     monkeypatch.setattr(sweep.Engine, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        initial_rate.run("quick", tmp_path / "cut", console)
+        initial_rate.run(Job("initial-rate", "quick", tmp_path / "cut", console))
     assert not (tmp_path / "cut" / "runs.parquet").exists()
-    initial_rate.run("quick", tmp_path / "cut", console)
+    initial_rate.run(Job("initial-rate", "quick", tmp_path / "cut", console))
     whole, cut = (pl.read_parquet(tmp_path / name / "runs.parquet") for name in ("whole", "cut"))
     keys = ["schedule", "learning_rate", "seed"]
-    assert cut.sort(keys).equals(whole.sort(keys))
+    assert cut.sort(keys).drop("seconds").equals(whole.sort(keys).drop("seconds"))
     assert len(whole) == 7 * 2 + 3 * 7 * 2  # tuning, then schedules x rates x seeds
 
     table = pl.read_csv(tmp_path / "whole" / "table.csv")
@@ -136,11 +142,9 @@ def rows(**columns):
 
 def test_the_best_rate_is_chosen_on_seeds_that_are_not_reported():
     tuning = rows(
-        seed=[1000, 1001, 1000, 1001], learning_rate=[0.1, 0.1, 1.0, 1.0], test_accuracy=[0.5, 0.9, 0.8, 0.8]
+        seed=[1000, 1001, 1000, 1001], learning_rate=[0.1, 0.1, 1.0, 1.0], test_metric=[0.5, 0.9, 0.8, 0.8]
     )
-    reported = rows(
-        seed=[0, 1, 2, 0], learning_rate=[1.0, 1.0, 1.0, 0.001], test_accuracy=[0.1, 0.3, 0.9, 0.7]
-    )
+    reported = rows(seed=[0, 1, 2, 0], learning_rate=[1.0, 1.0, 1.0, 0.001], test_metric=[0.1, 0.3, 0.9, 0.7])
     assert initial_rate.best_rates(tuning) == {("t", "o"): 1.0}
     table = initial_rate.summarize(pl.concat([tuning, reported])).sort("factor")
     assert table["factor"].to_list() == [0.001, 1.0]
@@ -241,7 +245,7 @@ def test_the_theory_study_ranks_the_factor_of_the_paper(tmp_path, monkeypatch):
     monkeypatch.setattr(theory, "SMOOTHNESS", (2.0, 20.0))
     monkeypatch.setattr(theory, "STEPS", 50)
     monkeypatch.setattr(theory, "OBJECTIVES", {"quadratic": theory.OBJECTIVES["quadratic"]})
-    theory.run("quick", tmp_path, Console(record=True, width=100))
+    theory.run(Job("theory", "quick", tmp_path, Console(record=True, width=100)))
     runs = pl.read_parquet(tmp_path / "runs.parquet")
     assert set(runs["factor"]) == {*theory.FACTORS, 0.5, 0.95}
     table = theory.summarize(runs)

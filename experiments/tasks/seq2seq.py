@@ -1,0 +1,103 @@
+"""Translation and summarisation: an encoder-decoder transformer on words."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from experiments.data.interface import InterfaceStrings
+from experiments.data.loading import load_split
+from experiments.data.stdlib import StdlibDocstrings
+from experiments.data.vocabulary import END, PAD, START, Vocabulary, split_words
+from experiments.tasks.base import Batch, Objective, Task, module_task
+from experiments.tasks.transformer import Transformer, causal_mask, padding_mask
+
+_WIDTH, _LAYERS = 48, 2
+_MAX_TEST = 500
+
+
+class EncoderDecoder(nnx.Module):
+    """Reads a source sequence, and predicts each next word of the target."""
+
+    def __init__(self, words: tuple[int, int], lengths: tuple[int, int], *, rngs: nnx.Rngs):
+        self.encoder = Transformer(words[0], lengths[0], _WIDTH, _LAYERS, rngs=rngs)
+        self.decoder = Transformer(words[1], lengths[1], _WIDTH, _LAYERS, cross=True, rngs=rngs)
+        self.logits = nnx.Linear(_WIDTH, words[1], rngs=rngs)
+
+    def __call__(self, source: jax.Array, target: jax.Array) -> jax.Array:
+        """Logits, shape (batch, target length, words), of the words after those of ``target``."""
+        mask = padding_mask(source)
+        encoded = self.encoder(source, mask)
+        return self.logits(self.decoder(target, causal_mask(target), encoded, mask))
+
+
+def _loss(module: EncoderDecoder, batch: Batch) -> jax.Array:
+    """Cross-entropy, the mean over the words that are there."""
+    logits = module(batch["source"], batch["target"][:, :-1])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["target"][:, 1:])
+    weights = batch["target"][:, 1:] != PAD
+    return jnp.sum(losses * weights) / jnp.maximum(jnp.sum(weights), 1)
+
+
+def _accuracy(module: EncoderDecoder, batch: Batch) -> jax.Array:
+    """The fraction of words predicted right, given the right words before them."""
+    predicted = jnp.argmax(module(batch["source"], batch["target"][:, :-1]), axis=-1)
+    weights = batch["target"][:, 1:] != PAD
+    right = (predicted == batch["target"][:, 1:]) & weights
+    return jnp.sum(right) / jnp.maximum(jnp.sum(weights), 1)
+
+
+OBJECTIVE = Objective(_loss, _accuracy, "token accuracy")
+
+
+def _make(
+    name: str,
+    pairs: dict[str, tuple[np.ndarray, np.ndarray]],
+    words: tuple[int, int],
+    lengths: tuple[int, int],
+    batch_size: int,
+) -> Task:
+    """A task from the source and target texts of each split."""
+    texts = {
+        split: [[split_words(text.decode()) for text in column] for column in columns]
+        for split, columns in pairs.items()
+    }
+    vocabularies = [Vocabulary(column, size) for column, size in zip(texts["train"], words, strict=True)]
+    splits = {}
+    for split, (sources, targets) in texts.items():
+        target_rows = []
+        for target in targets:
+            row = np.concatenate([[START], vocabularies[1].encode(target, lengths[1])])
+            row[min(len(target), lengths[1] - 1) + 1] = END
+            target_rows.append(row)
+        splits[split] = {
+            "source": np.stack([vocabularies[0].encode(source, lengths[0]) for source in sources]),
+            "target": np.stack(target_rows).astype(np.int32),
+        }
+    splits["test"] = {key: rows[:_MAX_TEST] for key, rows in splits["test"].items()}
+    sizes = tuple(map(len, vocabularies))
+    return module_task(
+        name,
+        lambda rngs: EncoderDecoder(sizes, lengths, rngs=rngs),
+        OBJECTIVE,
+        splits["train"],
+        splits["test"],
+        batch_size=batch_size,
+    )
+
+
+def make_translation(language: str, data_dir: Path | None = None) -> Task:
+    """English interface strings to another language, at most 16 words."""
+    splits = {split: load_split(InterfaceStrings, split, data_dir, language) for split in ("train", "test")}
+    pairs = {split: (rows["english"], rows["translation"]) for split, rows in splits.items()}
+    return _make(f"translation-{language}", pairs, (800, 800), (16, 16), batch_size=16)
+
+
+def make_summarization(data_dir: Path | None = None) -> Task:
+    """The first 64 words of a function to the first line of its docstring, at most 16 words."""
+    splits = {split: load_split(StdlibDocstrings, split, data_dir) for split in ("train", "test")}
+    pairs = {split: (rows["code"], rows["summary"]) for split, rows in splits.items()}
+    return _make("summarization", pairs, (1000, 1000), (64, 16), batch_size=8)

@@ -1,0 +1,48 @@
+"""Tagging: the syntactic role of each token of Python code, by an encoder transformer."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from experiments.data.loading import load_split
+from experiments.data.stdlib import ROLES, WINDOW, StdlibTokens
+from experiments.data.vocabulary import Vocabulary
+from experiments.tasks.base import CLASSIFICATION, Batch, Task, module_task
+from experiments.tasks.transformer import Transformer, padding_mask
+
+_WORDS, _WIDTH, _LAYERS = 500, 48, 2
+_MAX_TEST = 500
+
+
+class Tagger(nnx.Module):
+    """An encoder with a class for each token."""
+
+    def __init__(self, words: int, *, rngs: nnx.Rngs):
+        self.encoder = Transformer(words, WINDOW, _WIDTH, _LAYERS, rngs=rngs)
+        self.logits = nnx.Linear(_WIDTH, len(ROLES), rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Logits, shape (batch, length, roles)."""
+        return self.logits(self.encoder(tokens, padding_mask(tokens)))
+
+
+def make(data_dir: Path | None = None) -> Task:
+    """Windows of 48 tokens, 11 roles; rare names are all the same unknown word."""
+    splits = {split: load_split(StdlibTokens, split, data_dir) for split in ("train", "test")}
+    tokens = {split: [row.decode().split(" ") for row in rows["tokens"]] for split, rows in splits.items()}
+    vocabulary = Vocabulary(tokens["train"], _WORDS)
+
+    def encode(split: str, limit: int | None) -> Batch:
+        rows = [vocabulary.encode(row, WINDOW) for row in tokens[split][:limit]]
+        return {"input": np.stack(rows), "label": splits[split]["roles"][:limit].astype("int32")}
+
+    return module_task(
+        "tagging",
+        lambda rngs: Tagger(len(vocabulary), rngs=rngs),
+        CLASSIFICATION,
+        encode("train", None),
+        encode("test", _MAX_TEST),
+        batch_size=16,
+    )
