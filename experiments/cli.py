@@ -1,12 +1,14 @@
 """The command line: ``python -m experiments COMMAND``."""
 
 import importlib
+import os
 import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from experiments.errors import UsageError
 
@@ -80,8 +82,6 @@ def study(
     ] = False,
 ) -> None:
     """Put the claims of a paper to the test."""
-    from rich.console import Console
-
     from experiments.studies import STUDIES
 
     if show_list or name is None:
@@ -94,7 +94,7 @@ def study(
     from experiments.studies.base import Job
 
     engine.configure()
-    STUDIES[name].load()(Job(name, preset, out or Path("results") / name, Console(), cluster, fresh))
+    STUDIES[name].load()(Job(name, preset, out or Path("results") / name, _console(), cluster, fresh))
 
 
 @app.command()
@@ -106,13 +106,16 @@ def bench(
     """Measure costs; all sides take turns in one run, and ratios are compared."""
     _one_of("NAME", name, ("probing", "sweep"))
     _at_least("--repeats", repeats, 1)
-    from rich.console import Console
-
     from experiments import engine
 
     engine.configure()
     module = importlib.import_module(f"experiments.bench.{name}")
-    module.run(Console(), out, repeats)
+    module.run(_console(), out, repeats)
+
+
+def _console() -> Console:
+    """A file or a pipe has no width, and tables need some."""
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 150)
 
 
 def _one_of(option: str, value: str, allowed: Collection[str]) -> None:

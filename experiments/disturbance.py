@@ -19,7 +19,7 @@ import numpy as np
 from experiments.errors import UsageError
 
 TARGETS = ("observe", "gradient", "knock", "all")
-_PERIOD, _BURST = 50, 20  # steps
+_PERIOD, _WAVE, _BURST = 50, 30, 20  # steps
 _PATIENCE = 10  # of GreedyLR's published settings
 
 
@@ -51,7 +51,8 @@ KINDS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "random spike": _spikes,
     # Constant stretches: what is added stays for a while, then jumps.
     "plateau": lambda rng, steps: np.repeat(rng.uniform(0, 1, -(-steps // _PERIOD)), _PERIOD)[:steps],
-    "oscillatory": lambda rng, steps: np.sin(2 * np.pi * np.arange(steps) / _PERIOD),
+    # Not the 50 steps of GreedyLR's window, whose mean would hide it.
+    "oscillatory": lambda rng, steps: np.sin(2 * np.pi * np.arange(steps) / _WAVE),
     "drift": lambda rng, steps: np.arange(1, steps + 1) / steps,
     "burst": _burst,
     "adversarial": _adversarial,

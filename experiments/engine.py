@@ -24,9 +24,9 @@ from jax.sharding import PartitionSpec
 import greedylr_jax
 from experiments.disturbance import Disturbance, disturbance_inputs
 from experiments.schedules import (
-    NEEDS_SUPERBATCH,
     OWN_RATES,
     PEERS,
+    SUPERBATCHES,
     ScheduleInputs,
     adaptive_scale,
     parse,
@@ -43,7 +43,6 @@ OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
     "adafactor": lambda rate: optax.adafactor(rate, multiply_by_parameter_scale=False),
     "momentum": lambda rate: optax.sgd(rate, momentum=0.9),
 }
-SUPERBATCH = 10  # batches
 RUNS_PER_DEVICE = 16  # at most in one call
 SECONDS_PER_CALL = 5.0  # about what is between two reports of progress
 
@@ -229,9 +228,9 @@ class Engine:
 
             def value_fn(params: Params) -> jax.Array:
                 # The loss on the batch of the step, or on a superbatch, is asked for only now and then.
-                if rule not in NEEDS_SUPERBATCH:
+                if rule not in SUPERBATCHES:
                     return task.loss(params, batch)
-                rows = (step + jnp.arange(SUPERBATCH)) % len(batches)
+                rows = (step + jnp.arange(SUPERBATCHES[rule])) % len(batches)
                 return superbatch_loss(lambda p, row: task.loss(p, _take(train, batches[row])), rows)(params)
 
             if disturbed:

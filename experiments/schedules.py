@@ -11,12 +11,26 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 import greedylr_jax
 from experiments.errors import UsageError
 from greedylr_jax.schedules import knee_schedule
+
+
+def _inverse_sqrt(warmup: int) -> optax.Schedule:
+    """Up to 1 in ``warmup`` steps, then down as the inverse square root of the step ("Attention Is All You
+    Need").
+    """
+
+    def schedule(step: jax.Array) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32) + 1
+        return jnp.minimum(step / warmup, jnp.sqrt(warmup / step))
+
+    return schedule
+
 
 PASSIVE: dict[str, Callable[[int], optax.Schedule]] = {
     "constant": lambda steps: optax.constant_schedule(1.0),
@@ -25,6 +39,7 @@ PASSIVE: dict[str, Callable[[int], optax.Schedule]] = {
     "polynomial": lambda steps: optax.polynomial_schedule(1.0, 0.0, 2, steps),
     "step": lambda steps: optax.piecewise_constant_schedule(1.0, {steps // 2: 0.1, 3 * steps // 4: 0.1}),
     "warmup": lambda steps: optax.linear_schedule(0.0, 1.0, max(1, steps // 10)),  # then constant
+    "inverse-sqrt": lambda steps: _inverse_sqrt(max(1, steps // 10)),
     "knee": lambda steps: knee_schedule(1.0, 8 * steps // 10, steps),
 }
 # The published settings are the defaults: factor 0.95, patience 10, window 50, at least 10% of the initial
@@ -62,6 +77,8 @@ RULES: dict[str, OwnRates] = {
         for name, factors in (
             ("polling-3", (2.0, 1.0, 0.5)),
             ("polling-5", (4.0, 2.0, 1.0, 0.5, 0.25)),
+            ("polling-5-4batches", (4.0, 2.0, 1.0, 0.5, 0.25)),
+            ("polling-5-16batches", (4.0, 2.0, 1.0, 0.5, 0.25)),
             ("polling", (8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.125)),
         )
     },
@@ -81,7 +98,8 @@ PEERS: dict[str, OwnRates] = {
     ),
 }
 OWN_RATES = RULES | PEERS
-NEEDS_SUPERBATCH = ("LRTuner",)
+# Batches that a rule's value_fn is the mean over; 1, that of the step itself, for all others.
+SUPERBATCHES = {"LRTuner": 10, "polling-5-4batches": 4, "polling-5-16batches": 16}
 COMPARED = ("constant", "linear", "cosine", "plateau", "GreedyLR")  # by the command compare
 
 

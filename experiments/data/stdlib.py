@@ -23,7 +23,7 @@ from experiments.errors import UsageError
 
 CHUNK = 1025  # bytes of a piece of text
 WINDOW = 48  # tokens of a piece of code
-SIGNATURE, PARAMETER = 112, 16  # greatest lengths, characters
+SIGNATURE, PARAMETER = 80, 16  # greatest lengths, characters
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3"}
 _LEAST_MODULES = 100
 ROLES = (

@@ -1,5 +1,6 @@
 """Studies: each puts claims of one paper to the test, and leaves table, figures and rows."""
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,16 +18,15 @@ def _load(module: str) -> Callable[..., None]:
 
 
 STUDIES: dict[str, Study] = {
-    "hypergradient": Study(
-        "first-order GreedyLR (hypergradient descent) beside GreedyLR: figures 8 to 10 of paper 000",
-        lambda: _load("hypergradient"),
-    ),
-    "initial-rate": Study(
-        "every schedule and rule from 1/1000 to 1000 times the best initial rate",
-        lambda: _load("initial_rate"),
-    ),
-    "theory": Study(
-        "final loss against GreedyLR's factor where the smoothness is known (paper 001)",
-        lambda: _load("theory"),
-    ),
+    name.replace("_", "-"): Study(summary, functools.partial(_load, name))
+    for name, summary in (
+        ("greedylr", "GreedyLR against the usual schedules: tables II to X, figures 1 to 7 of paper 000"),
+        ("robustness", "nine kinds of noise on the loss, the gradients and the parameters (paper 001)"),
+        ("initial_rate", "every schedule and rule from 1/1000 to 1000 times the best initial rate"),
+        ("lrtuner", "LRTuner against hand-made schedules: tables 1 to 4 of paper 002"),
+        ("polling", "factor polling against the usual schedules: table 1, figures 2 and 3 of paper 004"),
+        ("hypergradient", "first-order GreedyLR (hypergradient descent): figures 8 to 10 of paper 000"),
+        ("theory", "final loss against GreedyLR's factor where the smoothness is known (paper 001)"),
+        ("leaderboard", "all rules and peers from Optax over all tasks: performance profiles"),
+    )
 }

@@ -14,6 +14,7 @@ from rich.console import Console
 from experiments import drawing, html
 from experiments.engine import Settings, make_specs
 from experiments.studies.base import Job, Sweep, publish
+from experiments.studies.tuning import TUNING_SEEDS, best_rates, reported
 from experiments.sweep import Group
 from experiments.tables import print_table
 from experiments.tasks.base import LEARNING_RATES
@@ -21,7 +22,6 @@ from experiments.tasks.base import LEARNING_RATES
 FACTORS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)
 SCHEDULES = ("constant", "cosine", "knee", "plateau", "GreedyLR", "hypergradient", "LRTuner", "polling")
 OPTIMIZERS = ("adamw", "sgd", "adagrad")
-TUNING_SEEDS = (1000, 1001)
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {"tasks": ("digits-mlp", "mnist1d-mlp"), "steps": 1000, "seeds": 3},
     "full": {"tasks": ("digits-mlp", "mnist1d-mlp", "digits"), "steps": 2000, "seeds": 10},
@@ -79,16 +79,6 @@ def _grid(optimizer: str) -> list[float]:
     return [float(middle * 10 ** (exponent / 2)) for exponent in range(-2, 5)]
 
 
-def best_rates(runs: pl.DataFrame) -> dict[tuple[str, str], float]:
-    """For each (task, optimizer) the rate with the highest mean test accuracy on the tuning seeds."""
-    tuned = runs.filter(pl.col("seed").is_in(TUNING_SEEDS))
-    means = tuned.group_by(["task", "optimizer", "learning_rate"]).agg(pl.col("test_metric").mean())
-    best = means.sort(["test_metric", "learning_rate"], descending=[True, False]).group_by(
-        ["task", "optimizer"], maintain_order=True
-    )
-    return {key: cell["learning_rate"][0] for key, cell in best}
-
-
 def summarize(runs: pl.DataFrame) -> pl.DataFrame:
     """One row for each task, optimizer, schedule and factor.
 
@@ -100,9 +90,8 @@ def summarize(runs: pl.DataFrame) -> pl.DataFrame:
       and greatest test accuracy over the seeds, in percent.
     """
     rows, best = [], best_rates(runs)
-    reported = runs.filter(~pl.col("seed").is_in(TUNING_SEEDS))
     keys = ["task", "optimizer", "schedule", "learning_rate"]
-    for (task, optimizer, schedule, rate), cell in reported.group_by(keys, maintain_order=True):
+    for (task, optimizer, schedule, rate), cell in reported(runs).group_by(keys, maintain_order=True):
         ratio = rate / best[task, optimizer]
         accuracy = 100 * cell["test_metric"].to_numpy()
         rows.append(

@@ -43,7 +43,7 @@ def _exact_match(module: SpanFinder, batch: Batch) -> jax.Array:
 
 
 def make(data_dir: Path | None = None) -> Task:
-    """Characters: 16 for the parameter, 112 for the signature."""
+    """Characters: 16 for the parameter, 80 for the signature."""
 
     def load(split: str) -> Batch:
         rows = load_split(StdlibDefaults, split, data_dir)

@@ -16,7 +16,7 @@ from experiments.tasks.base import CLASSIFICATION, Batch, Task, module_task
 from experiments.tasks.convolution import convolution
 
 CLASSES = 11  # the background and ten digits
-_WIDTHS = (8, 16, 24)
+_WIDTHS = (8, 12, 16)
 
 
 class Stage(nnx.Module):

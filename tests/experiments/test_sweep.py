@@ -1,7 +1,6 @@
 """Sweeps of many runs: rules with rates of their own, resumption, the study of initial rates, its report."""
 
 import re
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,22 +11,21 @@ import polars as pl
 import pytest
 from mnist1d.data import get_dataset_args, make_dataset
 from rich.console import Console
-from selenium import webdriver
-from selenium.webdriver.common.by import By
-from selenium.webdriver.support.wait import WebDriverWait
 
 from experiments import html, sweep
 from experiments.data.loading import load_split
 from experiments.data.mnist1d import Mnist1d
-from experiments.engine import SUPERBATCH, Engine, RunSpec, Settings, batch_indices
+from experiments.engine import Engine, RunSpec, Settings, batch_indices
 from experiments.errors import UsageError
-from experiments.schedules import NEEDS_SUPERBATCH, RULES
+from experiments.schedules import RULES, SUPERBATCHES
 from experiments.store import RunStore
 from experiments.studies import initial_rate, theory
 from experiments.studies.base import Job
+from experiments.studies.tuning import best_rates
 from experiments.tasks import make_task
 from greedylr_jax import superbatch_loss
 from greedylr_jax.theory import estimate_smoothness
+from tests.experiments.browser import HAS_BROWSER, open_and_click
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +74,10 @@ def test_a_rule_with_its_own_rates_trains_as_plain_optax_does(task, rule):
         params, state = carry
         step, indices = inputs
         loss, grads = jax.value_and_grad(task.loss)(params, take(indices))
-        many = jax.vmap(take)(batches[(step + jnp.arange(SUPERBATCH)) % steps])
-        value_fn = superbatch_loss(task.loss, many)
-        if rule not in NEEDS_SUPERBATCH:
-            value_fn = lambda p: task.loss(p, take(indices))  # noqa: E731
+        value_fn = lambda p: task.loss(p, take(indices))  # noqa: E731
+        if rule in SUPERBATCHES:
+            many = jax.vmap(take)(batches[(step + jnp.arange(SUPERBATCHES[rule])) % steps])
+            value_fn = superbatch_loss(task.loss, many)
         updates, state = tx.update(grads, state, params, value=loss, value_fn=value_fn)
         return (optax.apply_updates(params, updates), state), loss
 
@@ -145,7 +143,7 @@ def test_the_best_rate_is_chosen_on_seeds_that_are_not_reported():
         seed=[1000, 1001, 1000, 1001], learning_rate=[0.1, 0.1, 1.0, 1.0], test_metric=[0.5, 0.9, 0.8, 0.8]
     )
     reported = rows(seed=[0, 1, 2, 0], learning_rate=[1.0, 1.0, 1.0, 0.001], test_metric=[0.1, 0.3, 0.9, 0.7])
-    assert initial_rate.best_rates(tuning) == {("t", "o"): 1.0}
+    assert best_rates(tuning) == {("t", "o"): 1.0}
     table = initial_rate.summarize(pl.concat([tuning, reported])).sort("factor")
     assert table["factor"].to_list() == [0.001, 1.0]
     assert table["accuracy"].to_list() == pytest.approx([70.0, 30.0])
@@ -182,37 +180,9 @@ def test_a_page_holds_all_it_needs(page):
         html.write_page(page / "below" / "a.html", "", "", [])
 
 
-@pytest.mark.skipif(
-    not (shutil.which("chromium") and shutil.which("chromedriver")), reason="needs Chromium and its driver"
-)
+@pytest.mark.skipif(not HAS_BROWSER, reason="needs Chromium and its driver")
 def test_a_page_opens_in_a_browser_without_errors_and_its_plots_react(page):
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for flag in (
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--window-size=1200,900",
-    ):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = webdriver.ChromeService(shutil.which("chromedriver"))
-    driver = webdriver.Chrome(options=options, service=service)
-    try:
-        driver.get(page.as_uri())
-        driver.implicitly_wait(20)
-        entry = driver.find_element(By.CSS_SELECTOR, ".legendtoggle")
-        visible = "return document.querySelector('.js-plotly-plot').data[0].visible"
-        assert driver.execute_script(visible) in (None, True)
-        webdriver.ActionChains(driver).move_to_element(entry).click().perform()
-        WebDriverWait(driver, 20).until(lambda browser: browser.execute_script(visible) == "legendonly")
-        assert [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"] == []
-    finally:
-        driver.quit()
+    open_and_click(page)
 
 
 def test_the_objectives_of_the_theory_study_have_the_smoothness_that_they_say():

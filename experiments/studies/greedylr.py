@@ -1,0 +1,373 @@
+"""Tables II to X and figures 1 to 7 of "Zeroth Order GreedyLR": six kinds of tasks, four pairs of an
+optimizer and a schedule, each against GreedyLR with the same optimizer, seed, batches and initial rate.
+
+The paper fine-tunes published models; here smaller ones are trained from the start on data that this machine
+holds. Its own numbers lie in ``published/greedylr_tables.csv``, typed off Tables V to X. (In Table X a line
+of xlm-roberta-base stands under camembert-large, which has two lines for SGD; it is put back.) Its "final
+loss delta" is the baseline's loss minus GreedyLR's, whatever the header says: positive where GreedyLR is
+better.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import plotly.graph_objects as go
+import polars as pl
+
+from experiments import drawing, html
+from experiments.engine import Settings, make_specs
+from experiments.studies.base import Job, Sweep, publish
+from experiments.summary import OURS, STAGES, TIE_BAND, confidence_interval, stage_losses
+from experiments.sweep import Group
+from experiments.tables import print_table
+from experiments.tasks.base import LEARNING_RATES
+
+PAIRS = {"adamw": "linear", "adafactor": "cosine", "adagrad": "polynomial", "sgd": "warmup"}
+# Kind of task: the paper's table, and our tasks; the first of them alone with the preset quick.
+KINDS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "translation": ("V", ("translation-fr", "translation-de", "translation-es")),
+    "question answering": ("VI", ("question-answering",)),
+    "image classification": ("VII", ("digits-resnet", "digits-vit", "digits")),
+    "segmentation": ("VIII", ("segmentation",)),
+    "summarization": ("IX", ("summarization",)),
+    "tagging": ("X", ("tagging",)),
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": {"tasks": 1, "rates": 3, "steps": 200, "seeds": 3},
+    "full": {"tasks": 3, "rates": 3, "steps": 1000, "seeds": 5},
+}
+# Those that figures 2 to 7 show, as (kind, optimizer).
+SHOWN = (("image classification", "adagrad"), ("summarization", "adafactor"), ("tagging", "sgd"))
+OUTCOMES = ("yes", "yes*", "no", "no*")
+# Table II of the paper, and Tables III and IV, as printed.
+PRINTED = {
+    "yes": "48",
+    "yes*": "64",
+    "no": "26",
+    "no*": "58",
+    "sum": "196",
+    "final delta in +/- 0.1": "39",
+    "overall as good or better, %": "86.73",
+    "overall better, %": "57.14",
+    "overall worse, %": "13.27",
+    "final as good or better, %": "91.67",
+    "final worse, %": "8.33",
+    "overall as good, %": "62.24",
+    "clearly better, %": "24.49",
+    "average benefit": "0.16",
+    "greatest benefit": "2.3",
+    "greatest deficit": "-0.62",
+    "as good or better at 10%, %": "92.42",
+    "as good or better at 50%, %": "81.81",
+    "as good or better at 100%, %": "85.94",
+}
+
+
+def run(job: Job) -> None:
+    """Trains all runs, and leaves rows, tables, figures and report; goes on where it stopped."""
+    chosen = PRESETS[job.preset]
+    groups = [
+        Group(
+            task,
+            optimizer,
+            make_specs(
+                (schedule, OURS), LEARNING_RATES[optimizer][: chosen["rates"]], range(chosen["seeds"])
+            ),
+        )
+        for _, tasks in KINDS.values()
+        for task in tasks[: chosen["tasks"]]
+        for optimizer, schedule in PAIRS.items()
+    ]
+    sweep = Sweep(job, Settings(chosen["steps"]), {"preset": chosen, "pairs": PAIRS, "kinds": KINDS})
+    sweep.train(groups)
+    runs = sweep.finish()
+
+    table = summarize(runs)
+    ours, theirs = tally(table), tally(published())
+    rows = [(name, ours[name], theirs[name], PRINTED[name]) for name in PRINTED]
+    print_table(job.console, "Tables II to IV", _SUMMARY_HEADERS, rows)
+    for kind, (number, _) in KINDS.items():
+        print_table(job.console, f"Table {number}, {kind}", _HEADERS, _cells(table, kind), left=4)
+    job.console.print(_verdict(table))
+    publish(
+        job,
+        "GreedyLR against the usual schedules",
+        f"Six kinds of tasks, {chosen['steps']} steps, {chosen['seeds']} seeds, the published settings of "
+        "GreedyLR. Yes: GreedyLR's loss is lower; * by less than 0.1; losses are means over seeds of the "
+        "mean over the 5% of steps before a stage. Difference: the baseline's final loss minus GreedyLR's, "
+        "with its 95% confidence interval over seeds: positive where GreedyLR is better. " + _verdict(table),
+        tables={"table": table, "summary": pl.DataFrame(rows, schema=list(_SUMMARY_HEADERS), orient="row")},
+        figures={"fig1_histogram": draw_histogram(runs), "fig2_to_7": draw_histories(runs)},
+        sections=_sections(runs, table, rows),
+        recomputed_by="experiments.studies.greedylr.summarize (a row an experiment), then tally",
+    )
+
+
+def kind_of(task: str) -> str:
+    """The kind that a task belongs to."""
+    return next(kind for kind, (_, tasks) in KINDS.items() if task in tasks)
+
+
+def published() -> pl.DataFrame:
+    """The paper's own Tables V to X, a row an experiment, with the columns of :func:`summarize`."""
+    path = Path(__file__).parent / "published" / "greedylr_tables.csv"
+    return pl.read_csv(path)
+
+
+def summarize(runs: pl.DataFrame) -> pl.DataFrame:
+    """One row for each task, optimizer and initial rate: an experiment of the paper's tables.
+
+    Args:
+      runs: one row a run, as ``runs.parquet`` holds them.
+
+    Returns:
+      A frame with ``kind``, ``task``, ``steps``, ``learning_rate``, ``optimizer``, ``schedule``; ``at_10``,
+      ``at_50``, ``at_100``: whether GreedyLR's mean loss is lower ("yes", "no"; "*" if by less than 0.1;
+      "dnf" if a baseline's run is not finite there); ``difference`` with ``difference_low`` and
+      ``difference_high``: the mean over seeds of the baseline's final loss minus GreedyLR's, and its 95%
+      confidence interval.
+    """
+    rows = []
+    for (task, optimizer, rate), cell in runs.group_by(
+        ["task", "optimizer", "learning_rate"], maintain_order=True
+    ):
+        schedule = PAIRS[optimizer]
+        losses = {}
+        for name in (schedule, OURS):
+            own = cell.filter(pl.col("schedule") == name).sort("seed")["loss"].to_list()
+            stages = [stage_losses(np.array(loss, float)) for loss in own]
+            losses[name] = {stage: np.array([each[stage] for each in stages]) for stage in STAGES}
+        differences = _differences(losses[schedule][100], losses[OURS][100])
+        low, high = confidence_interval(differences)
+        rows.append(
+            {
+                "kind": kind_of(task),
+                "task": task,
+                "steps": cell["steps"][0],
+                "learning_rate": rate,
+                "optimizer": optimizer,
+                "schedule": schedule,
+                **{
+                    f"at_{stage}": outcome(
+                        float(losses[schedule][stage].mean()), float(losses[OURS][stage].mean())
+                    )
+                    for stage in STAGES
+                },
+                "difference": float(differences.mean()) if np.isfinite(differences).all() else None,
+                "difference_low": low,
+                "difference_high": high,
+            }
+        )
+    return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def _differences(baseline: np.ndarray, ours: np.ndarray) -> np.ndarray:
+    """Baseline minus ours; NaN where either is infinite."""
+    finite = np.isfinite(baseline) & np.isfinite(ours)
+    return np.where(finite, np.where(finite, baseline, 0) - np.where(finite, ours, 0), np.nan)
+
+
+def outcome(baseline: float, ours: float) -> str:
+    """Whether GreedyLR beats the baseline, in the paper's words.
+
+    Examples:
+      >>> outcome(1.0, 0.5), outcome(1.0, 0.95), outcome(0.95, 1.0), outcome(0.5, 1.0), outcome(math.inf, 1.0)
+      ('yes', 'yes*', 'no*', 'no', 'dnf')
+    """
+    if not math.isfinite(baseline):
+        return "dnf"
+    star = "*" if abs(baseline - ours) < TIE_BAND else ""
+    return ("yes" if ours < baseline else "no") + star
+
+
+def tally(table: pl.DataFrame) -> dict[str, str]:
+    """The paper's Tables II to IV of the experiments of a table; "dnf" is left out, as in the paper."""
+    stages = {stage: [each for each in table[f"at_{stage}"] if each in OUTCOMES] for stage in STAGES}
+    everything = [each for stage in stages.values() for each in stage]
+    counts = {name: everything.count(name) for name in OUTCOMES}
+    total = len(everything)
+    deltas = np.array([value for value in table["difference"] if value is not None], float)
+
+    def share(names: Sequence[str], of: Sequence[str] = everything) -> str:
+        return f"{100 * sum(each in names for each in of) / len(of):.2f}" if of else ""
+
+    good = ("yes", "yes*", "no*")
+    return {
+        **{name: str(count) for name, count in counts.items()},
+        "sum": str(total),
+        "final delta in +/- 0.1": str(int(np.sum(np.abs(deltas) < TIE_BAND))),
+        "overall as good or better, %": share(good),
+        "overall better, %": share(("yes", "yes*")),
+        "overall worse, %": share(("no",)),
+        "final as good or better, %": share(good, stages[100]),
+        "final worse, %": share(("no",), stages[100]),
+        "overall as good, %": share(("yes*", "no*")),
+        "clearly better, %": share(("yes",)),
+        "average benefit": f"{deltas[deltas > 0].mean():.2g}" if (deltas > 0).any() else "",
+        "greatest benefit": f"{deltas.max():.2g}",
+        "greatest deficit": f"{deltas.min():.2g}",
+        **{f"as good or better at {stage}%, %": share(good, stages[stage]) for stage in STAGES},
+    }
+
+
+_SUMMARY_HEADERS = ("", "here", "from the paper's Tables V to X", "as the paper prints it")
+_HEADERS = (
+    "model and data",
+    "optimizer",
+    "schedule",
+    "",
+    "steps",
+    "rate",
+    "10%",
+    "50%",
+    "100%",
+    "difference",
+)
+
+
+def _cells(table: pl.DataFrame, kind: str) -> list[list[str]]:
+    """Our rows, then the paper's."""
+    cells = []
+    for source, rows in (("here", table), ("paper", published())):
+        for row in rows.filter(pl.col("kind") == kind).iter_rows(named=True):
+            difference = "" if row["difference"] is None else f"{row['difference']:+.3f}"
+            if source == "here" and difference:
+                difference += f" [{row['difference_low']:+.3f}, {row['difference_high']:+.3f}]"
+            name = row["task"] if source == "here" else f"{row['model']}, {row['dataset']}"
+            cells.append(
+                [
+                    name,
+                    row["optimizer"],
+                    row["schedule"],
+                    source,
+                    str(row["steps"]),
+                    f"{row['learning_rate']:g}",
+                    *(row[f"at_{stage}"] for stage in STAGES),
+                    difference,
+                ]
+            )
+    return cells
+
+
+def _verdict(table: pl.DataFrame) -> str:
+    """What the confidence intervals say."""
+    better, worse = (table["difference_low"] > 0).sum(), (table["difference_high"] < 0).sum()
+    return (
+        f"Of {len(table)} experiments {OURS} ends surely lower in {better} and surely higher in {worse} (95% "
+        "confidence intervals over seeds that leave out 0, not corrected for their number)."
+    )
+
+
+def _deltas(runs: pl.DataFrame) -> list[float]:
+    """The final difference of each seed."""
+    deltas = []
+    for (_, optimizer, _, _), cell in runs.group_by(
+        ["task", "optimizer", "learning_rate", "seed"], maintain_order=True
+    ):
+        final = {
+            row["schedule"]: stage_losses(np.array(row["loss"], float))[100]
+            for row in cell.iter_rows(named=True)
+        }
+        deltas.append(final[PAIRS[optimizer]] - final[OURS])
+    return [delta for delta in deltas if math.isfinite(delta)]
+
+
+def draw_histogram(runs: pl.DataFrame) -> plt.Figure:
+    """Figure 1: final differences, ours and the paper's."""
+    figure, (axes,) = drawing.panels(1, 1, width=7, height=4)
+    bins = np.linspace(-2.4, 2.4, 49)
+    for label, deltas, color in (
+        ("here, each seed", _deltas(runs), drawing.BLUE),
+        ("the paper's Tables V to X", published()["difference"].drop_nulls().to_list(), drawing.ORANGE),
+    ):
+        clipped = np.clip(deltas, bins[0], bins[-1])
+        weights = np.full(len(clipped), 100 / len(clipped))
+        axes.hist(clipped, bins, weights=weights, color=color, alpha=0.55, label=f"{label} ({len(clipped)})")
+    axes.axvline(0, color=drawing.BLACK, lw=0.8)
+    axes.set_xlabel("final loss of the baseline minus GreedyLR's (positive: GreedyLR is better)")
+    axes.set_ylabel("experiments, %")
+    drawing.add_legend(figure, axes)
+    figure.suptitle("Figure 1: distribution of final differences", fontsize=12)
+    return figure
+
+
+def _curves(runs: pl.DataFrame, task: str, optimizer: str, rate: float, column: str) -> dict[str, np.ndarray]:
+    """The mean history over seeds of each schedule."""
+    cell = runs.filter(
+        (pl.col("task") == task) & (pl.col("optimizer") == optimizer) & (pl.col("learning_rate") == rate)
+    )
+    return {
+        name: np.array(cell.filter(pl.col("schedule") == name)[column].to_list(), float).mean(axis=0)
+        for name in (PAIRS[optimizer], OURS)
+    }
+
+
+def draw_histories(runs: pl.DataFrame) -> plt.Figure:
+    """Figures 2 to 7: rates above losses of three pairs."""
+    figure, panels = drawing.panels(6, 3, width=4.6, height=3.2)
+    for column, (kind, optimizer) in enumerate(SHOWN):
+        task, rate = KINDS[kind][1][0], LEARNING_RATES[optimizer][1]
+        for axes, name, number in (
+            (panels[column], "rate", 2 * column + 2),
+            (panels[column + 3], "loss", 2 * column + 3),
+        ):
+            for schedule, values in _curves(runs, task, optimizer, rate, name).items():
+                width = max(1, len(values) // 20) if name == "loss" else 1
+                shown = drawing.smooth(values, width)
+                label = OURS if schedule == OURS else "baseline"
+                color = drawing.RED if schedule == OURS else drawing.BLUE
+                axes.plot(np.arange(len(shown)) + width, shown, color=color, lw=1.5, label=label)
+            what = "learning rate" if name == "rate" else "training loss"
+            axes.set_title(f"Figure {number}: {task}, {optimizer}, {PAIRS[optimizer]}", fontsize=9)
+            axes.set_xlabel("step")
+            axes.set_ylabel(what)
+    drawing.add_legend(figure, panels[0])
+    figure.suptitle("Mean over seeds; losses smoothed over 5% of the steps", fontsize=12)
+    return figure
+
+
+def _sections(runs: pl.DataFrame, table: pl.DataFrame, rows: Sequence[Sequence[str]]) -> list[html.Section]:
+    histogram = go.Figure()
+    for name, deltas in (
+        ("here, each seed", _deltas(runs)),
+        ("paper", published()["difference"].drop_nulls()),
+    ):
+        histogram.add_histogram(
+            x=list(deltas), name=name, histnorm="percent", opacity=0.6, xbins={"size": 0.1}
+        )
+    histogram.update_layout(barmode="overlay", height=380, margin={"t": 20})
+    histogram.update_xaxes(title="final loss of the baseline minus GreedyLR's")
+    histogram.update_yaxes(title="experiments, %")
+    sections = [
+        html.Section("Tables II to IV, figure 1", "", [html.Table(_SUMMARY_HEADERS, rows), histogram])
+    ]
+    for kind, (number, tasks) in KINDS.items():
+        parts: list[Any] = [html.Table(_HEADERS, _cells(table, kind))]
+        for task in (task for task in tasks if task in set(runs["task"])):
+            curves = []
+            for (optimizer, schedule), color in zip(
+                PAIRS.items(), (drawing.BLUE, drawing.GREEN, drawing.ORANGE, drawing.PINK), strict=True
+            ):
+                for name, values in _curves(
+                    runs, task, optimizer, LEARNING_RATES[optimizer][1], "loss"
+                ).items():
+                    width = max(1, len(values) // 20)
+                    shown = drawing.smooth(values, width)
+                    dash = "solid" if name == OURS else "dot"
+                    curves.append(
+                        html.Curve(
+                            f"{optimizer}, {OURS if name == OURS else schedule}",
+                            np.arange(len(shown)) + width,
+                            shown,
+                            {"color": color, "dash": dash},
+                        )
+                    )
+            parts.append(html.line_figure(curves, f"step ({task})", "training loss, mean over seeds"))
+        sections.append(
+            html.Section(f"Table {number}: {kind}", "Solid: GreedyLR; dotted: the baseline.", parts)
+        )
+    return sections

@@ -1,0 +1,198 @@
+"""Table 1 and figures 2 and 3 of "Automated learning rate scheduling with in-training information": factor
+polling against the usual schedules, the number of factors, and the number of batches that score them.
+
+The paper trains a ResNet-18 on CIFAR-10 and CIFAR-100 for 100 epochs from a rate of 0.005 and polls once an
+epoch; here the digits networks are trained, with a factor polled at every step. The paper names no optimizer;
+PyTorch's usual one is plain SGD. Its last experiment, an initial rate 200 times too large, is here, too.
+"""
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import polars as pl
+
+from experiments import drawing, html
+from experiments.engine import Settings, make_specs
+from experiments.studies.base import Job, Sweep, publish
+from experiments.studies.tuning import TUNING_SEEDS, best_rates, reported
+from experiments.summary import confidence_interval
+from experiments.sweep import Group
+from experiments.tables import print_table
+
+TASKS = ("digits-resnet", "digits")
+OPTIMIZER = "sgd"
+USUAL = ("constant", "linear", "cosine", "step")
+FACTORS = ("polling-3", "polling-5", "polling")
+BATCHES = ("polling-5", "polling-5-4batches", "polling-5-16batches")
+OURS = "polling-5"  # "our scheduler with 5 factors"
+# The paper's Table 1, test accuracy on CIFAR-10 in percent.
+PRINTED = {"constant": 83.5, "linear": 85.2, "cosine": 85.0, "step": 84.4, OURS: 87.0}
+GRID = (0.01, 0.03, 0.1, 0.3, 1.0)
+TOO_LARGE = 200.0
+EVALUATIONS = 20
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": {"steps": 300, "seeds": 3},
+    "full": {"steps": 2000, "seeds": 10},
+}
+TITLES = {
+    "constant": "constant",
+    "linear": "linear",
+    "cosine": "cosine",
+    "step": "step",
+    "polling-3": "3 factors",
+    "polling-5": "5 factors",
+    "polling": "7 factors",
+    "polling-5-4batches": "5 factors, 4 batches",
+    "polling-5-16batches": "5 factors, 16 batches",
+}
+COLORS = dict(
+    zip(
+        TITLES,
+        (
+            drawing.SKY,
+            drawing.GREEN,
+            drawing.BLUE,
+            drawing.GREY,
+            drawing.YELLOW,
+            drawing.RED,
+            drawing.ORANGE,
+            drawing.PINK,
+            drawing.BLACK,
+        ),
+        strict=True,
+    )
+)
+
+
+def run(job: Job) -> None:
+    """Trains all runs, and leaves rows, table, figures and report; goes on where it stopped."""
+    chosen = PRESETS[job.preset]
+    sweep = Sweep(job, Settings(chosen["steps"], EVALUATIONS), {"preset": chosen, "schedules": list(TITLES)})
+    tuning = [Group(task, OPTIMIZER, make_specs(("cosine",), GRID, TUNING_SEEDS)) for task in TASKS]
+    best = best_rates(sweep.train(tuning, keep_programs=True))
+    seeds = range(chosen["seeds"])
+    groups = []
+    for task in TASKS:
+        rate = best[task, OPTIMIZER]
+        specs = make_specs(tuple(TITLES), (rate,), seeds)
+        specs += make_specs(("constant", *FACTORS), (TOO_LARGE * rate,), seeds)
+        groups.append(Group(task, OPTIMIZER, specs))
+    sweep.train(groups, keep_programs=True)
+    runs = sweep.finish()
+    table = summarize(runs)
+    print_table(job.console, "Factor polling", _HEADERS, _cells(table), left=2)
+    publish(
+        job,
+        "Factor polling",
+        f"{chosen['steps']} steps, {chosen['seeds']} seeds, {OPTIMIZER}, initial rate: the best of a grid "
+        "for the cosine schedule on seeds that are not reported, and 200 times that. A step with n factors "
+        "costs n forward passes more on each scoring batch; nothing here is corrected for that. Difference: "
+        "from the constant rate, paired by seed.",
+        tables={"table": table},
+        figures={"fig2_factors": draw(runs, FACTORS), "fig3_batches": draw(runs, BATCHES)},
+        sections=_sections(runs, table),
+        recomputed_by="experiments.studies.polling.summarize",
+    )
+
+
+def summarize(runs: pl.DataFrame) -> pl.DataFrame:
+    """One row for each task, initial rate and schedule.
+
+    Returns:
+      A frame with ``task``, ``start`` (the initial rate over the best), ``schedule``, mean and standard
+      deviation of the final held-out accuracy in percent (``accuracy``, ``deviation``), ``difference`` from
+      the constant rate with its 95% confidence interval, and the mean held-out loss at the end (``loss``).
+    """
+    best, rows = best_rates(runs), []
+    for (task, rate), cell in reported(runs).group_by(["task", "learning_rate"], maintain_order=True):
+        baseline = cell.filter(pl.col("schedule") == "constant").sort("seed")["test_metric"]
+        for (schedule,), own in cell.group_by(["schedule"], maintain_order=True):
+            metric = own.sort("seed")["test_metric"]
+            differences = 100 * (metric - baseline).to_numpy()
+            low, high = confidence_interval(differences)
+            rows.append(
+                {
+                    "task": task,
+                    "start": rate / best[task, OPTIMIZER],
+                    "schedule": schedule,
+                    "accuracy": 100 * float(metric.mean()),
+                    "deviation": 100 * float(metric.std()),
+                    "difference": float(differences.mean()),
+                    "difference_low": low,
+                    "difference_high": high,
+                    "loss": float(own["test_loss"].mean()),
+                }
+            )
+    return pl.DataFrame(rows)
+
+
+_HEADERS = (
+    "task",
+    "schedule",
+    "initial rate",
+    "accuracy, %",
+    "difference [95% CI]",
+    "loss",
+    "paper, CIFAR-10",
+)
+
+
+def _cells(table: pl.DataFrame) -> list[list[str]]:
+    return [
+        [
+            row["task"],
+            TITLES[row["schedule"]],
+            "best" if row["start"] < TOO_LARGE / 2 else f"{row['start']:.0f} x best",
+            f"{row['accuracy']:.2f} ({row['deviation']:.2f})",
+            f"{row['difference']:+.2f} [{row['difference_low']:+.2f}, {row['difference_high']:+.2f}]",
+            f"{row['loss']:.3g}",
+            f"{PRINTED[row['schedule']]}"
+            if row["schedule"] in PRINTED and row["start"] < TOO_LARGE / 2
+            else "",
+        ]
+        for row in table.iter_rows(named=True)
+    ]
+
+
+def _histories(runs: pl.DataFrame, task: str, schedule: str, column: str) -> np.ndarray:
+    """The mean over seeds at the best rate."""
+    rate = best_rates(runs)[task, OPTIMIZER]
+    cell = reported(runs).filter(
+        (pl.col("task") == task) & (pl.col("schedule") == schedule) & (pl.col("learning_rate") == rate)
+    )
+    return np.array(cell[column].to_list(), float).mean(axis=0)
+
+
+def draw(runs: pl.DataFrame, schedules: tuple[str, ...]) -> plt.Figure:
+    """Held-out loss above the rate, of the constant schedule and of some variants of polling."""
+    figure, panels = drawing.panels(2 * len(TASKS), len(TASKS), width=5.2, height=3.4)
+    for column, task in enumerate(TASKS):
+        for row, (name, title) in enumerate((("test_losses", "held-out loss"), ("rate", "learning rate"))):
+            axes = panels[row * len(TASKS) + column]
+            for schedule in ("constant", *schedules):
+                values = _histories(runs, task, schedule, name)
+                steps = np.linspace(0, 100, len(values) + 1)[1:]
+                axes.plot(steps, values, color=COLORS[schedule], lw=1.4, label=TITLES[schedule])
+            axes.set_yscale("log")
+            axes.set_title(task, fontsize=10)
+            axes.set_xlabel("steps, %")
+            axes.set_ylabel(title)
+    drawing.add_legend(figure, panels[0])
+    figure.suptitle("Factor polling, mean over seeds", fontsize=12)
+    return figure
+
+
+def _sections(runs: pl.DataFrame, table: pl.DataFrame) -> list[html.Section]:
+    sections = []
+    for task in TASKS:
+        parts: list[Any] = [html.Table(_HEADERS, _cells(table.filter(pl.col("task") == task)))]
+        for name, title in (("test_losses", "held-out loss"), ("rate", "learning rate")):
+            curves = []
+            for schedule, label in TITLES.items():
+                values = _histories(runs, task, schedule, name)
+                steps = np.linspace(0, 100, len(values) + 1)[1:]
+                curves.append(html.Curve(label, steps, values, {"color": COLORS[schedule]}))
+            parts.append(html.line_figure(curves, "steps, %", title, y_log=True))
+        sections.append(html.Section(task, "Curves: from the best rate, mean over seeds.", parts))
+    return sections

@@ -1,0 +1,401 @@
+"""The perturbation study of "Dynamic Learning Rate Scheduling based on Loss Changes": how schedules cope with
+noise on what a rule observes, on the gradients, and with a knock to the parameters.
+
+The paper's claims: a lower median loss than the usual schedules, tighter percentile bands, and exceptional
+recovery from perturbations. See :mod:`experiments.disturbance` for what the noises are and what they reach.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import polars as pl
+
+from experiments import drawing, html
+from experiments.disturbance import KINDS, TARGETS, disturbance_inputs, knock_moment, name_of, parse
+from experiments.engine import RunSpec, Settings
+from experiments.studies.base import Job, Sweep, publish
+from experiments.summary import OURS, confidence_interval, stage_losses
+from experiments.sweep import Group
+from experiments.tables import print_table
+from experiments.tasks import make_task
+
+SCHEDULES = ("constant", "linear", "cosine", "plateau", OURS)
+STRENGTHS = (0.1, 0.5, 1.0)
+OPTIMIZER = "sgd"
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": {
+        "tasks": (
+            "quadratic-10",
+            "quadratic-1000",
+            "rosenbrock",
+            "rastrigin",
+            "ackley",
+            "digits-mlp",
+            "mnist1d-mlp",
+        ),
+        "steps": 500,
+        "seeds": 2,
+    },
+    # 8,730 runs, for an accelerator: the paper has 8,100.
+    "full": {
+        "tasks": (
+            "digits",
+            "digits-resnet",
+            "digits-vit",
+            "mnist1d-mlp",
+            "language-lstm",
+            "language-transformer",
+        ),
+        "steps": 1000,
+        "seeds": 3,
+    },
+}
+COLORS = dict(
+    zip(SCHEDULES, (drawing.SKY, drawing.GREEN, drawing.BLUE, drawing.ORANGE, drawing.RED), strict=True)
+)
+_FLOOR = 1e-6  # of the loss at the start: what is below counts as this
+_WINDOW = 10  # steps that a loss is averaged over before it is compared
+PERCENTILES = (10, 50, 90)
+
+
+def disturbances() -> list[str]:
+    """All disturbances, and none."""
+    kinds = [kind for kind in KINDS if kind != "none"]
+    return ["none", *(name_of(*each) for each in itertools.product(kinds, STRENGTHS, TARGETS))]
+
+
+def run(job: Job) -> None:
+    """Trains all runs, and leaves rows, tables, figures and report; goes on where it stopped."""
+    chosen = PRESETS[job.preset]
+    groups = []
+    for task in chosen["tasks"]:
+        rate = make_task(task).learning_rates[OPTIMIZER][1]
+        specs = [
+            RunSpec(schedule, rate, seed, disturbance)
+            for seed in range(chosen["seeds"])
+            for disturbance in disturbances()
+            for schedule in SCHEDULES
+        ]
+        groups.append(Group(task, OPTIMIZER, specs))
+    described = {"preset": chosen, "schedules": SCHEDULES, "disturbances": disturbances()}
+    sweep = Sweep(job, Settings(chosen["steps"], disturbed=True), described)
+    sweep.train(groups)
+    runs = sweep.finish()
+
+    measured = measure(runs)
+    table = summarize(measured)
+    for target in ("undisturbed", *TARGETS):
+        print_table(job.console, f"Disturbed: {target}", _HEADERS, _cells(table, target))
+    comparison = compare(measured)
+    against = "GreedyLR against each schedule, same task, seed and noise"
+    print_table(job.console, against, _AGAINST, _rows(comparison), left=2)
+    publish(
+        job,
+        "Robustness to noise",
+        f"{len(runs)} runs of {chosen['steps']} steps with {OPTIMIZER}. Final loss: the clean training loss, "
+        "the mean over the last 5% of steps, relative to that of the undisturbed run at a constant rate of "
+        "the same task and seed. Damage: the same relative to the undisturbed run of the same schedule. "
+        f"Recovery: steps after a knock until the loss (mean of {_WINDOW}) is back at what it was before it; "
+        "runs that never do are counted apart. Percentiles are over noises and seeds within a task, and the "
+        "median over tasks is shown.",
+        tables={"table": table, "against": comparison},
+        figures={"bands": draw_bands(measured), "recovery": draw_recovery(runs)},
+        sections=_sections(runs, measured, table, comparison),
+        recomputed_by="experiments.studies.robustness.measure (a row a run), then summarize and compare",
+    )
+
+
+def measure(runs: pl.DataFrame) -> pl.DataFrame:
+    """One row a run, with what the study measures.
+
+    Args:
+      runs: as ``runs.parquet`` holds them.
+
+    Returns:
+      A frame with ``task``, ``schedule``, ``seed``, ``kind``, ``strength``, ``target`` ("undisturbed" for
+      none); ``final``: the final loss, relative to the undisturbed constant rate; ``damage``: relative to the
+      undisturbed run of the same schedule; ``recovery``: steps after the knock until the loss is back
+      (infinite if it never is; None without a knock).
+    """
+    rows = []
+    for row in runs.iter_rows(named=True):
+        loss = np.array(row["loss"], float)
+        kind, strength, target = parse(row["disturbance"])
+        disturbed = row["disturbance"] != "none"
+        final = stage_losses(loss)[100]
+        rows.append(
+            {
+                "task": row["task"],
+                "schedule": row["schedule"],
+                "seed": row["seed"],
+                "kind": kind,
+                "strength": strength,
+                "target": target if disturbed else "undisturbed",
+                "absolute": max(final, _FLOOR * abs(loss[0])),
+                "recovery": recovery(loss, row["disturbance"], row["seed"])
+                if disturbed and target in ("knock", "all")
+                else None,
+            }
+        )
+    frame = pl.DataFrame(rows, infer_schema_length=None)
+    clean = frame.filter(pl.col("target") == "undisturbed")
+    own = clean.select("task", "schedule", "seed", own="absolute")
+    constant = clean.filter(pl.col("schedule") == "constant").select("task", "seed", constant="absolute")
+    frame = frame.join(own, on=["task", "schedule", "seed"]).join(constant, on=["task", "seed"])
+    return frame.with_columns(
+        final=pl.col("absolute") / pl.col("constant"), damage=pl.col("absolute") / pl.col("own")
+    ).drop("own", "constant")
+
+
+def recovery(loss: np.ndarray, disturbance: str, seed: int) -> float:
+    """Steps after the knock until the loss is back at what it was before it.
+
+    Args:
+      loss: the clean loss before each update, shape (steps,).
+      disturbance: what the run was disturbed by.
+      seed: of the run, which the moment of the knock depends on.
+
+    Returns:
+      The number of steps, 0 if the loss never rose; infinite if it did not come back.
+    """
+    knocks = disturbance_inputs(disturbance, len(loss), seed).knock
+    moment = knock_moment(knocks)
+    if knocks[moment] == 0:
+        return 0.0
+    before = np.mean(loss[moment - _WINDOW + 1 : moment + 1])
+    after = drawing.smooth(loss[moment + 1 :], _WINDOW)
+    back = np.flatnonzero(after <= before)
+    return float(back[0]) if len(back) else float("inf")
+
+
+def summarize(measured: pl.DataFrame) -> pl.DataFrame:
+    """One row for each target and schedule: percentiles of :func:`measure`, over noises and seeds within a
+    task, and of these the median over tasks.
+
+    Returns:
+      A frame with ``target``, ``schedule``, ``runs``, ``final_10``, ``final_50``, ``final_90``,
+      ``damage_50``, ``damage_90``, ``recovery_50`` (median of those that recover) and ``lost`` (percent that
+      never do).
+    """
+    rows = []
+    for (target, schedule), cell in measured.group_by(["target", "schedule"], maintain_order=True):
+        knocked = cell["recovery"].drop_nulls().to_numpy()
+        recovered = knocked[np.isfinite(knocked)]
+        rows.append(
+            {
+                "target": target,
+                "schedule": schedule,
+                "runs": len(cell),
+                **{f"final_{p}": _percentile(cell, "final", p) for p in PERCENTILES},
+                **{f"damage_{p}": _percentile(cell, "damage", p) for p in (50, 90)},
+                "recovery_50": float(np.median(recovered)) if len(recovered) else None,
+                "lost": 100 * float(np.mean(np.isinf(knocked))) if len(knocked) else None,
+            }
+        )
+    return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def _percentile(cell: pl.DataFrame, column: str, percentile: float) -> float:
+    """The percentile within each task, over noises and seeds, and of these the median over the tasks.
+
+    Tasks differ by orders of magnitude: percentiles of all runs together would be those of one task. Values
+    may be infinite, so it is the value of a run, not one between two.
+    """
+    within = [
+        np.percentile(own[column].to_numpy(), percentile, method="nearest")
+        for _, own in cell.group_by(["task"], maintain_order=True)
+    ]
+    return float(np.percentile(within, 50, method="nearest"))
+
+
+def compare(measured: pl.DataFrame) -> pl.DataFrame:
+    """GreedyLR against each schedule, paired by task, seed and disturbance.
+
+    Returns:
+      A frame with ``target``, ``schedule``, ``lower``: percent of pairs in which GreedyLR's final loss is
+      lower by more than 1%; ``higher``: the same the other way; ``ratio``: the geometric mean of GreedyLR's
+      loss over the other's, with ``ratio_low`` and ``ratio_high``, its 95% confidence interval over the
+      tasks' means.
+    """
+    keys = ["task", "seed", "kind", "strength", "target"]
+    ours = measured.filter(pl.col("schedule") == OURS).select(*keys, ours="absolute")
+    rows = []
+    for target in ("undisturbed", *TARGETS):
+        for schedule in (name for name in SCHEDULES if name != OURS):
+            theirs = measured.filter((pl.col("schedule") == schedule) & (pl.col("target") == target))
+            pairs = theirs.join(ours, on=keys).with_columns(
+                log=(pl.col("ours").clip(0, 1e9) / pl.col("absolute").clip(0, 1e9)).log()
+            )
+            means = pairs.group_by("task", maintain_order=True).agg(pl.col("log").mean())["log"].to_numpy()
+            low, high = confidence_interval(means)
+            ratio = pairs["ours"] / pairs["absolute"]
+            rows.append(
+                {
+                    "target": target,
+                    "schedule": schedule,
+                    "lower": 100 * float((ratio < 0.99).mean()),
+                    "higher": 100 * float((ratio > 1.01).mean()),
+                    "ratio": float(np.exp(means.mean())),
+                    "ratio_low": float(np.exp(low)),
+                    "ratio_high": float(np.exp(high)),
+                }
+            )
+    return pl.DataFrame(rows)
+
+
+_HEADERS = (
+    "schedule",
+    "runs",
+    *(f"final loss, {p}%" for p in PERCENTILES),
+    "damage, 50%",
+    "damage, 90%",
+    "recovery, steps",
+    "never, %",
+)
+_AGAINST = ("disturbed", "against", "lower, %", "higher, %", "ratio of losses [95% CI]")
+
+
+def _cells(table: pl.DataFrame, target: str) -> list[list[str]]:
+    cells = []
+    for row in table.filter(pl.col("target") == target).iter_rows(named=True):
+        finals = (f"{row[f'final_{p}']:.3g}" for p in PERCENTILES)
+        knocked = [] if row["lost"] is None else [f"{row['recovery_50']:g}", f"{row['lost']:.1f}"]
+        cells.append(
+            [
+                row["schedule"],
+                str(row["runs"]),
+                *finals,
+                f"{row['damage_50']:.3g}",
+                f"{row['damage_90']:.3g}",
+                *(knocked or ["", ""]),
+            ]
+        )
+    return cells
+
+
+def _rows(comparison: pl.DataFrame) -> list[list[str]]:
+    return [
+        [
+            row["target"],
+            row["schedule"],
+            f"{row['lower']:.0f}",
+            f"{row['higher']:.0f}",
+            f"{row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]",
+        ]
+        for row in comparison.iter_rows(named=True)
+    ]
+
+
+def _by_strength(measured: pl.DataFrame, target: str, schedule: str) -> list[list[float]]:
+    """For each percentile the final losses at each strength, 0 first."""
+    own = measured.filter(pl.col("schedule") == schedule)
+    cells = [own.filter(pl.col("target") == "undisturbed")] + [
+        own.filter((pl.col("target") == target) & (pl.col("strength") == strength)) for strength in STRENGTHS
+    ]
+    return [[_percentile(cell, "final", p) for cell in cells] for p in PERCENTILES]
+
+
+def draw_bands(measured: pl.DataFrame) -> plt.Figure:
+    """Final loss against the strength of the noise: median, and the band from the 10th to the 90th
+    percentile.
+    """
+    figure, panels = drawing.panels(len(TARGETS), 2, width=5.2, height=3.8)
+    strengths = (0.0, *STRENGTHS)
+    for axes, target in zip(panels, TARGETS, strict=True):
+        for schedule, color in COLORS.items():
+            low, median, high = (np.minimum(each, 1e6) for each in _by_strength(measured, target, schedule))
+            axes.plot(
+                strengths,
+                median,
+                color=color,
+                lw=2 if schedule == OURS else 1.2,
+                marker="o",
+                ms=3,
+                label=schedule,
+            )
+            axes.fill_between(strengths, low, high, color=color, alpha=0.12, lw=0)
+        axes.set_yscale("log")
+        axes.set_title(f"disturbed: {target}", fontsize=10)
+        axes.set_xlabel("strength")
+        axes.set_ylabel("final loss / undisturbed constant")
+    drawing.add_legend(figure, panels[0], columns=len(SCHEDULES))
+    figure.suptitle("Median over noises and seeds; band: 10% to 90%; the median task", fontsize=12)
+    return figure
+
+
+def _knocked(runs: pl.DataFrame, task: str, schedule: str) -> np.ndarray:
+    """Smoothed loss around the strongest knocks, relative to that before; shape (runs, steps)."""
+    cell = runs.filter(
+        (pl.col("task") == task)
+        & (pl.col("schedule") == schedule)
+        & pl.col("disturbance").str.ends_with(", 1, knock")
+    )
+    histories = []
+    for row in cell.iter_rows(named=True):
+        loss = np.array(row["loss"], float)
+        moment = knock_moment(disturbance_inputs(row["disturbance"], len(loss), row["seed"]).knock)
+        span = len(loss) // 4
+        smooth = drawing.smooth(loss[moment - _WINDOW + 1 : moment + span], _WINDOW)
+        relative = smooth / max(smooth[0], _FLOOR * abs(loss[0]))
+        histories.append(np.where(np.isfinite(relative), relative, np.inf))
+    return np.array(histories)
+
+
+def draw_recovery(runs: pl.DataFrame) -> plt.Figure:
+    """The loss after a knock, relative to that before it."""
+    tasks = runs["task"].unique(maintain_order=True).to_list()
+    figure, panels = drawing.panels(len(tasks), 3, width=4.4, height=3.2)
+    for axes, task in zip(panels, tasks, strict=True):
+        for schedule, color in COLORS.items():
+            histories = _knocked(runs, task, schedule)
+            axes.plot(
+                np.median(histories, axis=0), color=color, lw=2 if schedule == OURS else 1.2, label=schedule
+            )
+        axes.axhline(1, color=drawing.GREY, lw=0.8)
+        axes.set_yscale("log")
+        axes.set_title(task, fontsize=10)
+        axes.set_xlabel("steps after the knock")
+        axes.set_ylabel("loss / loss before")
+    drawing.add_legend(figure, panels[0], columns=len(SCHEDULES))
+    figure.suptitle(
+        "Recovery from knocks of strength 1: median over noises and seeds; a line ends where half the runs "
+        "diverged",
+        fontsize=12,
+    )
+    return figure
+
+
+def _sections(
+    runs: pl.DataFrame, measured: pl.DataFrame, table: pl.DataFrame, comparison: pl.DataFrame
+) -> Sequence[html.Section]:
+    undisturbed = html.Table(_HEADERS, _cells(table, "undisturbed"))
+    sections = [
+        html.Section("GreedyLR against each schedule", "", [html.Table(_AGAINST, _rows(comparison))]),
+        html.Section("Undisturbed", "", [undisturbed]),
+    ]
+    dashes = ("dot", "solid", "dot")
+    for target in TARGETS:
+        curves = [
+            html.Curve(f"{schedule}, {p}%", (0.0, *STRENGTHS), values, {"color": color, "dash": dash})
+            for schedule, color in COLORS.items()
+            for p, values, dash in zip(
+                PERCENTILES, _by_strength(measured, target, schedule), dashes, strict=True
+            )
+        ]
+        figure = html.line_figure(curves, "strength", "final loss / undisturbed constant", y_log=True)
+        parts = [html.Table(_HEADERS, _cells(table, target)), figure]
+        sections.append(html.Section(f"Disturbed: {target}", "", parts))
+    for task in runs["task"].unique(maintain_order=True):
+        curves = [
+            html.Curve(schedule, np.arange(len(median)), median, {"color": color})
+            for schedule, color in COLORS.items()
+            for median in [np.median(_knocked(runs, task, schedule), axis=0)]
+        ]
+        figure = html.line_figure(curves, "steps after the knock", "loss / loss before", y_log=True)
+        sections.append(
+            html.Section(f"Recovery: {task}", "Knocks of strength 1; median over noises.", [figure])
+        )
+    return sections

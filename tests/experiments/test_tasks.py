@@ -1,0 +1,198 @@
+"""Tasks: that each can be learned, and that losses and metrics are what they are called."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tensorflow_datasets as tfds
+from flax import nnx
+
+from experiments.errors import UsageError
+from experiments.tasks import TASKS, detection, functions, make_task, seq2seq
+from experiments.tasks.base import CLASSIFICATION
+from experiments.tasks.segmentation import _mean_iou
+from experiments.tasks.transformer import Transformer, causal_mask, padding_mask
+
+PUBLIC = [name for name in TASKS if "public set" in TASKS[name].summary]
+FUNCTIONS = list(functions.FUNCTIONS)
+# Their data take a second to make, and they compile quickly.
+QUICK = {"digits-mlp", "mnist1d-mlp", "detection", *FUNCTIONS}
+
+
+def train(task, steps):
+    """Losses of a few steps with AdamW, and the metric after them."""
+    tx = optax.adamw(task.learning_rates["adamw"][2])
+
+    @jax.jit
+    def run(train, test):
+        def body(carry, step):
+            params, state = carry
+            batch = jax.tree.map(
+                lambda leaf: jnp.roll(leaf, -step * task.batch_size, axis=0)[: task.batch_size], train
+            )
+            loss, grads = jax.value_and_grad(task.loss)(params, batch)
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), (loss, optax.tree.norm(grads))
+
+        params = task.init(jax.random.key(0))
+        (params, _), history = jax.lax.scan(body, (params, tx.init(params)), jnp.arange(steps))
+        return *history, task.metric(params, test)
+
+    limited = [jax.tree.map(lambda leaf: jnp.asarray(leaf[:500]), split) for split in (task.train, task.test)]
+    return run(*limited)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name in TASKS
+        if name not in PUBLIC
+    ],
+)
+def test_a_task_can_be_learned(name):
+    task = make_task(name)
+    assert task.name == name and task.steps_per_epoch >= 1
+    losses, norms, metric = train(task, 60)
+    assert np.isfinite(losses).all() and (np.asarray(norms) > 0).all()
+    assert np.mean(losses[-5:]) < 0.9 * losses[0]
+    assert 0 <= metric <= 1
+    shapes = [jax.tree.map(lambda leaf: leaf.shape[1:], split) for split in (task.train, task.test)]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_task_is_made_by_the_code_that_loads_it(name, tmp_path):
+    with tfds.testing.mock_data(num_examples=40):
+        task = make_task(name, tmp_path)
+    params = task.init(jax.random.key(0))
+    batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[:4]), task.train)
+    assert np.isfinite(task.loss(params, batch)) and 0 <= task.metric(params, batch) <= 1
+
+
+def test_an_unknown_task_lists_those_there_are():
+    with pytest.raises(UsageError, match=r"unknown task 'imagenet'; there are: digits, .*ackley"):
+        make_task("imagenet")
+
+
+def test_the_minimum_of_each_function_is_zero():
+    at = {"rosenbrock": 1.0}
+    for name, function in functions.FUNCTIONS.items():
+        point = jnp.full(function.dimensions, at.get(name, 0.0))
+        assert abs(function.value(point)) < 1e-5, name
+        assert np.isfinite(jax.grad(function.value)(point)).all()
+        for seed in range(5):
+            assert function.value(point + 0.3 * jax.random.normal(jax.random.key(seed), point.shape)) > 0
+    np.testing.assert_allclose(functions.FUNCTIONS["rosenbrock"].value(jnp.array([0.0, 0, 0, 0])), 3.0)
+    np.testing.assert_allclose(functions.FUNCTIONS["rastrigin"].value(jnp.full(4, 0.5)), 81.0, rtol=1e-6)
+    np.testing.assert_allclose(functions.FUNCTIONS["ackley"].value(jnp.ones(4)), 3.6253849, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "condition"), [("quadratic-10", 10), ("quadratic-1000", 1000)])
+def test_a_quadratic_has_the_condition_number_of_its_name(name, condition):
+    function = functions.FUNCTIONS[name]
+    curvatures = np.linalg.eigvalsh(jax.hessian(function.value)(jnp.zeros(function.dimensions)))
+    np.testing.assert_allclose(curvatures[-1] / curvatures[0], condition, rtol=1e-3)
+
+
+class Constant:
+    """A model that gives what it was given."""
+
+    def __init__(self, outputs):
+        self.outputs = outputs
+
+    def __call__(self, *inputs):
+        return self.outputs
+
+
+def test_mean_iou_counts_the_classes_that_occur():
+    label = jnp.array([[0, 0, 1, 2]])
+    logits = jax.nn.one_hot(jnp.array([[0, 1, 1, 1]]), 11)
+    # Background 1 of 2, class 1 1 of 3, class 2 none of 1.
+    got = _mean_iou(Constant(logits), {"input": label, "label": label})
+    np.testing.assert_allclose(got, (1 / 2 + 1 / 3 + 0) / 3, rtol=1e-6)
+    assert CLASSIFICATION.metric(Constant(logits), {"input": label, "label": label}) == 0.5
+
+
+def test_words_that_are_padding_count_neither_in_loss_nor_in_accuracy():
+    target = jnp.array([[1, 5, 2, 0, 0]])
+    logits = 10.0 * jax.nn.one_hot(jnp.array([[5, 3, 7, 7]]), 8)
+    batch = {"source": target, "target": target}
+    assert seq2seq.OBJECTIVE.metric(Constant(logits), batch) == 0.5
+    expected = optax.softmax_cross_entropy_with_integer_labels(logits[:, :2], target[:, 1:3]).mean()
+    np.testing.assert_allclose(seq2seq.OBJECTIVE.loss(Constant(logits), batch), expected, rtol=1e-6)
+
+
+def test_a_decoder_does_not_see_what_comes_after():
+    model = Transformer(11, 6, 8, 1, cross=True, rngs=nnx.Rngs(0))
+    tokens = jnp.array([[1, 2, 3, 4, 5, 6]])
+    encoded = jax.random.normal(jax.random.key(0), (1, 6, 8))
+    mask = padding_mask(jnp.array([[1, 1, 1, 0, 0, 0]]))
+    run = lambda tokens, encoded: model(tokens, causal_mask(tokens), encoded, mask)  # noqa: E731
+    before = run(tokens, encoded)
+    changed = run(tokens.at[0, 4].set(9), encoded)
+    np.testing.assert_allclose(changed[:, :4], before[:, :4], atol=1e-6)
+    assert not np.allclose(changed[:, 4:], before[:, 4:], atol=1e-3)
+    np.testing.assert_allclose(run(tokens, encoded.at[0, 3:].add(1)), before, atol=1e-6)  # padding
+    assert not np.allclose(run(tokens, encoded.at[0, 2].add(1)), before, atol=1e-3)
+
+
+BOXES = jnp.array([[0.0, 0, 8, 8], [10, 12, 26, 28], [-1, -1, -1, -1]])
+LABELS = jnp.array([3, 7, -1])
+
+
+def perfect_outputs():
+    """Logits and offsets that put each object at its best anchor, and nothing elsewhere."""
+    overlaps = detection.overlap(detection.ANCHORS, BOXES[:2])
+    best = overlaps.argmax(axis=0)
+    logits = jnp.full((len(detection.ANCHORS), detection.CLASSES), -20.0)
+    logits = logits.at[best, LABELS[:2]].set(20.0)
+    targets = jnp.zeros_like(detection.ANCHORS).at[best].set(BOXES[:2])
+    offsets = detection._encode(jnp.where(targets.any(axis=1, keepdims=True), targets, detection.ANCHORS))
+    return logits, offsets, best
+
+
+def test_boxes_survive_being_encoded():
+    boxes = detection.ANCHORS + jnp.array([1.0, -2.0, 3.0, 1.0])
+    np.testing.assert_allclose(detection._decode(detection._encode(boxes)), boxes, atol=1e-4)
+
+
+def test_every_object_of_a_scene_has_an_anchor():
+    for size in (8, 16):
+        for top in range(0, detection.CANVAS - size + 1):
+            for left in range(0, detection.CANVAS - size + 1, 3):
+                box = jnp.array([[top, left, top + size, left + size]], jnp.float32)
+                assert detection.overlap(detection.ANCHORS, box).max() > 0.39
+
+
+def detect(logits, offsets):
+    module = Constant((logits[None], offsets[None]))
+    batch = {"input": None, "boxes": BOXES[None], "labels": LABELS[None]}
+    return float(detection._ap50(module, batch)), float(detection._loss(module, batch))
+
+
+def test_average_precision_is_one_for_perfect_detections_and_falls_with_each_mistake():
+    logits, offsets, best = perfect_outputs()
+    precision, loss = detect(logits, offsets)
+    assert precision == 1.0
+    wrong_class = logits.at[best[0], 3].set(-20.0).at[best[0], 4].set(20.0)
+    assert detect(wrong_class, offsets)[0] == pytest.approx(0.5)
+    assert detect(wrong_class, offsets)[1] > loss + 1
+    moved = offsets.at[best[0], 0].add(1.0)
+    assert detect(logits, moved)[0] == pytest.approx(0.5)
+    # A second detection of the same object, nearly where the first is, is suppressed and costs nothing.
+    twin = (best[1] + 1) % len(detection.ANCHORS)
+    twice = logits.at[twin, 7].set(15.0)
+    there = offsets.at[twin].set(detection._encode(jnp.broadcast_to(BOXES[1], detection.ANCHORS.shape))[twin])
+    assert detect(twice, there)[0] == 1.0
+    # Elsewhere it is a false alarm, and costs nothing only below all true ones.
+    assert detect(logits.at[0, 1].set(30.0).at[best[0], 3].set(19.0), offsets)[0] <= 1.0
+
+
+def test_average_precision_is_the_area_under_the_envelope():
+    scores = jnp.array([0.9, 0.8, 0.7, 0.6, -1.0])
+    right = jnp.array([False, True, False, True, True])
+    # Precision 1/2 at recall 1/3 and 2/4 at 2/3; the suppressed one does not count.
+    assert detection.average_precision(scores, right, 3) == pytest.approx(1 / 3)
