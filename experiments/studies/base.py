@@ -11,6 +11,7 @@ from rich.console import Console
 import greedylr_jax
 from experiments import drawing, html
 from experiments.engine import Engine, Settings
+from experiments.errors import UsageError
 from experiments.store import RunStore, write_atomically
 from experiments.sweep import Group, run_sweep
 
@@ -24,6 +25,11 @@ class Job(NamedTuple):
     console: Console
     address: str | None = None  # of a Ray cluster
     fresh: bool = False  # drop an unfinished study instead of going on with it
+
+    def refuse_cluster(self) -> None:
+        """For studies that are too short to be spread over machines."""
+        if self.address is not None:
+            raise UsageError(f"study {self.name} takes a few minutes on one machine: leave out --cluster")
 
 
 class Sweep:

@@ -121,6 +121,7 @@ def tune(task: Task, method: str, steps: int) -> dict[float, float]:
 
 def run(job: Job) -> None:
     """Trains all, and leaves ``runs.parquet``, ``table.csv``, the three figures and a report."""
+    job.refuse_cluster()
     steps, seeds = PRESETS[job.preset]["steps"], PRESETS[job.preset]["seeds"]
     task = make_task("digits")
     rows: list[dict[str, Any]] = []

@@ -101,8 +101,8 @@ def run(job: Job) -> None:
         job,
         "LRTuner against hand-made schedules",
         f"{chosen['steps']} steps, {chosen['seeds']} seeds, mean (standard deviation). Steps saved: how much "
-        "earlier LRTuner's held-out metric, looked at every 5% of the steps, first reaches the baseline's "
-        "final one (mean over seeds), in percent of all steps; none if it never does.",
+        "earlier LRTuner's held-out metric, looked at every 5% of the steps, reaches the baseline's "
+        "final one for good (mean over seeds), in percent of all steps; none if it never does.",
         tables={"table": table},
         figures={"histories": draw(runs)},
         sections=_sections(runs, table),

@@ -84,6 +84,7 @@ def final_loss(
 
 def run(job: Job) -> None:
     """Runs all (in seconds: there is nothing to resume), and leaves rows, table, figure and report."""
+    job.refuse_cluster()
     runs = measure(PRESETS[job.preset]["starts"])
     table = summarize(runs)
     _print(table, job.console)
