@@ -155,3 +155,15 @@ def test_a_wrong_option_ends_in_one_line(arguments, message, monkeypatch, capsys
     printed = capsys.readouterr().err
     assert message in printed
     assert printed.startswith("error: ") and printed.count("\n") == 1
+
+
+def test_the_tasks_and_the_studies_are_listed(monkeypatch, capsys):
+    for command, expected in (
+        (["tasks"], "segmentation: image segmentation, U-Net"),
+        (["study", "--list"], "leaderboard: "),
+    ):
+        monkeypatch.setattr(sys, "argv", ["experiments", *command])
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main()
+        assert not exit_info.value.code
+        assert expected in capsys.readouterr().out
