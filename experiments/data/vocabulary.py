@@ -57,17 +57,3 @@ class Vocabulary:
         known = [self._index.get(word, UNKNOWN) for word in words[:length]]
         row[: len(known)] = known
         return row
-
-
-def encode_characters(text: str, length: int) -> np.ndarray:
-    """ASCII codes of a text, cut or padded with zeros; other characters are question marks.
-
-    Returns:
-      Shape (length,), int32.
-
-    Examples:
-      >>> encode_characters("ab", 4)
-      array([97, 98,  0,  0], dtype=int32)
-    """
-    codes = text.encode("ascii", "replace")[:length]
-    return np.frombuffer(codes.ljust(length, b"\0"), np.uint8).astype(np.int32)

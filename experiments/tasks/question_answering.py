@@ -3,6 +3,8 @@
 Source of the two heads: J. Devlin et al., "BERT", 2018, Section 4.2.
 """
 
+import re
+import zlib
 from pathlib import Path
 
 import jax
@@ -12,25 +14,26 @@ import optax
 from flax import nnx
 
 from experiments.data.loading import load_split
-from experiments.data.stdlib import PARAMETER, SIGNATURE, StdlibDefaults
-from experiments.data.vocabulary import encode_characters
+from experiments.data.stdlib import StdlibDefaults
 from experiments.tasks.base import Batch, Objective, Task, module_task
 from experiments.tasks.transformer import Transformer, padding_mask
 
 _WIDTH, _LAYERS = 48, 2
+_WORDS, _LENGTH, _SEPARATOR = 1000, 48, 1
+_WORD = re.compile(r"\w+|[^\w\s]")
 
 
 class SpanFinder(nnx.Module):
     """An encoder over question and context, and a score of each position to begin and to end the answer."""
 
     def __init__(self, *, rngs: nnx.Rngs):
-        self.encoder = Transformer(128, PARAMETER + SIGNATURE, _WIDTH, _LAYERS, rngs=rngs)
+        self.encoder = Transformer(_WORDS, _LENGTH, _WIDTH, _LAYERS, rngs=rngs)
         self.span = nnx.Linear(_WIDTH, 2, rngs=rngs)
 
-    def __call__(self, characters: jax.Array) -> jax.Array:
+    def __call__(self, tokens: jax.Array) -> jax.Array:
         """Scores, shape (batch, 2, length); padding has none."""
-        scores = self.span(self.encoder(characters, padding_mask(characters)))
-        return jnp.where(characters[:, None] == 0, -1e9, jnp.swapaxes(scores, 1, 2))
+        scores = self.span(self.encoder(tokens, padding_mask(tokens)))
+        return jnp.where(tokens[:, None] == 0, -1e9, jnp.swapaxes(scores, 1, 2))
 
 
 def _loss(module: SpanFinder, batch: Batch) -> jax.Array:
@@ -42,20 +45,32 @@ def _exact_match(module: SpanFinder, batch: Batch) -> jax.Array:
     return jnp.mean(jnp.all(jnp.argmax(module(batch["input"]), axis=-1) == batch["span"], axis=-1))
 
 
+def _encode(parameter: str, signature: str, start: int, end: int) -> tuple[list[int], list[int]]:
+    """The question, a separator and the words of the signature; and the first and last word of the answer."""
+    words = list(_WORD.finditer(signature))
+    inside = [index for index, word in enumerate(words) if start <= word.start() and word.end() <= end]
+    tokens = [_hash(parameter), _SEPARATOR, *(_hash(word.group()) for word in words)]
+    return tokens, [2 + inside[0], 2 + inside[-1]]
+
+
+def _hash(word: str) -> int:
+    """A rare name must be told from another one, so there is no word for all unknown ones."""
+    return 2 + zlib.crc32(word.encode()) % (_WORDS - 2)
+
+
 def make(data_dir: Path | None = None) -> Task:
-    """Characters: 16 for the parameter, 80 for the signature."""
+    """A parameter and the words of its function's signature."""
 
     def load(split: str) -> Batch:
         rows = load_split(StdlibDefaults, split, data_dir)
-        texts = zip(rows["parameter"], rows["signature"], strict=True)
-        encoded = [
-            np.concatenate(
-                [encode_characters(a.decode(), PARAMETER), encode_characters(b.decode(), SIGNATURE)]
-            )
-            for a, b in texts
-        ]
-        span = PARAMETER + np.stack([rows["start"], rows["end"] - 1], axis=1)
-        return {"input": np.stack(encoded), "span": span.astype("int32")}
+        tokens, spans = [], []
+        for index in range(len(rows["start"])):
+            texts = (rows[name][index].decode() for name in ("parameter", "signature"))
+            row, span = _encode(*texts, rows["start"][index], rows["end"][index])
+            if len(row) <= _LENGTH:  # the longest seen have 39
+                tokens.append(row + [0] * (_LENGTH - len(row)))
+                spans.append(span)
+        return {"input": np.array(tokens, np.int32), "span": np.array(spans, np.int32)}
 
     return module_task(
         "question-answering",
@@ -63,5 +78,5 @@ def make(data_dir: Path | None = None) -> Task:
         Objective(_loss, _exact_match, "exact match"),
         load("train"),
         load("test"),
-        batch_size=8,
+        batch_size=16,
     )
