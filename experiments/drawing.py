@@ -59,6 +59,16 @@ def save(figure: plt.Figure, path: Path) -> None:
     plt.close(figure)
 
 
+def percent_of_steps(count: int) -> np.ndarray:
+    """How far a training is, in percent, at each of ``count`` values that are evenly spread over it.
+
+    Examples:
+      >>> percent_of_steps(4)
+      array([ 25.,  50.,  75., 100.])
+    """
+    return np.linspace(0, 100, count + 1)[1:]
+
+
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
     """The running mean over ``width`` values, shape (n - width + 1,).
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from experiments import drawing
 from experiments.schedules import COMPARED
 from experiments.store import write_atomically
-from experiments.summary import OURS, STAGES
+from experiments.summary import OURS, STAGES, interval_text
 
 _PALETTE = (drawing.SKY, drawing.GREEN, drawing.BLUE, drawing.ORANGE, drawing.RED)
 COLORS = dict(zip(COMPARED, _PALETTE, strict=True))
@@ -42,18 +42,18 @@ def table_cells(table: pl.DataFrame) -> list[tuple[str, ...]]:
                 *(f"{row[f'loss_{stage}']:.3g}" for stage in STAGES),
                 f"{row['test_metric']:.1f}",
                 *(row[f"at_{stage}"] or "" for stage in STAGES),
-                _interval(row["difference"], row["difference_low"], row["difference_high"]),
+                _interval(row),
             )
         )
     return cells
 
 
-def _interval(mean: float | None, low: float | None, high: float | None) -> str:
-    if mean is None:
+def _interval(row: dict[str, float | None]) -> str:
+    if row["difference"] is None:
         return ""
-    if math.isnan(low):
-        return f"{mean:+.2g} [none]"
-    return f"{mean:+.2g} [{low:+.2g}, {high:+.2g}]"
+    if math.isnan(row["difference_low"]):
+        return f"{row['difference']:+.2g} [none]"
+    return interval_text(row, "+.2g")
 
 
 def rich_table(table: pl.DataFrame, title: str, width: int) -> Table:

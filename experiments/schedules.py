@@ -6,6 +6,7 @@ serves all. Rules that keep their own rates have a program each, which serves al
 """
 
 import ast
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -148,14 +149,19 @@ def parse(name: str) -> tuple[str, dict[str, float]]:
 def schedule_inputs(name: str, learning_rate: float, steps: int) -> ScheduleInputs:
     """The inputs of a run of ``steps`` steps that starts at ``learning_rate`` and follows ``name``."""
     base, settings = parse(name)
-    shape = PASSIVE.get(base, PASSIVE["constant"])(steps)
-    fractions = np.array(jax.vmap(shape)(np.arange(steps)), np.float32)
     adaptive = 1 + list(ADAPTIVE).index(base) if base in ADAPTIVE else 0
     traced = {
         key: np.asarray(settings.get(key, default), np.int32 if isinstance(default, int) else np.float32)
         for key, default in GREEDY_DEFAULTS.items()
     }
-    return ScheduleInputs(np.float32(learning_rate) * fractions, np.int32(adaptive), traced)
+    return ScheduleInputs(np.float32(learning_rate) * _fractions(base, steps), np.int32(adaptive), traced)
+
+
+@functools.cache
+def _fractions(name: str, steps: int) -> np.ndarray:
+    """The passive part of a schedule over the initial rate, shape (steps,); shared, so not to be changed."""
+    shape = PASSIVE.get(name, PASSIVE["constant"])(steps)
+    return np.array(jax.vmap(shape)(np.arange(steps)), np.float32)
 
 
 def switch(

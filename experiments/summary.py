@@ -1,6 +1,7 @@
 """From runs to a table: every number of a report, recomputed from the rows of ``runs.parquet``."""
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import polars as pl
@@ -59,6 +60,17 @@ def confidence_interval(differences: np.ndarray) -> tuple[float, float]:
         return float(finite[0]), float(finite[0])
     interval = stats.ttest_1samp(finite, 0.0).confidence_interval(0.95)
     return float(interval.low), float(interval.high)
+
+
+def interval_text(row: Mapping[str, float], spec: str) -> str:
+    """The ``difference`` of a row of a table, with its confidence interval, as text.
+
+    Examples:
+      >>> interval_text({"difference": 0.5, "difference_low": -1.0, "difference_high": 2.0}, "+.1f")
+      '+0.5 [-1.0, +2.0]'
+    """
+    low, high = row["difference_low"], row["difference_high"]
+    return f"{row['difference']:{spec}} [{low:{spec}}, {high:{spec}}]"
 
 
 def summarize(runs: pl.DataFrame) -> pl.DataFrame:

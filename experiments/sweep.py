@@ -91,14 +91,9 @@ def train_group(
     key = group.task, group.optimizer
     engines = {} if engines is None else engines
     if key not in engines:
-        engines[key] = Engine(_cached_task(group.task), group.optimizer, settings)
+        engines[key] = Engine(make_task(group.task), group.optimizer, settings)
     for batch in engines[key].train(group.specs):
         yield [_row(group, settings.steps, *run) for run in batch]
-
-
-@functools.lru_cache(maxsize=2)
-def _cached_task(name: str) -> Any:
-    return make_task(name)
 
 
 def finished(rows: pl.DataFrame | None, task: str, optimizer: str) -> set[RunSpec]:

@@ -23,7 +23,7 @@ from experiments import drawing, html
 from experiments.engine import batch_indices
 from experiments.store import write_atomically
 from experiments.studies.base import Job, publish
-from experiments.summary import confidence_interval, stage_losses
+from experiments.summary import confidence_interval, interval_text, stage_losses
 from experiments.tables import print_table
 from experiments.tasks import make_task
 from experiments.tasks.base import Task
@@ -200,14 +200,13 @@ _HEADERS = ("rate", "method", "hyper rate", "loss", "minus constant [95% CI]", "
 def _cells(table: pl.DataFrame) -> list[list[str]]:
     cells = []
     for row in table.iter_rows(named=True):
-        interval = f"{row['difference']:+.2g} [{row['difference_low']:+.2g}, {row['difference_high']:+.2g}]"
         cells.append(
             [
                 f"{row['learning_rate']:g}",
                 row["method"],
                 f"{row['hyper_learning_rate']:g}" if row["method"] in HAS_HYPER_RATE else "",
                 f"{row['final_loss']:.3g}",
-                "" if row["method"] == "constant SGD" else interval,
+                "" if row["method"] == "constant SGD" else interval_text(row, "+.2g"),
                 f"{row['test_accuracy']:.1f}",
             ]
         )

@@ -17,7 +17,7 @@ from experiments import drawing, html
 from experiments.engine import Settings, make_specs
 from experiments.studies.base import Job, Sweep, publish
 from experiments.studies.tuning import TUNING_SEEDS, best_rates, reported
-from experiments.summary import confidence_interval, stage_losses
+from experiments.summary import confidence_interval, interval_text, stage_losses
 from experiments.sweep import Group
 from experiments.tables import print_table
 
@@ -178,7 +178,6 @@ def _cells(table: pl.DataFrame) -> list[list[str]]:
     cells = []
     for row in table.iter_rows(named=True):
         ours = row["schedule"] == OURS
-        interval = f"{row['difference']:+.2f} [{row['difference_low']:+.2f}, {row['difference_high']:+.2f}]"
         steps = "none" if row["saved"] is None else f"{row['saved']:.0f}%"
         cells.append(
             [
@@ -189,7 +188,7 @@ def _cells(table: pl.DataFrame) -> list[list[str]]:
                 f"{row['learning_rate']:g}",
                 f"{row['loss']:.3g} ({row['loss_deviation']:.1g})",
                 f"{row['metric']:.2f} ({row['metric_deviation']:.2f})",
-                interval if ours else "",
+                interval_text(row, "+.2f") if ours else "",
                 steps if ours else "",
             ]
         )
@@ -211,7 +210,7 @@ def draw(runs: pl.DataFrame) -> plt.Figure:
             axes = panels[row * len(CASES) + column]
             for schedule, color in ((case.schedule, drawing.ORANGE), (OURS, drawing.BLUE)):
                 values = _means(runs, case, schedule, name)
-                steps = np.linspace(0, 1, len(values) + 1)[1:] * 100
+                steps = drawing.percent_of_steps(len(values))
                 if name == "loss":
                     width = max(1, len(values) // 20)
                     values, steps = drawing.smooth(values, width), steps[width - 1 :]
@@ -243,7 +242,7 @@ def _sections(runs: pl.DataFrame, table: pl.DataFrame) -> list[html.Section]:
                 values = _means(runs, case, schedule, name)
                 if name == "loss":
                     values = drawing.smooth(values, max(1, len(values) // 20))
-                steps = np.linspace(0, 100, len(values) + 1)[1:]
+                steps = drawing.percent_of_steps(len(values))
                 curves.append(html.Curve(schedule, steps, values, {"color": color}))
             parts.append(html.line_figure(curves, "steps, %", title, y_log=log))
         sections.append(html.Section(f"Table {case.table}: {case.task}", f"Paper: {case.paper}.", parts))

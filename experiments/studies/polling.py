@@ -16,7 +16,7 @@ from experiments import drawing, html
 from experiments.engine import Settings, make_specs
 from experiments.studies.base import Job, Sweep, publish
 from experiments.studies.tuning import TUNING_SEEDS, best_rates, reported
-from experiments.summary import confidence_interval
+from experiments.summary import confidence_interval, interval_text
 from experiments.sweep import Group
 from experiments.tables import print_table
 
@@ -145,7 +145,7 @@ def _cells(table: pl.DataFrame) -> list[list[str]]:
             TITLES[row["schedule"]],
             "best" if row["start"] < TOO_LARGE / 2 else f"{row['start']:.0f} x best",
             f"{row['accuracy']:.2f} ({row['deviation']:.2f})",
-            f"{row['difference']:+.2f} [{row['difference_low']:+.2f}, {row['difference_high']:+.2f}]",
+            interval_text(row, "+.2f"),
             f"{row['loss']:.3g}",
             f"{PRINTED[row['schedule']]}"
             if row["schedule"] in PRINTED and row["start"] < TOO_LARGE / 2
@@ -172,7 +172,7 @@ def draw(runs: pl.DataFrame, schedules: tuple[str, ...]) -> plt.Figure:
             axes = panels[row * len(TASKS) + column]
             for schedule in ("constant", *schedules):
                 values = _histories(runs, task, schedule, name)
-                steps = np.linspace(0, 100, len(values) + 1)[1:]
+                steps = drawing.percent_of_steps(len(values))
                 axes.plot(steps, values, color=COLORS[schedule], lw=1.4, label=TITLES[schedule])
             axes.set_yscale("log")
             axes.set_title(task, fontsize=10)
@@ -191,7 +191,7 @@ def _sections(runs: pl.DataFrame, table: pl.DataFrame) -> list[html.Section]:
             curves = []
             for schedule, label in TITLES.items():
                 values = _histories(runs, task, schedule, name)
-                steps = np.linspace(0, 100, len(values) + 1)[1:]
+                steps = drawing.percent_of_steps(len(values))
                 curves.append(html.Curve(label, steps, values, {"color": COLORS[schedule]}))
             parts.append(html.line_figure(curves, "steps, %", title, y_log=True))
         sections.append(html.Section(task, "Curves: from the best rate, mean over seeds.", parts))

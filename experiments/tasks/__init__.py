@@ -1,5 +1,6 @@
 """Tasks by name. A task is a fixed model, data set, loss and metric; what varies is the schedule."""
 
+import functools
 import importlib
 from pathlib import Path
 from typing import NamedTuple
@@ -71,6 +72,7 @@ TASKS: dict[str, Entry] = {
 }
 
 
+@functools.cache  # its data are loaded once a process
 def make_task(name: str, data_dir: Path | None = None) -> Task:
     """Builds a task by its name, or raises ``UsageError`` that lists the names there are."""
     if name not in TASKS:

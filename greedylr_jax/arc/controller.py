@@ -1,13 +1,13 @@
 """ARC: a small network that looks at the last losses, and raises, keeps or lowers the rate once a cycle.
 
 Paper: X. Dong et al., "To Raise or Not To Raise: The Autonomous Learning Rate Question", Sections 3.1 and
-  3.4. Departures:
+3.4. Departures:
 
 * A cycle is a number of steps and not of epochs; an epoch is nothing that a training step knows of.
 * The rate in the features is the rule's own factor: a schedule that the optimizer follows besides is not
-seen. * A loss that is not finite stands for the greatest finite one seen, and the rate is lowered at the end
-of its cycle,
-  whatever the network says: it was trained on losses that are.
+  seen.
+* A loss that is not finite stands for the greatest finite one seen, and the rate is lowered at the end of
+  its cycle, whatever the network says: it was trained on losses that are.
 """
 
 from collections.abc import Hashable
@@ -48,8 +48,7 @@ def arc(
     """ARC as a gradient transformation, to stand after the optimizer.
 
     For a training whose right rate is not known to within two orders of magnitude, and that takes at least
-    some ten
-    cycles: the rate changes by a factor of 1.618 a cycle at most.
+    some ten cycles: the rate changes by a factor of 1.618 a cycle at most.
 
     ``update`` needs ``value=loss``, and takes ``validation_value=``, a validation loss, at the steps that
     bring one; NaN says that a step brings none, so that a jitted loop may pass one always.

@@ -1,9 +1,9 @@
 """What ARC's network sees: losses and rates of the last one to three cycles, brought to 300 rows.
 
 Paper: X. Dong et al., "To Raise or Not To Raise: The Autonomous Learning Rate Question", Section 3.4. Where
-  the paper and its published code differ, the code is followed, on whose features the published weights work:
-  training losses are resized by linear interpolation (the paper says nearest neighbour), and normalised after
-  that.
+the paper and its published code differ, the code is followed, on whose features the published weights work:
+training losses are resized by linear interpolation (the paper says nearest neighbour), and normalised after
+that.
 
 :func:`batch_features` takes whole histories, on the host. :class:`FeatureStream` gives the same features
 inside a compiled step, from arrays of a fixed size: which losses of a cycle are ever looked at follows from
@@ -162,9 +162,7 @@ class FeatureStream:
         )
 
     def add_loss(self, history: History, step: jax.Array, loss: jax.Array) -> History:
-        """Enters the loss of a step of the current cycle, counted from 0; most long cycles' losses are not
-        kept.
-        """
+        """Enters the loss of a step of the current cycle, counted from 0; of a long cycle few are kept."""
         kept = jnp.asarray(self._kept)
         slot = jnp.minimum(jnp.searchsorted(kept, step), len(kept) - 1)
         current = history.train[-1, slot]

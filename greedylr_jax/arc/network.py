@@ -2,8 +2,8 @@
 rate.
 
 Paper: X. Dong et al., "To Raise or Not To Raise: The Autonomous Learning Rate Question", Section 3.4 and
-  Figure 2: two convolutions, each followed by a maximum over two, two LSTMs, two dense layers; 79,043
-  parameters. Weights are a flat dict of arrays, by the names and in the layout of the published file.
+Figure 2: two convolutions, each followed by a maximum over two, two LSTMs, two dense layers; 79,043
+parameters. Weights are a flat dict of arrays, by the names and in the layout of the published file.
 """
 
 import functools
