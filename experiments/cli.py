@@ -115,7 +115,7 @@ def bench(
 
 def _console() -> Console:
     """A file or a pipe has no width, and tables need some."""
-    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 150)
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 180)
 
 
 def _one_of(option: str, value: str, allowed: Collection[str]) -> None:

@@ -16,7 +16,7 @@ the loss *before* that step's update, and it already acts on that update.
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -48,6 +48,9 @@ class Rule(NamedTuple):
       update: from the state and one loss (a float scalar, possibly not finite) to the next state, of
         the same structure, shapes and dtypes.
       name: what error messages call the rule.
+      observes: names of further scalars that the rule looks at, such as ``"validation_value"``. They are
+        extra arguments of the carrier's ``update``, averaged over devices like the loss, and reach ``update``
+        by name; None where a step brings none. With ``every`` they are those of the step that decides.
 
     Examples:
       A rule that cuts the rate by 10 whenever the loss is not finite:
@@ -68,8 +71,9 @@ class Rule(NamedTuple):
     """
 
     init: Callable[[jax.Array], Any]
-    update: Callable[[Any, jax.Array], Any]
+    update: Callable[..., Any]
     name: str = "rule"
+    observes: tuple[str, ...] = ()
 
 
 class RuleState(NamedTuple):
@@ -209,8 +213,8 @@ def scale_by_rule(
         has_value: ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, RuleState]:
-        del params, extra_args
-        state = _observe(rule, state, value, has_value, every, axis_name)
+        del params
+        state = _observe(rule, state, value, has_value, every, axis_name, extra_args)
         return scale_updates(updates, state.rule.scale), state
 
     return ScaleByRule(init_fn, update_fn)
@@ -241,8 +245,7 @@ class RuleSchedule:
         **extra_args: Any,
     ) -> RuleScheduleState:
         """The state after the loss ``value`` was observed."""
-        del extra_args
-        carried = _observe(self.rule, state.carried, value, has_value, self.every, self.axis_name)
+        carried = _observe(self.rule, state.carried, value, has_value, self.every, self.axis_name, extra_args)
         return state._replace(carried=carried)
 
     def __call__(
@@ -379,6 +382,7 @@ def _observe(
     has_value: ArrayLike | None,
     every: ArrayLike,
     axis_name: Hashable | None,
+    extra_args: Mapping[str, Any],
 ) -> RuleState:
     """Hands one loss to the rule: averaged over devices, and over ``every`` losses."""
     if _checks.is_known_false(has_value):
@@ -386,9 +390,15 @@ def _observe(
     if not _checks.is_traced(has_value):
         has_value = None
     loss = average(check_loss(rule.name, value).astype(state.value_sum.dtype), axis_name)
+    observations = {
+        name: None
+        if extra_args.get(name) is None
+        else average(check_loss(rule.name, extra_args[name], name).astype(loss.dtype), axis_name)
+        for name in rule.observes
+    }
     decides_each_step = not _checks.is_traced(every) and every == 1
     if decides_each_step and has_value is None:
-        return state._replace(rule=rule.update(state.rule, loss))
+        return state._replace(rule=rule.update(state.rule, loss, **observations))
 
     observed = jnp.asarray(True if has_value is None else has_value, bool)
     value_sum = state.value_sum + loss
@@ -396,7 +406,7 @@ def _observe(
     decides = observed & (value_count >= jnp.asarray(every, jnp.int32))
     mean = value_sum / value_count.astype(value_sum.dtype)
     decided = RuleState(
-        rule=rule.update(state.rule, mean),
+        rule=rule.update(state.rule, mean, **observations),
         value_sum=jnp.zeros_like(value_sum),
         value_count=jnp.zeros_like(value_count),
     )
@@ -414,9 +424,9 @@ def average(losses: RuleStateT, axis_name: Hashable | None) -> RuleStateT:
     return losses if axis_name is None else jax.lax.pmean(losses, axis_name)
 
 
-def check_loss(rule_name: str, value: ArrayLike | None) -> jax.Array:
+def check_loss(rule_name: str, value: ArrayLike | None, name: str = "value") -> jax.Array:
     """Returns the loss as a real scalar array, or raises an error that shows the right call."""
-    right_call = "tx.update(grads, opt_state, params, value=loss)"
+    right_call = f"tx.update(grads, opt_state, params, {name}=loss)"
     if value is None:
         raise TypeError(
             f"{rule_name} needs the loss of this step: call {right_call}, where loss is the scalar "
@@ -427,15 +437,15 @@ def check_loss(rule_name: str, value: ArrayLike | None) -> jax.Array:
         array = jnp.asarray(value)
     except TypeError as error:
         raise TypeError(
-            f"{rule_name}: value must be a real scalar loss, as in {right_call}, got {value!r}."
+            f"{rule_name}: {name} must be a real scalar loss, as in {right_call}, got {value!r}."
         ) from error
     if array.shape != ():
         raise ValueError(
-            f"{rule_name}: value must be a scalar loss, got shape {array.shape}. Reduce it first: "
+            f"{rule_name}: {name} must be a scalar loss, got shape {array.shape}. Reduce it first: "
             f"{right_call.replace('loss', 'jnp.mean(losses)')}."
         )
     if not jnp.issubdtype(array.dtype, jnp.floating) and not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(
-            f"{rule_name}: value must be a real scalar loss, as in {right_call}, got dtype {array.dtype}."
+            f"{rule_name}: {name} must be a real scalar loss, as in {right_call}, got dtype {array.dtype}."
         )
     return array

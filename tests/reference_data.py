@@ -8,6 +8,8 @@ import json
 import os
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 _FULL = Path(os.environ.get("GREEDYLR_REFERENCE_DATA", ROOT.parent / "shared" / "data"))
 
@@ -23,3 +25,11 @@ def read_full(name):
     if not path.exists():
         return []
     return [record for record in map(json.loads, path.read_text().splitlines()) if "header" not in record]
+
+
+def reference_file(name):
+    """The path of one file of the full set; skips the test where the set is missing."""
+    path = _FULL / name
+    if not path.exists():
+        pytest.skip(f"{name} is not here")
+    return path

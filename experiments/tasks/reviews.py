@@ -28,13 +28,18 @@ class Classifier(nnx.Module):
         return self.logits(hidden.mean(axis=1, where=(tokens != 0)[..., None]))
 
 
+def _text(review: bytes | str) -> str:
+    """TFDS gives bytes, and its mocks text."""
+    return review.decode() if isinstance(review, bytes) else str(review)
+
+
 def make(data_dir: Path | None = None) -> Task:
     """The first 128 words of a review, and whether it is favourable."""
     splits = {
         split: load_public("imdb_reviews", split, data_dir, limit)
         for split, limit in (("train", None), ("test", _MAX_TEST))
     }
-    words = {split: [split_words(row.decode()) for row in rows["text"]] for split, rows in splits.items()}
+    words = {split: [split_words(_text(row)) for row in rows["text"]] for split, rows in splits.items()}
     vocabulary = Vocabulary(words["train"], _WORDS)
 
     def encode(split: str) -> Batch:

@@ -84,5 +84,5 @@ def make(data_dir: Path | None = None) -> Task:
         CLASSIFICATION._replace(metric=_mean_iou, metric_name="mean IoU"),
         load("train"),
         load("test"),
-        batch_size=8,
+        batch_size=4,
     )

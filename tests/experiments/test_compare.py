@@ -124,6 +124,22 @@ def test_a_comparison_from_end_to_end(environment, finished, tmp_path):
     check_that_each_schedule_has_its_rates(finished)
     check_that_settings_are_kept_with_the_results(finished)
     check_that_an_interrupted_comparison_goes_on_and_ends_the_same(environment, finished, tmp_path)
+    assert list(Path(environment["JAX_COMPILATION_CACHE_DIR"]).iterdir())  # what was compiled is kept
+
+
+def test_compiled_programs_are_kept_in_the_users_cache_folder(tmp_path):
+    code = "import jax; from experiments.engine import configure; configure(cpus=3); "
+    code += "print(jax.config.jax_compilation_cache_dir, jax.device_count())"
+    environment = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        cwd=ROOT,
+        env=environment | {"XDG_CACHE_HOME": str(tmp_path)},
+        text=True,
+        capture_output=True,
+    )
+    assert process.stdout.split() == [str(tmp_path / "greedylr_jax" / "xla"), "3"]
 
 
 @pytest.mark.parametrize(
@@ -155,3 +171,15 @@ def test_a_wrong_option_ends_in_one_line(arguments, message, monkeypatch, capsys
     printed = capsys.readouterr().err
     assert message in printed
     assert printed.startswith("error: ") and printed.count("\n") == 1
+
+
+def test_the_tasks_and_the_studies_are_listed(monkeypatch, capsys):
+    for command, expected in (
+        (["tasks"], "segmentation: image segmentation, U-Net"),
+        (["study", "--list"], "leaderboard: "),
+    ):
+        monkeypatch.setattr(sys, "argv", ["experiments", *command])
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main()
+        assert not exit_info.value.code
+        assert expected in capsys.readouterr().out

@@ -16,7 +16,7 @@ from experiments.data.digits import Digits
 from experiments.data.loading import load_split
 from experiments.engine import Engine, RunSpec, Settings, batch_indices
 from experiments.errors import UsageError
-from experiments.schedules import ADAPTIVE, GREEDY_DEFAULTS, PASSIVE, schedule_inputs, switch
+from experiments.schedules import ADAPTIVE, GREEDY_DEFAULTS, PASSIVE, parse, schedule_inputs, switch
 from experiments.store import RunStore, write_atomically
 from experiments.tasks import make_task
 from experiments.tasks.convolution import matmul_convolution
@@ -129,6 +129,27 @@ def test_an_adaptive_schedule_starts_from_a_constant_rate():
     np.testing.assert_array_equal(inputs.rates, np.full(10, np.float32(0.3)))
     assert inputs.adaptive != schedule_inputs("plateau", 0.3, 10).adaptive != 0
     assert schedule_inputs("cosine", 0.3, 10).adaptive == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("sawtooth", "unknown schedule 'sawtooth'; there are: constant"),
+        ("cosine(factor=0.5)", "unknown schedule"),
+        ("GreedyLR(speed=2)", r"unknown settings \['speed'\]; there are: factor, patience"),
+        ("GreedyLR(factor=)", "cannot read the settings"),
+        ("GreedyLR(factor=2.0)", "factor must be"),
+        ("GreedyLR(patience=-1)", "patience must be"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_named(name, message):
+    with pytest.raises((UsageError, ValueError), match=message):
+        parse(name)
+
+
+def test_an_engine_needs_evaluations_that_divide_the_steps(data_dir):
+    with pytest.raises(ValueError, match="steps must be a multiple of evaluations, got 10 and 3"):
+        Engine(linear_task(data_dir), "sgd", Settings(10, evaluations=3))
 
 
 def fake_runs():

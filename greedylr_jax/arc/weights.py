@@ -1,0 +1,75 @@
+"""Weights of ARC's network, in safetensors files and in the file that its authors published."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from safetensors import SafetensorError
+from safetensors.numpy import load
+
+from greedylr_jax.arc.network import SHAPES, check_weights
+
+
+def load_weights(path: str | Path) -> dict[str, jax.Array]:
+    """Weights in a safetensors file.
+
+    Args:
+      path: the file.
+
+    Returns:
+      A dict from names to float32 arrays.
+
+    Raises:
+      OSError: if the file cannot be read.
+      ValueError: if it is no safetensors file, or its arrays are not those of the network.
+
+    Examples:
+      >>> import tempfile, jax, safetensors.numpy
+      >>> from greedylr_jax.arc import initial_weights
+      >>> with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+      ...     safetensors.numpy.save_file(jax.device_get(initial_weights(jax.random.key(0))), file.name)
+      ...     weights = load_weights(file.name)
+      >>> sum(array.size for array in weights.values())
+      79043
+    """
+    content = Path(path).read_bytes()
+    try:
+        arrays = load(content)
+    except SafetensorError as error:
+        raise ValueError(f"path {str(path)!r} is not a safetensors file: {error}.") from error
+    return check_weights(arrays)
+
+
+def load_keras_weights(path: str | Path) -> dict[str, jax.Array]:
+    """Weights in the HDF5 file that the authors of ARC published (``model/arc.h5``); needs h5py.
+
+    Args:
+      path: the file.
+
+    Returns:
+      As :func:`load_weights`.
+
+    Raises:
+      ImportError: if h5py is not installed.
+      OSError: if the file cannot be read.
+      ValueError: if its arrays are not those of the network.
+
+    Source: github.com/fastestimator/ARC (Apache-2.0).
+    """
+    try:
+        import h5py  # noqa: PLC0415  (only this function needs it)
+    except ImportError as error:
+        raise ImportError('load_keras_weights needs h5py: pip install "greedylr-jax[keras]"') from error
+    found: dict[str, jax.Array] = {}
+    with h5py.File(path, "r") as file:
+
+        def visit(name: str, item: object) -> None:
+            if isinstance(item, h5py.Dataset):
+                # As in "model_weights/lstm/lstm_cell/recurrent_kernel:0".
+                parts = name.removesuffix(":0").split("/")
+                for layer in dict.fromkeys(parts[:-1]):
+                    if f"{layer}/{parts[-1]}" in SHAPES:
+                        found[f"{layer}/{parts[-1]}"] = jnp.asarray(item[()])
+
+        file.visititems(visit)
+    return check_weights(found)
