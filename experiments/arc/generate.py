@@ -140,3 +140,22 @@ def rows_of(configuration: str, optimizer: str, seed: int, epochs: int, rounds: 
                 ends, int(rounds.drawn[index]), float(repeated) if np.isfinite(repeated) else np.inf
             ),
         }
+
+
+def plan(trainings: int, seed: int = 0) -> list[tuple[Configuration, str, int, float, int]]:
+    """What is trained: configuration, optimizer, seed, initial rate and epochs of a cycle, each drawn at random.
+
+    Args:
+      trainings: about how many; each configuration gets its share, and each optimizer in turn.
+      seed: of the drawing.
+    """
+    total = sum(configuration.share for configuration in CONFIGURATIONS)
+    planned = []
+    for place, configuration in enumerate(CONFIGURATIONS):
+        rng = np.random.default_rng([seed, place])
+        for index in range(max(3, round(trainings * configuration.share / total))):
+            optimizer = list(OPTIMIZERS)[index % len(OPTIMIZERS)]
+            low, high = configuration.rates(optimizer)
+            rate = float(np.exp(rng.uniform(np.log(low), np.log(high))))
+            planned.append((configuration, optimizer, index, rate, int(rng.integers(1, MAX_EPOCHS + 1))))
+    return planned
