@@ -1,16 +1,15 @@
 """The command line: ``python -m experiments COMMAND``."""
 
 import importlib
-import os
 import sys
-from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from experiments.arc import commands as arc_commands
 from experiments.errors import UsageError
+from experiments.options import at_least, make_console, names, one_of, rates
 
 MIN_STEPS = 20  # the first stage of the table is 10% of the steps, and its loss a mean over 5%
 app = typer.Typer(
@@ -19,6 +18,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.add_typer(arc_commands.app, name="arc")
 
 
 @app.command()
@@ -42,17 +42,17 @@ def compare(
     from experiments import engine  # imports JAX, which the help does without
     from experiments.compare import compare as run
 
-    optimizers = _names("--optimizer", optimizer, engine.OPTIMIZERS)
-    _at_least("--steps", steps, MIN_STEPS)
-    _at_least("--seeds", seeds, 1)
-    rates = None if learning_rates is None else _rates("--learning-rates", learning_rates)
+    optimizers = names("--optimizer", optimizer, engine.OPTIMIZERS)
+    at_least("--steps", steps, MIN_STEPS)
+    at_least("--seeds", seeds, 1)
+    initial_rates = None if learning_rates is None else rates("--learning-rates", learning_rates)
     engine.configure()
     run(
         task,
         optimizers,
         steps=steps,
         seeds=seeds,
-        learning_rates=rates,
+        learning_rates=initial_rates,
         out=out,
         fresh=fresh,
     )
@@ -88,69 +88,29 @@ def study(
         for key, each in STUDIES.items():
             typer.echo(f"{key}: {each.summary}")
         return
-    _one_of("NAME", name, STUDIES)
-    _one_of("--preset", preset, ("quick", "full"))
+    one_of("NAME", name, STUDIES)
+    one_of("--preset", preset, ("quick", "full"))
     from experiments import engine
     from experiments.studies.base import Job
 
     engine.configure()
-    STUDIES[name].load()(Job(name, preset, out or Path("results") / name, _console(), cluster, fresh))
+    STUDIES[name].load()(Job(name, preset, out or Path("results") / name, make_console(), cluster, fresh))
 
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="Which benchmark: probing or sweep.")],
+    name: Annotated[str, typer.Argument(help="Which benchmark: arc, probing or sweep.")],
     repeats: Annotated[int, typer.Option(help="Turns of each side in a timing.")] = 15,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results/bench"),
 ) -> None:
     """Measure costs; all sides take turns in one run, and ratios are compared."""
-    _one_of("NAME", name, ("probing", "sweep"))
-    _at_least("--repeats", repeats, 1)
+    one_of("NAME", name, ("arc", "probing", "sweep"))
+    at_least("--repeats", repeats, 1)
     from experiments import engine
 
     engine.configure()
     module = importlib.import_module(f"experiments.bench.{name}")
-    module.run(_console(), out, repeats)
-
-
-def _console() -> Console:
-    """A file or a pipe has no width, and tables need some."""
-    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 180)
-
-
-def _one_of(option: str, value: str, allowed: Collection[str]) -> None:
-    if value not in allowed:
-        raise UsageError(f"{option} must be one of {', '.join(allowed)}, got {value!r}")
-
-
-def _at_least(option: str, value: int, low: int) -> None:
-    if value < low:
-        raise UsageError(f"{option} must be at least {low}, got {value}")
-
-
-def _names(option: str, text: str, allowed: object) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in allowed:
-            raise UsageError(f"{option} must be of {', '.join(allowed)}, with commas, got {name!r}")
-    if len(set(names)) < len(names):
-        raise UsageError(f"{option} names one twice: {text!r}")
-    return names
-
-
-def _rates(option: str, text: str) -> list[float]:
-    rates = []
-    for part in text.split(","):
-        try:
-            rate = float(part)
-        except ValueError:
-            rate = float("nan")
-        if not 0 < rate < float("inf"):
-            raise UsageError(f"{option} must be positive numbers with commas, got {part.strip()!r}")
-        rates.append(rate)
-    if len(set(rates)) < len(rates):
-        raise UsageError(f"{option} names one twice: {text!r}")
-    return rates
+    module.run(make_console(), out, repeats)
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from experiments.schedules import (
     OWN_RATES,
     PEERS,
     SUPERBATCHES,
+    VALIDATED,
     ScheduleInputs,
     adaptive_scale,
     parse,
@@ -71,6 +72,9 @@ class Settings(NamedTuple):
     steps: int
     evaluations: int = 1  # on the held-out examples, evenly over the steps, the last at the end
     disturbed: bool = False  # whether runs have disturbances; they cost random numbers
+    # Whether every other held-out example is given to the rules that look at validation losses, before each
+    # evaluation; what is reported is of the rest then.
+    validated: bool = False
 
 
 class RunResult(NamedTuple):
@@ -107,11 +111,25 @@ def configure(cpus: int | None = None) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def device_mesh() -> jax.sharding.Mesh:
+    """All devices of this process along one axis, ``"runs"``; of a CPU as many as there are cores."""
+    devices = jax.local_devices()
+    if devices[0].platform == "cpu":
+        devices = devices[: os.cpu_count()]  # more devices than cores would only take turns
+    return jax.sharding.Mesh(np.array(devices), ("runs",))
+
+
+def compiler_options() -> dict[str, int] | None:
+    """What training programs are compiled with."""
+    # LLVM's second level takes up to twice the time to compile, and the programs run no faster.
+    return {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+
+
 class Engine:
     """Trains runs of one task with one optimizer.
 
     All passive and zeroth-order schedules share one compilation, at the first call; each rule that keeps its
-    own rates (:data:`experiments.schedules.OWN_RATES`) has another.
+    own rates (:data:`experiments.schedules.OWN_RATES`) has another, with each of its settings.
     """
 
     def __init__(self, task: Task, optimizer: str, settings: Settings):
@@ -120,15 +138,11 @@ class Engine:
                 f"steps must be a multiple of evaluations, got {settings.steps} and {settings.evaluations}."
             )
         self.task, self.optimizer, self.settings = task, optimizer, settings
-        devices = jax.local_devices()
-        self._compiler_options = None
-        if devices[0].platform == "cpu":
-            devices = devices[: os.cpu_count()]  # more devices than cores would only take turns
-            # LLVM's second level takes up to twice the time to compile, and the programs run no faster.
-            self._compiler_options = {"xla_backend_optimization_level": 1}
-        self._mesh = jax.sharding.Mesh(np.array(devices), ("runs",))
+        self._mesh = device_mesh()
         everywhere = jax.sharding.NamedSharding(self._mesh, PartitionSpec())
-        self._data = jax.device_put((task.train, task.test), everywhere)
+        parts = (slice(0, None, 2), slice(1, None, 2)) if settings.validated else (slice(0), slice(None))
+        validation, test = (jax.tree.map(lambda rows, part=part: rows[part], task.test) for part in parts)
+        self._data = jax.device_put((task.train, validation, test), everywhere)
         self._compiled: dict[str | None, Callable[..., RunResult]] = {}  # None: the shared one
 
     @property
@@ -141,7 +155,7 @@ class Engine:
         by_program: dict[str | None, list[RunSpec]] = {}
         for spec in specs:
             name, _ = parse(spec.schedule)
-            by_program.setdefault(name if name in OWN_RATES else None, []).append(spec)
+            by_program.setdefault(spec.schedule if name in OWN_RATES else None, []).append(spec)
         for rule, together in by_program.items():
             share, start = 1, 0
             while start < len(together):
@@ -189,14 +203,14 @@ class Engine:
                 check_vma=False,
             )
             lowered = jax.jit(mapped).lower(counts, inputs, self._data)
-            self._compiled[rule] = lowered.compile(compiler_options=self._compiler_options)
+            self._compiled[rule] = lowered.compile(compiler_options=compiler_options())
         return self._compiled[rule]
 
     def _run_all(
-        self, rule: str | None, count: jax.Array, inputs: Inputs, data: tuple[Batch, Batch]
+        self, rule: str | None, count: jax.Array, inputs: Inputs, data: tuple[Batch, Batch, Batch]
     ) -> RunResult:
         """The runs of one device, ``count`` of them; the rest of the result is zero."""
-        steps, evaluations, _ = self.settings
+        steps, evaluations = self.settings.steps, self.settings.evaluations
         results = RunResult(
             *(jnp.zeros((RUNS_PER_DEVICE, n)) for n in (steps, steps, evaluations, evaluations))
         )
@@ -207,44 +221,54 @@ class Engine:
 
         return jax.lax.fori_loop(0, count[0], body, results)
 
-    def _run(self, rule: str | None, inputs: Inputs, data: tuple[Batch, Batch]) -> RunResult:
-        task, (steps, evaluations, disturbed) = self.task, self.settings
-        train, test = data
+    def _run(self, rule: str | None, inputs: Inputs, data: tuple[Batch, Batch, Batch]) -> RunResult:
+        task, (steps, evaluations, disturbed, validated) = self.task, self.settings
+        train, validation, test = data
         init_key, batch_key = jax.random.split(jax.random.key(inputs.seed))
         params = task.init(init_key)
         optimizer = optax.with_extra_args_support(OPTIMIZERS[self.optimizer](1.0))
-        if rule is None:
+        name, options = (None, {}) if rule is None else parse(rule)
+        if name is None:
             stepper = _shared_stepper(optimizer, inputs.schedule, task.steps_per_epoch)
         else:
             stepper = _own_rate_stepper(
-                OWN_RATES[rule](optimizer, inputs.schedule.rates[0], steps), reads_rate=rule not in PEERS
+                OWN_RATES[name](optimizer, inputs.schedule.rates[0], steps, **options),
+                reads_rate=name not in PEERS,
+                validated=validated and name in VALIDATED,
             )
         batches = batch_indices(task, steps, batch_key)
         if disturbed:
-            first_loss = jnp.abs(task.loss(params, _take(train, batches[0])))
+            first_loss = jnp.abs(task.loss(params, take(train, batches[0])))
             first_norm = optax.tree.norm(params)
             noise_key = jax.random.fold_in(batch_key, 1)
 
         def body(carry: Any, step_inputs: Any) -> Any:
             params, state = carry
             rate, step, indices, noise = step_inputs
-            batch = _take(train, indices)
+            batch = take(train, indices)
             loss, grads = jax.value_and_grad(task.loss)(params, batch)
             observed = loss
 
             def value_fn(params: Params) -> jax.Array:
                 # The loss on the batch of the step, or on a superbatch, is asked for only now and then.
-                if rule not in SUPERBATCHES:
+                if name not in SUPERBATCHES:
                     return task.loss(params, batch)
-                rows = (step + jnp.arange(SUPERBATCHES[rule])) % len(batches)
-                return superbatch_loss(lambda p, row: task.loss(p, _take(train, batches[row])), rows)(params)
+                rows = (step + jnp.arange(SUPERBATCHES[name])) % len(batches)
+                return superbatch_loss(lambda p, row: task.loss(p, take(train, batches[row])), rows)(params)
+
+            def validation_fn(params: Params) -> jax.Array:
+                # The last step before an evaluation brings a validation loss.
+                is_due = (step + 1) % (steps // evaluations) == 0
+                return jax.lax.cond(is_due, lambda: task.loss(params, validation), lambda: jnp.nan)
 
             if disturbed:
                 key, against = jax.random.fold_in(noise_key, step), inputs.disturbance.against
                 direction = _direction(key, grads, against)
                 observed = loss + noise[0] * first_loss
                 grads = optax.tree.add_scale(grads, noise[1] * optax.tree.norm(grads), direction)
-            updates, state, rate = stepper.update(grads, state, params, rate, observed, value_fn)
+            updates, state, rate = stepper.update(
+                grads, state, params, rate, observed, value_fn, validation_fn
+            )
             params = optax.apply_updates(params, updates)
             if disturbed:
                 params = optax.tree.add_scale(params, -noise[2] * first_norm, direction)
@@ -287,8 +311,8 @@ def _shared_stepper(
     """Any passive or zeroth-order schedule: which one is an input of the program."""
     rule = adaptive_scale(inputs, steps_per_epoch)
 
-    def update(grads, state, params, rate, loss, value_fn):
-        del value_fn
+    def update(grads, state, params, rate, loss, value_fn, validation_fn):
+        del value_fn, validation_fn
         optimizer_state, rule_state = state
         updates, optimizer_state = optimizer.update(grads, optimizer_state, params, value=loss)
         # A rule only scales what it is given, so a 1 comes back as the scale, whatever rule it is; the
@@ -302,12 +326,15 @@ def _shared_stepper(
     )
 
 
-def _own_rate_stepper(tx: optax.GradientTransformationExtraArgs, *, reads_rate: bool) -> _Stepper:
+def _own_rate_stepper(
+    tx: optax.GradientTransformationExtraArgs, *, reads_rate: bool, validated: bool
+) -> _Stepper:
     """A rule that keeps its own rates, around the optimizer; the rate of a peer is the one it was given."""
     tx = optax.with_extra_args_support(tx)
 
-    def update(grads, state, params, rate, loss, value_fn):
-        updates, state = tx.update(grads, state, params, value=loss, value_fn=value_fn, grad=grads)
+    def update(grads, state, params, rate, loss, value_fn, validation_fn):
+        extra = {"validation_value": validation_fn(params)} if validated else {}
+        updates, state = tx.update(grads, state, params, value=loss, value_fn=value_fn, grad=grads, **extra)
         read = greedylr_jax.metrics(state) if reads_rate else {}
         return updates, state, read.get("learning_rate", rate * read.get("scale", 1))
 
@@ -319,7 +346,8 @@ def _own_rate_stepper(tx: optax.GradientTransformationExtraArgs, *, reads_rate: 
     return _Stepper(tx.init, update, evaluated)
 
 
-def _take(examples: Batch, indices: jax.Array) -> Batch:
+def take(examples: Batch, indices: jax.Array) -> Batch:
+    """The examples at ``indices``, whose shape takes the place of the leading axis."""
     return jax.tree.map(lambda leaf: leaf[indices], examples)
 
 

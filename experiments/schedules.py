@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 import greedylr_jax
+import greedylr_jax.arc
 from experiments.errors import UsageError
 from greedylr_jax.schedules import knee_schedule
 
@@ -42,6 +43,23 @@ PASSIVE: dict[str, Callable[[int], optax.Schedule]] = {
     "warmup": lambda steps: optax.linear_schedule(0.0, 1.0, max(1, steps // 10)),  # then constant
     "inverse-sqrt": lambda steps: _inverse_sqrt(max(1, steps // 10)),
     "knee": lambda steps: knee_schedule(1.0, 8 * steps // 10, steps),
+    # The next three as in Section 4 of the ARC paper. Two periods, the second twice as long as the first.
+    "cyclic-cosine": lambda steps: optax.sgdr_schedule(
+        [
+            {
+                "init_value": 1.0,
+                "peak_value": 1.0,
+                "warmup_steps": 0,
+                "decay_steps": period,
+                "end_value": 0.02,
+            }
+            for period in (steps // 3, steps - steps // 3)
+        ]
+    ),
+    # By 0.9 an epoch in thirty of them.
+    "exponential": lambda steps: optax.exponential_decay(1.0, max(1, steps // 30), 0.9, staircase=True),
+    # Superconvergence; the rate that it is given is its greatest.
+    "one-cycle": lambda steps: optax.linear_onecycle_schedule(steps, 1.0),
 }
 # The published settings are the defaults: factor 0.95, patience 10, window 50, at least 10% of the initial
 # rate.
@@ -57,8 +75,28 @@ ADAPTIVE: dict[str, Callable[[int, Mapping[str, jax.Array]], optax.GradientTrans
     ),
     "GreedyLR": lambda steps_per_epoch, settings: greedylr_jax.greedy_lr(**settings),
 }
-# From an optimizer built with rate 1, the initial rate and the steps.
-OwnRates = Callable[[Any, jax.Array, int], optax.GradientTransformationExtraArgs]
+# From an optimizer built with rate 1, the initial rate and the steps, and perhaps settings.
+OwnRates = Callable[..., optax.GradientTransformationExtraArgs]
+
+
+def _arc(
+    optimizer: optax.GradientTransformation,
+    rate: jax.Array,
+    steps: int,
+    *,
+    weights: str | None = None,
+    decisions: int = 10,
+    validation: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """ARC, with the weights in a file or those that ship."""
+    rule = greedylr_jax.arc.arc(
+        greedylr_jax.arc.load_weights(weights),
+        steps_per_cycle=max(2, steps // decisions),
+        validation=validation,
+    )
+    return greedylr_jax.chain(optimizer, optax.scale(rate), rule)
+
+
 RULES: dict[str, OwnRates] = {
     "hypergradient": lambda optimizer, rate, steps: greedylr_jax.hypergradient(
         optimizer, rate, 0.02, mode="multiplicative"
@@ -71,6 +109,7 @@ RULES: dict[str, OwnRates] = {
         recompute_every=max(1, steps // 20),
         epsilon_threshold=(2 * rate) ** 3,
     ),
+    "ARC": _arc,
     **{
         name: lambda optimizer, rate, steps, factors=factors: optax.chain(
             optimizer, optax.scale(rate), greedylr_jax.factor_polling(factors)
@@ -101,6 +140,7 @@ PEERS: dict[str, OwnRates] = {
 OWN_RATES = RULES | PEERS
 # Batches that a rule's value_fn is the mean over; 1, that of the step itself, for all others.
 SUPERBATCHES = {"LRTuner": 10, "polling-5-4batches": 4, "polling-5-16batches": 16}
+VALIDATED = ("ARC",)  # rules that look at validation losses, where there are any
 COMPARED = ("constant", "linear", "cosine", "plateau", "GreedyLR")  # by the command compare
 
 
@@ -112,8 +152,8 @@ class ScheduleInputs(NamedTuple):
     settings: dict[str, np.ndarray]  # each of shape=(); GreedyLR's
 
 
-def parse(name: str) -> tuple[str, dict[str, float]]:
-    """A schedule's name and, for GreedyLR, settings that differ from the defaults.
+def parse(name: str) -> tuple[str, dict[str, Any]]:
+    """A schedule's name, and settings that differ from the defaults.
 
     Raises:
       UsageError: if there is no such schedule or setting.
@@ -125,30 +165,45 @@ def parse(name: str) -> tuple[str, dict[str, float]]:
       ('GreedyLR', {'factor': 0.8, 'patience': 5})
     """
     base, bracket, rest = name.partition("(")
-    if base not in (*PASSIVE, *ADAPTIVE, *OWN_RATES) or (bracket and base != "GreedyLR"):
+    if base not in (*PASSIVE, *ADAPTIVE, *OWN_RATES):
         raise UsageError(
-            f"unknown schedule {name!r}; there are: {', '.join((*PASSIVE, *ADAPTIVE, *OWN_RATES))}, and "
-            "GreedyLR with settings, as in 'GreedyLR(factor=0.8, patience=5)'"
+            f"unknown schedule {name!r}; there are: {', '.join((*PASSIVE, *ADAPTIVE, *OWN_RATES))}"
         )
+    if not bracket:
+        return base, {}
     settings = {}
     try:
         for keyword in ast.parse(f"f({rest.removesuffix(')')})", mode="eval").body.keywords:
             settings[keyword.arg] = ast.literal_eval(keyword.value)
     except (SyntaxError, ValueError) as error:
         raise UsageError(f"cannot read the settings of schedule {name!r}") from error
-    if unknown := settings.keys() - GREEDY_DEFAULTS.keys():
+    allowed = _settings_of(base)
+    if unknown := settings.keys() - allowed:
         raise UsageError(
             f"schedule {name!r} has unknown settings {sorted(unknown)}; there are: "
-            f"{', '.join(GREEDY_DEFAULTS)}"
+            f"{', '.join(allowed) or 'none'}"
         )
-    if bracket:
-        greedylr_jax.greedy_lr(**settings)  # refuses values out of range, by name
+    # Values out of range are refused here, by name.
+    if base == "GreedyLR":
+        greedylr_jax.greedy_lr(**settings)
+    else:
+        OWN_RATES[base](optax.sgd(1.0), 1.0, 100, **settings)
     return base, settings
+
+
+def _settings_of(base: str) -> tuple[str, ...]:
+    """What may stand in brackets behind the name of a schedule."""
+    if base == "GreedyLR":
+        return tuple(GREEDY_DEFAULTS)
+    if base not in OWN_RATES:
+        return ()
+    return tuple(inspect.signature(OWN_RATES[base]).parameters)[3:]
 
 
 def schedule_inputs(name: str, learning_rate: float, steps: int) -> ScheduleInputs:
     """The inputs of a run of ``steps`` steps that starts at ``learning_rate`` and follows ``name``."""
     base, settings = parse(name)
+    settings = settings if base == "GreedyLR" else {}
     adaptive = 1 + list(ADAPTIVE).index(base) if base in ADAPTIVE else 0
     traced = {
         key: np.asarray(settings.get(key, default), np.int32 if isinstance(default, int) else np.float32)

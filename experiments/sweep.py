@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import polars as pl
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from experiments import cluster
 from experiments.engine import Engine, RunResult, RunSpec, Settings
+from experiments.progress import make_progress
 from experiments.store import RunStore
 from experiments.tasks import make_task
 
@@ -50,14 +50,7 @@ def run_sweep(
         done = finished(kept, task, optimizer)
         left.append(Group(task, optimizer, [spec for spec in specs if spec not in done]))
     left = [group for group in left if group.specs]
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("runs"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
+    with make_progress(console, "runs") as progress:
         total, rest = (sum(len(group.specs) for group in each) for each in (groups, left))
         bar = progress.add_task("", total=total, completed=total - rest)
         if address is None:

@@ -223,7 +223,7 @@ def _scalars(state: base.RuleState | base.RuleScheduleState | base.RateState) ->
     if isinstance(state, base.RuleScheduleState):
         fields["learning_rate"] = jnp.asarray(state.carried.rule.scale)
     for name, field in _carried(state).rule._asdict().items():
-        if name not in fields and jnp.shape(field) == ():
+        if name not in fields and not isinstance(field, tuple) and jnp.shape(field) == ():
             fields[name] = jnp.asarray(field)
     return fields
 

@@ -25,6 +25,7 @@ class Job(NamedTuple):
     console: Console
     address: str | None = None  # of a Ray cluster
     fresh: bool = False  # drop an unfinished study instead of going on with it
+    command: str = "study"  # of the command line, that it is one of
 
     def refuse_cluster(self) -> None:
         """For studies that are too short to be spread over machines."""
@@ -82,7 +83,7 @@ def publish(
         drawing.save(figure, job.out / f"{name}.png")
     source = (
         f"All numbers follow from runs.parquet by {recomputed_by}. "
-        f"Made by: python -m experiments study {job.name} --preset {job.preset}."
+        f"Made by: python -m experiments {job.command} {job.name} --preset {job.preset}."
     )
     html.write_page(job.out / "report.html", title, f"{text} {source}", sections)
     job.console.print(f"Tables, figures, runs.parquet and report.html are in {job.out}.")

@@ -30,6 +30,9 @@ TASKS: dict[str, Entry] = {
     "digits-resnet": Entry("image classification, ResNet, 8x8 digits", "resnet", "make_digits"),
     "digits-vit": Entry("image classification, vision transformer, 8x8 digits", "vit", "make_digits"),
     "mnist1d-mlp": Entry("signal classification, MLP, MNIST-1D", "mlp", "make_mnist1d"),
+    "mnist1d-residual": Entry(
+        "signal classification, residual MLP, MNIST-1D", "mlp", "make_mnist1d_residual"
+    ),
     "segmentation": Entry("image segmentation, U-Net, scenes of digits", "segmentation"),
     "detection": Entry("object detection, RetinaNet, scenes of digits", "detection"),
     "language-lstm": Entry("language modelling, LSTM, Python source", "language", "make_lstm"),

@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 from greedylr_jax import _checks, base
 from greedylr_jax.arc.features import MAX_CYCLES, FeatureStream, History
 from greedylr_jax.arc.network import Weights, action_logits, check_weights
+from greedylr_jax.arc.weights import load_weights
 
 MULTIPLIERS = (1.618, 1.0, 0.618)  # of raising, keeping and lowering (Section 3.1)
 
@@ -37,7 +38,7 @@ class ArcState(NamedTuple):
 
 
 def arc(
-    weights: Weights,
+    weights: Weights | None = None,
     *,
     steps_per_cycle: int,
     validation: bool = True,
@@ -55,7 +56,7 @@ def arc(
 
     Args:
       weights: of the network, by name, see :func:`greedylr_jax.arc.load_weights` and
-        :func:`greedylr_jax.arc.load_keras_weights`.
+        :func:`greedylr_jax.arc.load_keras_weights`; None: those that come with the package.
       steps_per_cycle: losses between two decisions, >= 2; static. The paper takes three epochs of a training
         of thirty.
       validation: whether ``validation_value`` is looked at; if not, the network gets zeros, as in half of its
@@ -72,9 +73,7 @@ def arc(
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, greedylr_jax
-      >>> from greedylr_jax.arc import initial_weights
-      >>> weights = initial_weights(jax.random.key(0))
-      >>> tx = optax.chain(optax.sgd(0.1), arc(weights, steps_per_cycle=5))
+      >>> tx = optax.chain(optax.sgd(0.1), arc(steps_per_cycle=5))
       >>> params = jnp.ones(3)
       >>> state = tx.init(params)
       >>> step = jax.jit(lambda g, s, loss: tx.update(g, s, value=loss, validation_value=loss))
@@ -91,7 +90,7 @@ def arc(
 
 def arc_schedule(
     init_value: ArrayLike,
-    weights: Weights,
+    weights: Weights | None = None,
     *,
     steps_per_cycle: int,
     validation: bool = True,
@@ -117,9 +116,7 @@ def arc_schedule(
       ValueError: as :func:`arc`, or if ``init_value`` is not positive.
 
     Examples:
-      >>> import jax
-      >>> from greedylr_jax.arc import initial_weights
-      >>> schedule = arc_schedule(0.1, initial_weights(jax.random.key(0)), steps_per_cycle=100)
+      >>> schedule = arc_schedule(0.1, steps_per_cycle=100)
       >>> state = schedule.update(schedule.init(), value=2.0)
       >>> print(schedule(state))
       0.1
@@ -130,10 +127,12 @@ def arc_schedule(
     return base.schedule_by_rule(rule, init_value, every=every, axis_name=axis_name)
 
 
-def _make_rule(weights: Weights, steps_per_cycle: int, validation: bool, max_validations: int) -> base.Rule:
+def _make_rule(
+    weights: Weights | None, steps_per_cycle: int, validation: bool, max_validations: int
+) -> base.Rule:
     steps_per_cycle = _checks.check_static_integer("steps_per_cycle", steps_per_cycle, low=2)
     max_validations = _checks.check_static_integer("max_validations", max_validations, low=1)
-    weights = check_weights(weights)
+    weights = load_weights() if weights is None else check_weights(weights)
     stream = FeatureStream(steps_per_cycle, max_validations)
 
     def init(scale: jax.Array) -> ArcState:

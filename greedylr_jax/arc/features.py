@@ -21,6 +21,9 @@ MAX_CYCLES = 3
 ROWS_PER_CYCLE = 100
 ROWS = MAX_CYCLES * ROWS_PER_CYCLE
 _LEAST_DEVIATION = 1e-7
+# Greater losses are divided by a power of two, which leaves their standardized values as they are: their
+# squares would overflow.
+_GREAT, _DIVISOR = np.float32(2.0**50), np.float32(2.0**80)
 
 
 def batch_features(
@@ -100,6 +103,8 @@ def _nearest(count: int, rows: int) -> np.ndarray:
 
 
 def _standardize(values: np.ndarray) -> np.ndarray:
+    if np.max(np.abs(values)) > _GREAT:
+        values = values / _DIVISOR
     return (values - values.mean()) / np.maximum(values.std(), np.float32(_LEAST_DEVIATION))
 
 
@@ -225,6 +230,8 @@ def _nearest_table(max_validations: int) -> np.ndarray:
 
 def _standardize_where(values: jax.Array, used: jax.Array) -> jax.Array:
     """The values over their deviation from the mean of those used; 0 for the others."""
+    is_great = jnp.max(jnp.abs(values), where=used, initial=0) > _GREAT
+    values = jnp.where(is_great, values / _DIVISOR, values)
     count = jnp.maximum(jnp.sum(used), 1)
     mean = jnp.sum(jnp.where(used, values, 0)) / count
     centred = jnp.where(used, values - mean, 0)

@@ -1,5 +1,6 @@
 """Weights of ARC's network, in safetensors files and in the file that its authors published."""
 
+from importlib import resources
 from pathlib import Path
 
 import jax
@@ -9,12 +10,15 @@ from safetensors.numpy import load
 
 from greedylr_jax.arc.network import SHAPES, check_weights
 
+_OURS = "arc.safetensors"
 
-def load_weights(path: str | Path) -> dict[str, jax.Array]:
+
+def load_weights(path: str | Path | None = None) -> dict[str, jax.Array]:
     """Weights in a safetensors file.
 
     Args:
-      path: the file.
+      path: the file; None: the weights that come with the package, whose model card, ``arc.md``, lies beside
+        them.
 
     Returns:
       A dict from names to float32 arrays.
@@ -24,15 +28,18 @@ def load_weights(path: str | Path) -> dict[str, jax.Array]:
       ValueError: if it is no safetensors file, or its arrays are not those of the network.
 
     Examples:
+      >>> sum(array.size for array in load_weights().values())
+      79043
       >>> import tempfile, jax, safetensors.numpy
       >>> from greedylr_jax.arc import initial_weights
       >>> with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
       ...     safetensors.numpy.save_file(jax.device_get(initial_weights(jax.random.key(0))), file.name)
       ...     weights = load_weights(file.name)
-      >>> sum(array.size for array in weights.values())
-      79043
+      >>> sorted(weights) == sorted(load_weights())
+      True
     """
-    content = Path(path).read_bytes()
+    file = resources.files("greedylr_jax.arc") / _OURS if path is None else Path(path)
+    content = file.read_bytes()
     try:
         arrays = load(content)
     except SafetensorError as error:

@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 from mnist1d.data import get_dataset_args, make_dataset
 from rich.console import Console
+from safetensors.numpy import save_file
 
 from experiments import html, sweep
 from experiments.data.loading import load_split
@@ -23,7 +24,8 @@ from experiments.studies import initial_rate, theory
 from experiments.studies.base import Job
 from experiments.studies.tuning import best_rates
 from experiments.tasks import make_task
-from greedylr_jax import superbatch_loss
+from greedylr_jax import get_scale, superbatch_loss
+from greedylr_jax.arc import arc, initial_weights
 from greedylr_jax.theory import estimate_smoothness
 from tests.experiments.browser import HAS_BROWSER, open_and_click
 
@@ -86,6 +88,48 @@ def test_a_rule_with_its_own_rates_trains_as_plain_optax_does(task, rule):
         lambda params: jax.lax.scan(body, (params, tx.init(params)), (jnp.arange(steps), batches))
     )(params)
     np.testing.assert_allclose(got.loss, losses, rtol=1e-3)
+    assert np.ptp(got.rate) > 0
+
+
+@pytest.mark.parametrize("validation", [True, False])
+def test_validation_losses_of_every_other_held_out_example_reach_arc(task, tmp_path, validation):
+    steps, evaluations, seed = 24, 8, 5
+    # A network that tells validation losses apart: its decisions differ with and without them.
+    keys = jax.random.split(jax.random.key(3), 20)
+    weights = {
+        name: np.asarray(array + 0.3 * jax.random.normal(key, array.shape))
+        for (name, array), key in zip(initial_weights(keys[0]).items(), keys[1:], strict=False)
+    }
+    save_file(weights, tmp_path / "lively.safetensors")
+    path = str(tmp_path / "lively.safetensors")
+    spec = RunSpec(f"ARC(weights={path!r}, decisions=6, validation={validation})", 0.1, seed)
+    engine = Engine(task, "sgd", Settings(steps, evaluations, validated=True))
+    ((_, got, _),) = next(engine.train([spec]))
+
+    tx = optax.chain(optax.sgd(0.1), arc(weights, steps_per_cycle=4, validation=validation))
+    held_out = jax.tree.map(jnp.asarray, task.test)
+    seen, reported = (jax.tree.map(lambda rows, at=at: rows[at::2], held_out) for at in (0, 1))
+    init_key, batch_key = jax.random.split(jax.random.key(seed))
+    params, batches = task.init(init_key), batch_indices(task, steps, batch_key)
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state, indices, is_due):
+        batch = jax.tree.map(lambda rows: jnp.asarray(rows)[indices], task.train)
+        loss, grads = jax.value_and_grad(task.loss)(params, batch)
+        given = jnp.where(is_due, task.loss(params, seen), jnp.nan)
+        updates, state = tx.update(grads, state, params, value=loss, validation_value=given)
+        return optax.apply_updates(params, updates), state
+
+    rates, metrics = [], []
+    for index in range(steps):
+        is_last = (index + 1) % 3 == 0
+        params, state = step(params, state, batches[index], is_last)
+        rates.append(0.1 * float(get_scale(state)))
+        if is_last:
+            metrics.append(float(task.metric(params, reported)))
+    np.testing.assert_allclose(got.rate, rates, rtol=1e-5)
+    np.testing.assert_allclose(got.test_metric, metrics, atol=0.011)  # two of 180
     assert np.ptp(got.rate) > 0
 
 

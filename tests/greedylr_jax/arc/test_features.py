@@ -38,6 +38,21 @@ def test_what_lies_before_the_first_cycle_is_padding():
     np.testing.assert_allclose(features[200:, 1], np.repeat([-1.0, 1.0], 50), atol=1e-6)
 
 
+def test_losses_whose_squares_overflow_are_standardized_as_smaller_ones_are():
+    losses = np.random.default_rng(0).uniform(1, 2, 150).astype(np.float32)
+    expected = batch_features([losses], [losses[:4]], [0.1])
+    for power in (40, 60, 126):
+        got = batch_features([losses * np.float32(2.0**power)], [losses[:4] * np.float32(2.0**power)], [0.1])
+        np.testing.assert_array_equal(got, expected)
+    stream = FeatureStream(150, 4)
+    history = stream.init()
+    for great in losses[:4] * np.float32(2.0**126):
+        history = stream.add_validation(history, great)
+    add = jax.jit(lambda history, item: (stream.add_loss(history, item[0], item[1]), None))
+    history = jax.lax.scan(add, history, (jnp.arange(150), losses * np.float32(2.0**126)))[0]
+    np.testing.assert_allclose(stream.features(history, jnp.int32(1)), expected, atol=1e-5)
+
+
 def test_only_the_last_three_cycles_count():
     rng = np.random.default_rng(0)
     losses = [rng.normal(size=20).tolist() for _ in range(5)]

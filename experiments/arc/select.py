@@ -1,0 +1,117 @@
+"""Which candidate is the best controller: each trains a proxy task at three initial rates.
+
+Paper: X. Dong et al., "To Raise or Not To Raise: The Autonomous Learning Rate Question", Section 3.5 and
+Appendix A.2: no figure of the held-out samples tells, so ten candidates train a network that is not among
+those they learned from, on data that is, five times at each of three rates; the one with the best mean of the
+best accuracies is taken.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import polars as pl
+
+from experiments import drawing
+from experiments.engine import Settings, make_specs
+from experiments.errors import UsageError
+from experiments.store import write_atomically
+from experiments.studies.base import Job, Sweep
+from experiments.sweep import Group
+from experiments.tables import print_table
+
+TASK, OPTIMIZER, LEARNING_RATES = "mnist1d-residual", "adamw", (1e-1, 1e-3, 1e-5)
+EPOCHS, DECISIONS = 30, 10
+BASELINES = ("constant", "cosine")  # to see what the candidates are worth
+CHOSEN = "arc.safetensors"
+
+
+class Sizes(NamedTuple):
+    """How long candidates are tried."""
+
+    steps: int
+    seeds: int
+
+
+def select(candidates: Path, job: Job, sizes: Sizes) -> Path:
+    """Trains the proxy task with all candidates, and copies the best one; goes on where it stopped.
+
+    Leaves ``runs.parquet``, ``selection.csv``, ``selection.png`` and ``arc.safetensors``.
+
+    Args:
+      candidates: the folder that ``arc train`` left.
+      job: the call from the command line.
+      sizes: steps and seeds.
+
+    Returns:
+      Where the best weights lie.
+
+    Raises:
+      UsageError: if there are no candidates in the folder.
+    """
+    paths = sorted(candidates.glob("candidate-*.safetensors"))
+    if not paths:
+        raise UsageError(f"no candidates in {candidates}: make them with arc train")
+    schedules = {path.stem: f"ARC(weights={str(path)!r}, decisions={DECISIONS})" for path in paths}
+    settings = Settings(sizes.steps, EPOCHS, validated=True)
+    described = {"candidates": {path.stem: path.stat().st_mtime for path in paths}, "seeds": sizes.seeds}
+    sweep = Sweep(job, settings, described)
+    specs = make_specs((*BASELINES, *schedules.values()), LEARNING_RATES, range(sizes.seeds))
+    sweep.train([Group(TASK, OPTIMIZER, specs)])
+    names = {schedule: name for name, schedule in schedules.items()}
+    runs = sweep.finish().with_columns(pl.col("schedule").replace(names))
+    table = summarize(runs)
+    best = table.filter(pl.col("schedule").is_in(list(schedules)))["schedule"][0]
+    write_atomically(job.out / "selection.csv", table.write_csv)
+    drawing.save(draw(runs, best), job.out / "selection.png")
+    chosen = job.out / CHOSEN
+    write_atomically(chosen, lambda path: shutil.copyfile(candidates / f"{best}.safetensors", path))
+    headers = ("controller", *table.columns[1:])
+    cells = [[row[0], *(f"{value:.2f}" for value in row[1:])] for row in table.iter_rows()]
+    print_table(job.console, f"Best accuracy on {TASK}, %, mean of {sizes.seeds} seeds", headers, cells)
+    job.console.print(f"{best} is the best; it is in {chosen}.")
+    return chosen
+
+
+def summarize(runs: pl.DataFrame) -> pl.DataFrame:
+    """One row a controller, the best first.
+
+    Returns:
+      A frame with ``schedule``; a column for each initial rate, the mean over the seeds of the best accuracy
+      of a run in percent; ``mean``, that over all runs.
+    """
+    scored = runs.with_columns(accuracy=100 * pl.col("test_metrics").list.max())
+    from_rates = {
+        f"from {rate:g}": pl.col("accuracy").filter(pl.col("learning_rate") == rate).mean()
+        for rate in LEARNING_RATES
+    }
+    means = scored.group_by("schedule").agg(**from_rates, mean=pl.col("accuracy").mean())
+    return means.sort("mean", "schedule", descending=[True, False])
+
+
+def draw(runs: pl.DataFrame, best: str) -> plt.Figure:
+    """The paper's figure 8: the best accuracies of each controller, a box for each."""
+    controllers: Sequence[str] = sorted(runs["schedule"].unique())
+    figure, panels = drawing.panels(len(LEARNING_RATES), 3, width=5.0)
+    for axes, rate in zip(panels, LEARNING_RATES, strict=True):
+        boxes = [
+            [
+                100 * max(metrics)
+                for metrics in runs.filter((pl.col("schedule") == name) & (pl.col("learning_rate") == rate))[
+                    "test_metrics"
+                ].to_list()
+            ]
+            for name in controllers
+        ]
+        drawn = axes.boxplot(boxes, patch_artist=True, medianprops={"color": drawing.BLACK})
+        for patch, name in zip(drawn["boxes"], controllers, strict=True):
+            patch.set_facecolor(drawing.ORANGE if name == best else drawing.SKY)
+        labels = [name.removeprefix("candidate-") for name in controllers]
+        axes.set_xticks(np.arange(1, len(controllers) + 1), labels, rotation=45, ha="right", fontsize=8)
+        axes.set_title(f"initial rate {rate:g}", fontsize=10)
+    panels[0].set_ylabel("best accuracy, %")
+    figure.suptitle(f"Candidates on {TASK}; the chosen one is orange")
+    return figure

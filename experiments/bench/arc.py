@@ -1,0 +1,71 @@
+"""What ARC costs: its observations and decisions, beside a training step of each network task."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from experiments.engine import OPTIMIZERS, take
+from experiments.store import write_atomically
+from experiments.tables import print_table
+from experiments.tasks import make_task
+from experiments.timing import interleaved_medians
+from greedylr_jax.arc import arc
+
+TASKS = ("digits-mlp", "mnist1d-mlp", "digits", "digits-vit", "digits-resnet", "language-lstm")
+CYCLE = 100  # steps between two decisions
+_STEPS = 2 * CYCLE  # of a turn
+
+
+def run(console: Console, out: Path, repeats: int) -> dict[str, Any]:
+    """Times turns of 200 steps; prints milliseconds a step, and ARC's share."""
+    sides = {"ARC": _arc_steps()} | {name: _training_steps(name) for name in TASKS}
+    seconds = interleaved_medians(sides, repeats)
+    own = 1e3 * seconds["ARC"] / _STEPS
+    rows = [(name, 1e3 * seconds[name] / _STEPS) for name in TASKS]
+    cells = [(name, f"{step:.3f}", f"{own:.4f}", f"{100 * own / step:.2f}%") for name, step in rows]
+    title = f"Milliseconds a step, with a decision every {CYCLE}, on {jax.devices()[0].device_kind}"
+    print_table(console, title, ("task", "training", "ARC", "share"), cells)
+    result = {"device": jax.devices()[0].device_kind, "arc": own, "tasks": dict(rows)}
+    write_atomically(out / "arc.json", lambda path: path.write_text(json.dumps(result, indent=2)))
+    return result
+
+
+def _arc_steps() -> Any:
+    """All that ARC does in 200 steps, two decisions among it."""
+    rule = arc(steps_per_cycle=CYCLE)
+    losses = jnp.asarray(np.random.default_rng(0).uniform(1, 2, _STEPS), jnp.float32)
+
+    @jax.jit
+    def observe(state: Any, losses: jax.Array) -> Any:
+        def body(state: Any, loss: jax.Array) -> Any:
+            return rule.update(None, state, value=loss, validation_value=loss)[1], None
+
+        return jax.lax.scan(body, state, losses)[0]
+
+    state = rule.init(None)
+    return lambda: observe(state, losses)
+
+
+def _training_steps(name: str) -> Any:
+    task, tx = make_task(name), OPTIMIZERS["adamw"](1e-3)
+    data = jax.device_put(task.train)
+    params = task.init(jax.random.key(0))
+    rows = np.random.default_rng(0).integers(0, task.num_examples, (_STEPS, task.batch_size))
+
+    @jax.jit
+    def train(carry: Any, data: Any, rows: jax.Array) -> Any:
+        def body(carry: Any, indices: jax.Array) -> Any:
+            params, state = carry
+            grads = jax.grad(task.loss)(params, take(data, indices))
+            updates, state = tx.update(grads, state, params)
+            return (jax.tree.map(jnp.add, params, updates), state), None
+
+        return jax.lax.scan(body, carry, rows)[0]
+
+    start = params, tx.init(params)
+    return lambda: train(start, data, rows)
