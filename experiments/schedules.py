@@ -110,6 +110,7 @@ RULES: dict[str, OwnRates] = {
         epsilon_threshold=(2 * rate) ** 3,
     ),
     "ARC": _arc,
+    "auto": lambda optimizer, rate, steps: greedylr_jax.auto_lr(optimizer, rate, total_steps=steps),
     **{
         name: lambda optimizer, rate, steps, factors=factors: optax.chain(
             optimizer, optax.scale(rate), greedylr_jax.factor_polling(factors)

@@ -1,6 +1,7 @@
 """Learning-rate rules that watch training and set the rate themselves, inside the jitted step."""
 
 from greedylr_jax.accumulation import MultiStepsState, multi_steps
+from greedylr_jax.auto import AutoState, auto_lr
 from greedylr_jax.base import (
     GradientTransformationExtraLoss,
     RateState,
@@ -27,10 +28,12 @@ from greedylr_jax.reading import (
     get_scale,
     metrics,
 )
+from greedylr_jax.trend import TrendState, trend_lr, trend_lr_schedule
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutoState",
     "FactorPollingState",
     "GradientTransformationExtraLoss",
     "GreedyLRState",
@@ -42,7 +45,9 @@ __all__ = [
     "RuleSchedule",
     "RuleScheduleState",
     "RuleState",
+    "TrendState",
     "assert_controls_learning_rate",
+    "auto_lr",
     "chain",
     "factor_polling",
     "get_learning_rate",
@@ -56,4 +61,6 @@ __all__ = [
     "scale_by_rule",
     "schedule_by_rule",
     "superbatch_loss",
+    "trend_lr",
+    "trend_lr_schedule",
 ]

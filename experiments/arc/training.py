@@ -193,6 +193,7 @@ def train(samples: Path, out: Path, settings: Settings, console: Console, *, fre
     """
     learned, held_out = make_samples(read_samples(samples))
     described = settings._asdict() | {"samples": len(learned.labels), "held_out": len(held_out.labels)}
+    del described["epochs"]  # more of them continue a training
     candidates = start(settings.candidates, settings.learning_rate)
     checkpoint = Checkpoint(out / "unfinished.safetensors", described, candidates, fresh=fresh)
     candidates, history = checkpoint.read()
@@ -205,6 +206,7 @@ def train(samples: Path, out: Path, settings: Settings, console: Console, *, fre
             checkpoint.write(candidates, history)
             loss, accuracy = figures[:, 1].mean(), figures[:, 2].mean()
             progress.update(bar, advance=1, description=f"held-out loss {loss:.3f}, accuracy {accuracy:.3f}")
+    described["epochs"] = len(history)
     _finish(out, candidates, history, held_out, described, console)
     checkpoint.path.unlink(missing_ok=True)
 

@@ -31,18 +31,9 @@ import optax
 from jax.typing import ArrayLike
 
 from greedylr_jax import _checks, base
+from greedylr_jax import rollback as way_back
+from greedylr_jax._window import Window, empty_window, observe
 from greedylr_jax.probing import probe
-
-_SETTLING_STEPS = 4  # more than rounding can take to lead back to the parameters of a snapshot
-
-
-class Window(NamedTuple):
-    """The training losses since the last chance to change the rate; those that are not finite left out."""
-
-    steps: jax.Array  # shape=(), dtype=int32
-    finite: jax.Array  # shape=(), dtype=int32; how many of them were finite
-    mean: jax.Array  # shape=(), dtype=float
-    squares: jax.Array  # shape=(), dtype=float; sum of squared deviations from the mean
 
 
 class Progress(NamedTuple):
@@ -172,7 +163,7 @@ def lr_tuner(
             rate=base.RateState(_float(seed_rate)),
             step=jnp.zeros((), jnp.int32),
             num_rollbacks=jnp.zeros((), jnp.int32),
-            window=_empty_window(),
+            window=empty_window(),
             progress=_unknown_progress(),
             snapshot=_empty_snapshot(params, inner_state, seed_rate) if rollback else None,
             inner_state=inner_state,
@@ -197,7 +188,7 @@ def lr_tuner(
         direction, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
 
         observed = jnp.asarray(True if has_value is None else has_value, bool)
-        window = base.select(observed, _observe(state.window, loss), state.window)
+        window = base.select(observed, observe(state.window, loss), state.window)
         ends = observed & (window.steps >= jnp.asarray(settings.recompute_every, jnp.int32))
         bad = _is_bad(state.snapshot, window, loss, ends) & observed
         learning_rate, progress = _change_rate(
@@ -212,7 +203,7 @@ def lr_tuner(
             rate=base.RateState(learning_rate),
             step=optax.safe_increment(state.step),
             num_rollbacks=state.num_rollbacks,
-            window=base.select(ends, _empty_window(), window),
+            window=base.select(ends, empty_window(), window),
             progress=base.select(ends, progress, state.progress),
             snapshot=None,
             inner_state=inner_state,
@@ -222,14 +213,14 @@ def lr_tuner(
 
         changed = learning_rate != state.rate.learning_rate
         # A change that is watched must leave something to go back from: NaN plus anything is NaN.
-        steps = _where_finite(state.snapshot.watched | changed, steps, params)
+        steps = way_back.where_finite(state.snapshot.watched | changed, steps, params)
         settling = state.snapshot.settling > 0
 
         def exchange(_: jax.Array, carry: Any) -> Any:
             """Goes back to the snapshot, or takes a new one."""
             steps, inner_state, kept, _ = carry
-            goes_back = bad | (settling & ~_equal(params, kept[0]))
-            back = (_difference(kept[0], params), kept[1])
+            goes_back = bad | (settling & ~way_back.are_equal(params, kept[0]))
+            back = (way_back.difference(kept[0], params), kept[1])
             steps, inner_state = base.select(goes_back, back, (steps, inner_state))
             kept = base.select(changed & ~goes_back, (params, state.inner_state), kept)
             return steps, inner_state, kept, goes_back
@@ -343,15 +334,6 @@ def _sample_width(learning_rate: jax.Array, bound: jax.Array, probe_width: Array
     return jnp.clip(bound, least * learning_rate, jnp.asarray(probe_width, bound.dtype) * learning_rate)
 
 
-def _empty_window() -> Window:
-    return Window(
-        steps=jnp.zeros((), jnp.int32),
-        finite=jnp.zeros((), jnp.int32),
-        mean=_float(0.0),
-        squares=_float(0.0),
-    )
-
-
 def _unknown_progress() -> Progress:
     return Progress(_float(jnp.nan), _float(jnp.nan), _float(jnp.nan))
 
@@ -367,16 +349,6 @@ def _empty_snapshot(params: optax.Params, inner_state: optax.OptState, learning_
         params=jax.tree.map(jnp.array, params),
         inner_state=jax.tree.map(jnp.array, inner_state),
     )
-
-
-def _observe(window: Window, loss: jax.Array) -> Window:
-    """Welford's update of mean and squared deviations."""
-    finite = jnp.isfinite(loss)
-    count = window.finite + finite.astype(jnp.int32)
-    deviation = jnp.where(finite, loss - window.mean, 0)
-    mean = window.mean + deviation / jnp.maximum(count, 1).astype(loss.dtype)
-    squares = window.squares + deviation * jnp.where(finite, loss - mean, 0)
-    return Window(window.steps + 1, count, mean, squares)
 
 
 def _is_bad(snapshot: Snapshot | None, window: Window, loss: jax.Array, ends: jax.Array) -> jax.Array:
@@ -399,38 +371,16 @@ def _highest_mean(window: Window, last_mean: jax.Array, rollback_threshold: Arra
     return window.mean - jnp.where(jnp.isnan(last_mean), 0, expected) + noise
 
 
-def _where_finite(condition: jax.Array, steps: optax.Updates, params: optax.Params) -> optax.Updates:
-    """Leaves out the elements of a step that would make a parameter infinite or NaN."""
-
-    def check(step: jax.Array, param: jax.Array) -> jax.Array:
-        if not jnp.issubdtype(step.dtype, jnp.inexact):
-            return step
-        return jnp.where(condition & ~jnp.isfinite(param + step), jnp.zeros_like(step), step)
-
-    return jax.tree.map(check, steps, params)
-
-
-def _equal(left: optax.Params, right: optax.Params) -> jax.Array:
-    """Whether two trees are equal, to the last bit."""
-    pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
-    return jnp.all(jnp.array([jnp.all(a == b) for a, b in pairs]))
-
-
-def _difference(there: optax.Params, here: optax.Params) -> optax.Updates:
-    """The step from one to the other."""
-    return jax.tree.map(lambda a, b: (a - b).astype(b.dtype), there, here)
-
-
 def _returned(state: LRTunerState) -> LRTunerState:
     """The numbers of the state on the way back to the snapshot, whose arrays are left out."""
     snapshot = state.snapshot
     begins = snapshot.settling == 0
-    left = jnp.where(begins, _SETTLING_STEPS, snapshot.settling) - 1
+    left = jnp.where(begins, way_back.SETTLING_STEPS, snapshot.settling) - 1
     return LRTunerState(
         rate=base.RateState(snapshot.learning_rate),
         step=optax.safe_increment(state.step),
         num_rollbacks=state.num_rollbacks + begins.astype(jnp.int32),
-        window=_empty_window(),
+        window=empty_window(),
         progress=snapshot.progress,
         snapshot=snapshot._replace(watched=jnp.asarray(False), settling=left, params=None, inner_state=None),
         inner_state=None,

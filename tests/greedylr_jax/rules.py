@@ -60,6 +60,13 @@ RULES = [
     _greedy("greedy-paper", factor=0.5, patience=1, window=4, algorithm="paper", reset_after=17),
     _greedy("greedy-no-window", factor=0.75, patience=0, window=None, threshold_mode="rel"),
     RuleCase(
+        "trend",
+        lambda **carrier: greedylr_jax.trend_lr(window=4, min_scale=1 / 16, max_scale=16.0, **carrier),
+        lambda **carrier: greedylr_jax.trend_lr_schedule(
+            BASE_RATE, window=4, min_value=BASE_RATE / 16, max_value=BASE_RATE * 16, **carrier
+        ),
+    ),
+    RuleCase(
         "own-rule",
         lambda **carrier: greedylr_jax.scale_by_rule(_toggle(), **carrier),
         lambda **carrier: greedylr_jax.schedule_by_rule(_toggle(), BASE_RATE, **carrier),
@@ -85,6 +92,7 @@ OWN_RATES = {
     "lr_tuner-taylor": greedylr_jax.lr_tuner(
         optax.scale_by_adam(), 0.01, explore_steps=20, recompute_every=3, method="taylor", rollback=False
     ),
+    "auto_lr": greedylr_jax.auto_lr(optax.trace(0.9), 0.01, total_steps=60, ramp_steps=30),
     "factor_polling": optax.chain(
         optax.sgd(0.01, momentum=0.9), greedylr_jax.factor_polling(every=3, sharpness=3.0)
     ),

@@ -122,7 +122,7 @@ def test_an_interrupted_training_ends_as_an_undisturbed_one(tmp_path, monkeypatc
         module.train(samples, tmp_path / "broken", settings, CONSOLE)
     monkeypatch.setattr(module.Checkpoint, "write", written)
     with pytest.raises(UsageError, match="other settings"):
-        module.train(samples, tmp_path / "broken", settings._replace(epochs=5), CONSOLE)
+        module.train(samples, tmp_path / "broken", settings._replace(learning_rate=1e-4), CONSOLE)
     module.train(samples, tmp_path / "broken", settings, CONSOLE)
     for number in range(3):
         name = f"candidate-{number:02d}.safetensors"
