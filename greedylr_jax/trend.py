@@ -30,7 +30,8 @@ class TrendState(NamedTuple):
     scale: jax.Array  # shape=(), dtype=float; the multiplier, or in a schedule the learning rate
     optimism: jax.Array  # shape=(), dtype=float; exponent of ``drift``, 1 at the start
     window: Window  # the losses since the last decision
-    last_mean: jax.Array  # shape=(), dtype=float; of the window before; NaN if there is none
+    has_last: jax.Array  # shape=(), dtype=bool; whether there is a window before, to compare with
+    last_mean: jax.Array  # shape=(), dtype=float; of that window
     last_error: jax.Array  # shape=(), dtype=float; squared standard error of that mean
 
 
@@ -186,8 +187,9 @@ def trend_rule(settings: TrendSettings) -> base.Rule:
             scale=scale,
             optimism=jnp.ones_like(scale),
             window=empty_window(),
-            last_mean=jnp.full_like(scale, jnp.nan),
-            last_error=jnp.full_like(scale, jnp.nan),
+            has_last=jnp.zeros((), bool),
+            last_mean=jnp.zeros_like(scale),
+            last_error=jnp.zeros_like(scale),
         )
 
     def update(state: TrendState, value: jax.Array) -> TrendState:
@@ -199,18 +201,18 @@ def trend_rule(settings: TrendSettings) -> base.Rule:
         rise = window.mean - state.last_mean
         bound = numbers.significance * jnp.sqrt(error + state.last_error)
         diverged = ~jnp.isfinite(value)
-        better, worse = is_full & (rise < -bound), (is_full & (rise > bound)) | diverged
-        neither = is_full & ~better & ~worse & ~jnp.isnan(rise)
-        factor = jnp.where(better, numbers.raise_factor, 1)
-        factor = jnp.where(neither, numbers.drift**state.optimism, factor)
+        compares = is_full & state.has_last
+        better, worse = compares & (rise < -bound), (compares & (rise > bound)) | diverged
+        factor = jnp.where(compares, numbers.drift**state.optimism, 1)
+        factor = jnp.where(better, numbers.raise_factor, factor)
         factor = jnp.where(worse, numbers.cut_factor, factor)
-        decides = is_full | diverged
         return TrendState(
             scale=jnp.clip(state.scale * factor, numbers.low, numbers.high),
             optimism=jnp.where(worse, state.optimism * numbers.fade, state.optimism),
-            window=base.select(decides, empty_window(), window),
+            window=base.select(is_full | diverged, empty_window(), window),
             # What came before a divergence is no measure of what comes after.
-            last_mean=jnp.where(diverged, jnp.nan, jnp.where(is_full, window.mean, state.last_mean)),
+            has_last=(state.has_last | is_full) & ~diverged,
+            last_mean=jnp.where(is_full, window.mean, state.last_mean),
             last_error=jnp.where(is_full, error, state.last_error),
         )
 

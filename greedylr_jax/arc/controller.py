@@ -62,7 +62,8 @@ def arc(
       validation: whether ``validation_value`` is looked at; if not, the network gets zeros, as in half of its
         training.
       max_validations: validation losses kept of a cycle, >= 1; static. Of more the last are kept.
-      every: losses whose mean is one observation, >= 1; ``steps_per_cycle`` counts observations.
+      every: losses whose mean is one observation, >= 1; ``steps_per_cycle`` counts observations, and a
+        validation loss is seen at a step that completes one.
       axis_name: a mapped axis over which losses are averaged first.
 
     Returns:
@@ -154,13 +155,20 @@ def _make_rule(
         logits = action_logits(weights, stream.features(history, cycles))
         action = jnp.where(state.has_diverged, MULTIPLIERS.index(min(MULTIPLIERS)), jnp.argmax(logits))
         return state._replace(
-            scale=state.scale * jnp.asarray(MULTIPLIERS, state.scale.dtype)[action],
+            scale=jnp.clip(
+                state.scale * jnp.asarray(MULTIPLIERS, state.scale.dtype)[action],
+                jnp.finfo(state.scale.dtype).tiny,  # neither zero nor infinity can be left again
+                jnp.finfo(state.scale.dtype).max,
+            ),
             step=jnp.zeros_like(state.step),
             cycles=jnp.minimum(cycles, MAX_CYCLES - 1),
             action=action.astype(jnp.int32),
             has_diverged=jnp.zeros_like(state.has_diverged),
             history=stream.next_cycle(history),
         )
+
+    def keep(state: ArcState) -> ArcState:
+        return state
 
     def update(state: ArcState, value: jax.Array, validation_value: jax.Array | None = None) -> ArcState:
         finite = jnp.isfinite(value)
@@ -176,7 +184,7 @@ def _make_rule(
             has_diverged=state.has_diverged | ~finite,
             history=history,
         )
-        return jax.lax.cond(state.step == steps_per_cycle, decide, lambda state: state, state)
+        return jax.lax.cond(state.step == steps_per_cycle, decide, keep, state)
 
     return base.Rule(init, update, "arc", ("validation_value",))
 

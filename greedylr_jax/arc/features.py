@@ -232,7 +232,7 @@ def _standardize_where(values: jax.Array, used: jax.Array) -> jax.Array:
     """The values over their deviation from the mean of those used; 0 for the others."""
     is_great = jnp.max(jnp.abs(values), where=used, initial=0) > _GREAT
     values = jnp.where(is_great, values / _DIVISOR, values)
-    count = jnp.maximum(jnp.sum(used), 1)
+    count = jnp.maximum(jnp.sum(used), 1).astype(values.dtype)
     mean = jnp.sum(jnp.where(used, values, 0)) / count
     centred = jnp.where(used, values - mean, 0)
     deviation = jnp.sqrt(jnp.sum(centred**2) / count)

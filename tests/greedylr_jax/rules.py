@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 import greedylr_jax
+from greedylr_jax.arc import arc, arc_schedule
 
 BASE_RATE = 0.125  # a power of two: base rate times scale is then exact, as is the rate itself
 
@@ -19,6 +20,7 @@ class RuleCase(NamedTuple):
     name: str
     transformation: Callable[..., greedylr_jax.GradientTransformationExtraLoss]
     schedule: Callable[..., greedylr_jax.RuleSchedule]
+    bounds: tuple[float, float] = (1 / 16, 16.0)  # of the multiplier
 
 
 def _greedy(name: str, **settings) -> RuleCase:
@@ -65,6 +67,12 @@ RULES = [
         lambda **carrier: greedylr_jax.trend_lr_schedule(
             BASE_RATE, window=4, min_value=BASE_RATE / 16, max_value=BASE_RATE * 16, **carrier
         ),
+    ),
+    RuleCase(
+        "arc",
+        lambda **carrier: arc(steps_per_cycle=4, **carrier),
+        lambda **carrier: arc_schedule(BASE_RATE, steps_per_cycle=4, **carrier),
+        (0.0, np.inf),
     ),
     RuleCase(
         "own-rule",

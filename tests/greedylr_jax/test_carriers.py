@@ -93,7 +93,7 @@ def test_state_is_float32_and_updates_keep_bfloat16(case):
     updates, state = jax.jit(tx.update)(params, state, params, value=jnp.bfloat16(0.5))
     chex.assert_trees_all_equal_dtypes(updates, params)
     for leaf in jax.tree.leaves(state):
-        assert leaf.dtype in (jnp.float32, jnp.int32)
+        assert leaf.dtype in (jnp.float32, jnp.int32, jnp.bool)
     # The rates of a bfloat16 run are those of a float32 run: nothing of the rule is kept in bfloat16.
     _, rates, _ = train(carried(case, "transformation"), losses(), params=params)
     np.testing.assert_array_equal(rates, train(carried(case, "transformation"), losses())[1])
@@ -120,13 +120,14 @@ def test_bad_losses_count_as_worse_and_poison_nothing(case):
     values = np.concatenate([losses(32), storm, losses(64, seed=1)])
     got = scales(tx, values)
     assert np.isfinite(got).all()
-    assert got.min() >= 1 / 16 and got.max() <= 16
+    low, high = case.bounds
+    assert got.min() >= low and got.max() <= high
 
     state = tx.init(None)
     for value in values:
         _, state = tx.update(None, state, value=value)
         for name, leaf in state.rule._asdict().items():
-            assert not np.isnan(leaf).any(), name
+            assert not any(np.isnan(each).any() for each in jax.tree.leaves(leaf)), name
     assert len(set(got[-64:])) > 1  # it still answers to the losses that follow
 
 

@@ -16,7 +16,13 @@ from tests.greedylr_jax.rules import BASE_RATE, RULES
 
 X = jax.random.normal(jax.random.key(0), (16, 3))
 Y = X @ jnp.array([[1.0], [-2.0], [0.5]])
-every_rule = pytest.mark.parametrize("case", RULES, ids=lambda case: case.name)
+every_rule = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=pytest.mark.slow if case.name == "arc" else [])
+        for case in RULES
+    ],
+)
 
 
 def mean_square(model, x, y):
