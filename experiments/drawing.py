@@ -12,7 +12,7 @@ import numpy as np
 from experiments.store import write_atomically
 
 # Okabe and Ito's palette: told apart by readers who do not see all colours.
-BLUE, SKY, GREEN, ORANGE, RED, PINK, YELLOW, GREY, BLACK = (
+BLUE, SKY, GREEN, ORANGE, RED, PINK, YELLOW, GREY, BLACK, BROWN = (
     "#0072B2",
     "#56B4E9",
     "#009E73",
@@ -22,6 +22,7 @@ BLUE, SKY, GREEN, ORANGE, RED, PINK, YELLOW, GREY, BLACK = (
     "#F0E442",
     "#999999",
     "#000000",
+    "#8C510A",
 )
 
 

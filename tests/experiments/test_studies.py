@@ -245,3 +245,15 @@ def test_a_study_from_end_to_end(study, tmp_path, monkeypatch):
     assert f"python -m experiments study {study} --preset quick" in page and "runs.parquet by" in page
     if HAS_BROWSER:
         open_and_click(tmp_path / "report.html")
+
+
+def test_the_verdict_on_initial_rates_compares_the_worst_with_the_best_of_cosine():
+    rows = [
+        {"task": task, "optimizer": "sgd", "schedule": schedule, "factor": factor, "accuracy": accuracy}
+        for task, ours in (("digits-mlp", (90.0, 88.5)), ("digits", (90.0, 87.0)), ("vit", (91.0, 92.0)))
+        for schedule, accuracies in (("cosine", (50.0, 90.0)), ("auto", ours))
+        for factor, accuracy in zip((0.1, 1.0), accuracies, strict=True)
+    ]
+    text = initial_rate.verdict(pl.DataFrame(rows))
+    assert "on 1 of 1 pairs of the development tasks (largest gap 1.5)" in text
+    assert "on 1 of 2 pairs of the other tasks (largest gap 3.0)" in text

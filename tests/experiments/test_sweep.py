@@ -144,6 +144,7 @@ SMALL = {"tasks": ("digits-mlp",), "steps": 30, "seeds": 2}
 def small_study(monkeypatch):
     monkeypatch.setitem(initial_rate.PRESETS, "quick", SMALL)
     monkeypatch.setattr(initial_rate, "SCHEDULES", ("constant", "cosine", "GreedyLR"))  # one compilation
+    monkeypatch.setattr(initial_rate, "OURS", "GreedyLR")
     monkeypatch.setattr(initial_rate, "COLORS", ("#000000", "#111111", "#222222"))
     monkeypatch.setattr(initial_rate, "OPTIMIZERS", ("sgd",))
 

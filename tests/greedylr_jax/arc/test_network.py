@@ -1,11 +1,21 @@
 """ARC's network against the same written out, and against the published weights where they are."""
 
+from importlib import resources
+
 import jax
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from greedylr_jax.arc import action_probabilities, initial_weights, load_keras_weights, load_weights
+from greedylr_jax.arc import (
+    ACTIONS,
+    action_probabilities,
+    batch_features,
+    initial_weights,
+    load_keras_weights,
+    load_weights,
+)
 from tests.greedylr_jax.arc import numpy_network
 from tests.reference_data import reference_file
 
@@ -65,3 +75,21 @@ def test_weights_that_do_not_fit_are_named(weights, tmp_path):
         load_weights(tmp_path / "text")
     with pytest.raises(OSError, match="nowhere"):
         load_weights(tmp_path / "nowhere")
+
+
+def test_our_weights_raise_after_a_slow_start_and_lower_where_the_loss_rises():
+    rng = np.random.default_rng(0)
+    weights = load_weights()
+    slow = batch_features([np.linspace(2.3, 2.2, 100) + 0.1 * rng.standard_normal(100)], [[2.3, 2.2]], [0.1])
+    rising = [start + slope * np.linspace(0, 1, 100) for start, slope in ((1, 0), (1, 1), (2, 3))]
+    for validation in ([[1, 1], [1.5, 2], [3, 5]], [[], [], []]):
+        risen = batch_features(rising, validation, [0.1, 0.16, 0.26])
+        raised, lowered = (np.argmax(action_probabilities(weights, each)) for each in (slow, risen))
+        assert (ACTIONS[raised], ACTIONS[lowered]) == ("raise", "lower")
+
+
+def test_our_weights_have_a_model_card():
+    card = (resources.files("greedylr_jax.arc") / "arc.md").read_text()
+    metadata = safe_open(str(resources.files("greedylr_jax.arc") / "arc.safetensors"), "numpy").metadata()
+    assert f"--epochs {metadata['epochs']}" in card and f"number {metadata['candidate']};" in card
+    assert f"{metadata['held_out']} samples" in card
