@@ -259,7 +259,10 @@ class Engine:
             def validation_fn(params: Params) -> jax.Array:
                 # The last step before an evaluation brings a validation loss.
                 is_due = (step + 1) % (steps // evaluations) == 0
-                return jax.lax.cond(is_due, lambda: task.loss(params, validation), lambda: jnp.nan)
+                # As an operand: a module's parameters must belong to the branch that merges them.
+                return jax.lax.cond(
+                    is_due, lambda params: task.loss(params, validation), lambda params: jnp.nan, params
+                )
 
             if disturbed:
                 key, against = jax.random.fold_in(noise_key, step), inputs.disturbance.against

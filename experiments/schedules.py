@@ -89,8 +89,12 @@ def _arc(
     validation: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """ARC, with the weights in a file or those that ship."""
+    try:
+        loaded = greedylr_jax.arc.load_weights(weights)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read ARC's weights {weights!r}: {error}") from error
     rule = greedylr_jax.arc.arc(
-        greedylr_jax.arc.load_weights(weights),
+        loaded,
         steps_per_cycle=max(2, steps // decisions),
         validation=validation,
     )

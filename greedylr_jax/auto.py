@@ -6,8 +6,8 @@ to the *initial parameters and a fresh optimizer*, and starts again at a tenth o
 smoothed loss was least. From there on the trend rule acts (:mod:`greedylr_jax.trend`), never above that rate:
 what the ramp saw is the greatest at which the network still learns. In the last fifth of the training the
 rate falls to zero. Where the ramp has walked to a flatter place than the start, that rate may be too high
-here: if the mean of twenty losses is above where the loss started, or one is not finite, the training goes
-back again, to a tenth of the rate.
+here: if twenty losses in a row are above where the loss started, or not finite, the training goes back again,
+to a tenth of the rate.
 
 There is no paper. The ramp is the range test of L. N. Smith, "Cyclical Learning Rates for Training Neural
 Networks", 2017, inside the training.
@@ -30,6 +30,7 @@ _SMOOTHED = 7  # losses of the ramp, whose means are compared
 _RECENT = 3  # losses whose mean tells that the loss has risen
 _QUIET = 10  # losses of the ramp that tell how noisy they are
 _ERRORS = 6.0  # standard errors that are no noise
+_BAD = 20  # losses in a row above the limit that the training does not recover from
 _RAMP_STEPS, _RAMP_SHARE, _LEAST_RAMP = 150, 0.15, 30
 _ANNEALED = 0.2  # of the steps
 
@@ -43,6 +44,7 @@ class AutoState(NamedTuple):
     losses: jax.Array  # shape=(ramp_steps + 1,), dtype=float; of the ramp
     limit: jax.Array  # shape=(), dtype=float; what means of losses must not exceed; infinite while not known
     found: jax.Array  # shape=(), dtype=float; the rate that the ramp led to, less after further returns
+    num_bad: jax.Array  # shape=(), dtype=int32; losses in a row that are above the limit, after the ramp
     num_returns: jax.Array  # shape=(), dtype=int32
     trend: trend.TrendState
     start: optax.Params  # the initial parameters
@@ -118,6 +120,7 @@ def auto_lr(
             phase=jnp.full((), RAMP, jnp.int32),
             losses=jnp.zeros(ramp_steps + 1, dtype),
             limit=jnp.full((), jnp.inf, dtype),
+            num_bad=jnp.zeros((), jnp.int32),
             num_returns=jnp.zeros((), jnp.int32),
             found=jnp.array(centre, dtype),
             trend=rule.init(jnp.ones((), dtype)),
@@ -135,7 +138,10 @@ def auto_lr(
         **extra_args: Any,
     ) -> tuple[optax.Updates, AutoState]:
         if params is None:
-            raise ValueError("auto_lr needs params: call tx.update(grads, state, params, value=loss).")
+            raise TypeError(
+                "auto_lr needs the parameters, to go back to them: call "
+                "tx.update(grads, state, params, value=loss)."
+            )
         if value is None and _checks.is_known_false(has_value):
             value = 0.0  # never looked at
         loss = base.average(base.check_loss("auto_lr", value).astype(state.losses.dtype), axis_name)
@@ -147,17 +153,17 @@ def auto_lr(
         place = jnp.minimum(state.step, ramp_steps)
         losses = state.losses.at[place].set(jnp.where(ramps & observed, loss, state.losses[place]))
         limit = jnp.where(ramps & (state.step == _QUIET), _limit(losses), state.limit)
-        diverged = observed & ~jnp.isfinite(loss)
         has_risen, best = jax.lax.cond(
             ramps & observed,
             lambda: (_recent(losses, state.step) > limit, _best_step(losses, state.step)),
             lambda: (jnp.asarray(False), jnp.zeros((), jnp.int32)),
         )
-        ends = ramps & (has_risen | diverged | (observed & (state.step >= ramp_steps)))
+        ends = ramps & observed & (has_risen | (state.step >= ramp_steps))
+        # A loss may be that high once, and the next ones low again.
+        is_bad = observed & ~(loss <= limit)
+        num_bad = jnp.where(is_bad, state.num_bad + 1, jnp.where(observed, 0, state.num_bad))
+        again = trains & (num_bad >= _BAD)
         trend_state = base.select(trains & observed, rule.update(state.trend, loss), state.trend)
-        # One loss may be that high and the next ones low again; those of a whole window may not.
-        is_full = trend_state.window.steps == 0
-        again = trains & observed & (diverged | (is_full & (trend_state.last_mean > limit)))
         trend_state = base.select(again, rule.init(jnp.ones_like(state.found)), trend_state)
         found = jnp.where(again, _BACKOFF * state.found, state.found)
         found = jnp.where(ends, _BACKOFF * ramp_rate(best), found)
@@ -166,6 +172,7 @@ def auto_lr(
             ramp_rate(state.step),
             found * trend_state.scale * _anneal(state.step, total_steps).astype(found.dtype),
         )
+        rate = jnp.where(observed, rate, state.rate.learning_rate)
         begins = ends | again
         returns = begins | (state.phase >= RETURN)
         steps = base.scale_updates(direction, -rate)
@@ -178,7 +185,7 @@ def auto_lr(
             return base.select(returns, (back, inner.init(state.start)), (guarded, inner_state))
 
         # A loop of one turn or none: where all goes well nothing of the parameters' size is touched.
-        in_danger = ramps | returns | (observed & ~(loss <= limit))
+        in_danger = ramps | returns | is_bad
         steps, inner_state = jax.lax.fori_loop(0, in_danger.astype(jnp.int32), protect, (steps, inner_state))
         last_return = RETURN + rollback.SETTLING_STEPS - 2
         after = jnp.where(state.phase == last_return, TRAIN, state.phase + 1)
@@ -190,6 +197,7 @@ def auto_lr(
             losses=losses,
             limit=limit,
             found=found,
+            num_bad=jnp.where(trains & ~again, num_bad, 0),
             num_returns=state.num_returns + begins.astype(jnp.int32),
             trend=trend_state,
             start=state.start,
@@ -209,13 +217,18 @@ def _ramp_steps(ramp_steps: int | None, total_steps: ArrayLike | None) -> int:
 
 def _limit(losses: jax.Array) -> jax.Array:
     """What a mean of three losses exceeds if they have risen above the ramp's first by more than noise."""
-    first, spread = jnp.mean(losses[:_QUIET]), jnp.std(losses[:_QUIET], ddof=1)
-    return first + _ERRORS * spread / jnp.sqrt(jnp.asarray(_RECENT, spread.dtype))
+    first = losses[:_QUIET]
+    finite = jnp.isfinite(first)
+    spread = jnp.std(first, ddof=1, where=finite) / jnp.sqrt(jnp.asarray(_RECENT, losses.dtype))
+    limit = jnp.mean(first, where=finite) + _ERRORS * spread
+    return jnp.where(jnp.sum(finite) > 1, limit, jnp.inf)
 
 
 def _recent(losses: jax.Array, last: jax.Array) -> jax.Array:
-    """The mean of the last three losses."""
-    return jnp.mean(jax.lax.dynamic_slice(losses, (jnp.maximum(last - _RECENT + 1, 0),), (_RECENT,)))
+    """The mean of the last three losses, of those that are finite; infinite if none is."""
+    recent = jax.lax.dynamic_slice(losses, (jnp.maximum(last - _RECENT + 1, 0),), (_RECENT,))
+    finite = jnp.isfinite(recent)
+    return jnp.where(jnp.any(finite), jnp.mean(recent, where=finite), jnp.inf)
 
 
 def _best_step(losses: jax.Array, last: jax.Array) -> jax.Array:

@@ -143,8 +143,8 @@ def verdict(table: pl.DataFrame) -> str:
             near = sum(gap <= TOLERANCE for gap in gaps)
             parts.append(f"on {near} of {len(gaps)} pairs of the {name} (largest gap {max(gaps):.1f})")
     return (
-        f"The worst of auto_lr over the {len(FACTORS)} initial rates is within {TOLERANCE:g} points of cosine "
-        f"at its best rate {', '.join(parts)}."
+        f"The worst of auto_lr over the {len(FACTORS)} initial rates is within {TOLERANCE:g} points of "
+        f"cosine at its best rate {', '.join(parts)}."
     )
 
 

@@ -135,7 +135,8 @@ def test_an_adaptive_schedule_starts_from_a_constant_rate():
     ("name", "message"),
     [
         ("sawtooth", "unknown schedule 'sawtooth'; there are: constant"),
-        ("cosine(factor=0.5)", "unknown schedule"),
+        ("cosine(factor=0.5)", r"unknown settings \['factor'\]; there are: none"),
+        ("ARC(weights='nowhere')", "nowhere"),
         ("GreedyLR(speed=2)", r"unknown settings \['speed'\]; there are: factor, patience"),
         ("GreedyLR(factor=)", "cannot read the settings"),
         ("GreedyLR(factor=2.0)", "factor must be"),

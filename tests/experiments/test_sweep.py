@@ -54,7 +54,7 @@ def test_mnist1d_is_the_published_set_and_leaves_the_random_state_alone(tmp_path
     "rule",
     [
         pytest.param(
-            rule, marks=pytest.mark.slow if rule in ("hypergradient", "polling-3", "polling-5") else []
+            rule, marks=pytest.mark.slow if rule in ("hypergradient", "polling-3", "polling-5", "ARC") else []
         )
         for rule in RULES
     ],
@@ -135,6 +135,14 @@ def test_validation_losses_of_every_other_held_out_example_reach_arc(task, tmp_p
     np.testing.assert_allclose(got.rate, rates, rtol=1e-5)
     np.testing.assert_allclose(got.test_metric, metrics, atol=0.011)  # two of 180
     assert not np.allclose(got.rate, train(False)[0])
+
+
+@pytest.mark.slow
+def test_a_recurrent_network_is_validated_now_and_then():
+    # Flax refuses to scan over parameters of another level of tracing than its module's.
+    engine = Engine(make_task("language-lstm"), "sgd", Settings(4, 2, validated=True))
+    ((_, got, _),) = next(engine.train([RunSpec("ARC(decisions=2)", 1.0, 0)]))
+    assert np.isfinite(got.test_loss).all()
 
 
 SMALL = {"tasks": ("digits-mlp",), "steps": 30, "seeds": 2}

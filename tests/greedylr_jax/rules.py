@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import greedylr_jax
 from greedylr_jax.arc import arc, arc_schedule
@@ -82,6 +83,14 @@ RULES = [
 ]
 
 
+def rule_parameters() -> list:
+    """The rules as parameters of a test; ARC's network takes seconds to compile, each time."""
+    return [
+        pytest.param(case, id=case.name, marks=pytest.mark.slow if case.name == "arc" else [])
+        for case in RULES
+    ]
+
+
 # Optimizers that keep their own rates, for parameters {"w": ..., "b": ...}.
 OWN_RATES = {
     "hypergradient-global": greedylr_jax.hypergradient(optax.trace(0.9), 0.01, 1e-3),
@@ -100,7 +109,7 @@ OWN_RATES = {
     "lr_tuner-taylor": greedylr_jax.lr_tuner(
         optax.scale_by_adam(), 0.01, explore_steps=20, recompute_every=3, method="taylor", rollback=False
     ),
-    "auto_lr": greedylr_jax.auto_lr(optax.trace(0.9), 0.01, total_steps=60, ramp_steps=30),
+    "auto_lr": greedylr_jax.auto_lr(optax.identity(), 0.01, ramp_steps=30),
     "factor_polling": optax.chain(
         optax.sgd(0.01, momentum=0.9), greedylr_jax.factor_polling(every=3, sharpness=3.0)
     ),

@@ -9,12 +9,12 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import greedylr_jax
-from tests.greedylr_jax.rules import BASE_RATE, RULES, losses, scales
+from tests.greedylr_jax.rules import BASE_RATE, RULES, losses, rule_parameters, scales
 
 PARAMS = {"w": jnp.arange(6.0).reshape(2, 3) / 8, "b": jnp.ones(3) / 4}
 GRADS = {"w": jnp.ones((2, 3)) / 2, "b": -jnp.arange(3.0)}
 
-every_rule = pytest.mark.parametrize("case", RULES, ids=lambda case: case.name)
+every_rule = pytest.mark.parametrize("case", rule_parameters())
 
 
 def carried(case, carrier, inner=optax.sgd, **options):

@@ -12,17 +12,11 @@ from flax.training import train_state
 
 import greedylr_jax
 import greedylr_jax.flax
-from tests.greedylr_jax.rules import BASE_RATE, RULES
+from tests.greedylr_jax.rules import BASE_RATE, rule_parameters
 
 X = jax.random.normal(jax.random.key(0), (16, 3))
 Y = X @ jnp.array([[1.0], [-2.0], [0.5]])
-every_rule = pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, id=case.name, marks=pytest.mark.slow if case.name == "arc" else [])
-        for case in RULES
-    ],
-)
+every_rule = pytest.mark.parametrize("case", rule_parameters())
 
 
 def mean_square(model, x, y):

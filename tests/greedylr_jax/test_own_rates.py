@@ -12,6 +12,7 @@ from tests.greedylr_jax.rules import OWN_RATES
 TARGET = {"w": jnp.linspace(-1.0, 2.0, 6), "b": jnp.array([0.5, -0.5])}
 START = {"w": jnp.zeros(6), "b": jnp.zeros(2)}
 STEPS = 60
+PROBING = [name for name in OWN_RATES if name.startswith(("lr_tuner", "factor_polling"))]
 
 
 def loss_fn(params, noise=0.0):
@@ -90,7 +91,7 @@ def test_hypergradient_works_on_a_part_of_the_parameters(name):
         assert np.abs(params["w"] - TARGET["w"]).max() < 0.5
 
 
-@pytest.mark.parametrize("name", [name for name in OWN_RATES if not name.startswith("hypergradient")])
+@pytest.mark.parametrize("name", PROBING)
 def test_accumulation_shows_a_probing_rule_its_last_micro_batch(name):
     params, _, history = train(greedylr_jax.multi_steps(OWN_RATES[name], 2))
     assert loss_fn(params) < 0.7 * loss_fn(START)
@@ -173,7 +174,7 @@ def test_mapped_runs_equal_single_ones(name, bare):
             np.testing.assert_allclose(mapped[key][index], values, rtol=2e-4)
 
 
-@pytest.mark.parametrize("name", [name for name in OWN_RATES if not name.startswith("hypergradient")])
+@pytest.mark.parametrize("name", PROBING)
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

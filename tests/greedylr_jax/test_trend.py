@@ -46,7 +46,7 @@ def model(losses, *, window=20, raise_factor=1.3, cut_factor=0.49, drift=1.1, fa
     return result
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.lists(
         st.one_of(

@@ -74,7 +74,7 @@ def step_by_step(task, make_optimizer, training):
     return rounds, train_epochs(params, state, rate, next(keys))[3]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("optimizer", ["sgd", pytest.param("adam", marks=pytest.mark.slow)])
 def test_rounds_and_branches_are_those_of_the_paper(optimizer, monkeypatch):
     monkeypatch.setattr(module, "EPOCH_STEPS", 3)
     task, training = linear_task(), Training(seed=4, learning_rate=0.05, epochs=2)
