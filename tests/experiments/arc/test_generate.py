@@ -181,7 +181,7 @@ def test_an_interrupted_generation_ends_as_an_undisturbed_one(tmp_path, monkeypa
 @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=lambda configuration: configuration.name)
 def test_a_configuration_learns(configuration):
     task = configuration.make()
-    tx = OPTIMIZERS["adam"](2e-3)
+    tx = OPTIMIZERS["adam"](5e-3)
 
     @jax.jit
     def train(params):
