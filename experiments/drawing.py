@@ -1,5 +1,6 @@
 """What the figures of all studies share."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -52,6 +53,15 @@ def add_legend(figure: plt.Figure, axes: plt.Axes, columns: int = 4) -> None:
         frameon=False,
         fontsize=9,
     )
+
+
+def draw_boxes(axes: plt.Axes, boxes: Mapping[str, Sequence[float]], colors: Mapping[str, str]) -> None:
+    """A box for each list of values, labelled below; values that are not finite are left out."""
+    finite = [[value for value in values if np.isfinite(value)] for values in boxes.values()]
+    drawn = axes.boxplot(finite, patch_artist=True, medianprops={"color": BLACK})
+    for patch, name in zip(drawn["boxes"], boxes, strict=True):
+        patch.set_facecolor(colors.get(name, SKY))
+    axes.set_xticks(np.arange(1, len(boxes) + 1), list(boxes), rotation=40, ha="right", fontsize=8)
 
 
 def save(figure: plt.Figure, path: Path) -> None:

@@ -157,8 +157,9 @@ class ScheduleInputs(NamedTuple):
     settings: dict[str, np.ndarray]  # each of shape=(); GreedyLR's
 
 
-def parse(name: str) -> tuple[str, dict[str, Any]]:
-    """A schedule's name, and settings that differ from the defaults.
+@functools.cache  # a sweep asks for each of its runs, and ARC's settings name a file
+def parse(name: str) -> tuple[str, Mapping[str, Any]]:
+    """A schedule's name, and settings that differ from the defaults; shared, so not to be changed.
 
     Raises:
       UsageError: if there is no such schedule or setting.
@@ -194,6 +195,16 @@ def parse(name: str) -> tuple[str, dict[str, Any]]:
     else:
         OWN_RATES[base](optax.sgd(1.0), 1.0, 100, **settings)
     return base, settings
+
+
+def arc_with(weights: str | None, *, decisions: int, validation: bool = True) -> str:
+    """The name of ARC with settings.
+
+    Examples:
+      >>> arc_with(None, decisions=10)
+      'ARC(weights=None, decisions=10, validation=True)'
+    """
+    return f"ARC(weights={weights!r}, decisions={decisions}, validation={validation})"
 
 
 def _settings_of(base: str) -> tuple[str, ...]:

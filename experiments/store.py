@@ -31,6 +31,14 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def other_settings(folder: Path, what: str) -> UsageError:
+    """The error of a folder with unfinished work that was begun with other settings."""
+    return UsageError(
+        f"{folder} holds an unfinished {what} with other settings: give those again to finish it, or --fresh "
+        "to drop it, or another --out"
+    )
+
+
 class RunStore:
     """The runs of one comparison under one folder."""
 
@@ -55,10 +63,7 @@ class RunStore:
             if fresh:
                 shutil.rmtree(self._parts)
             elif unfinished != described:
-                raise UsageError(
-                    f"{folder} holds an unfinished comparison with other settings: give those again to "
-                    "finish it, or --fresh to drop it, or another --out"
-                )
+                raise other_settings(folder, "comparison")
         write_atomically(path, lambda temporary: temporary.write_text(described))
 
     def append(self, rows: list[dict[str, Any]]) -> None:

@@ -98,6 +98,8 @@ def auto_lr(
       >>> (params, state), losses = jax.lax.scan(step, (params, tx.init(params)), length=300)
       >>> bool(losses[-1] < 1e-6)
       True
+
+    Source: this project; the ramp is Smith's range test (2017), inside the training.
     """
     centre = _checks.check_real("learning_rate", learning_rate, low=0.0, low_open=True, high_open=True)
     if total_steps is not None:

@@ -93,6 +93,8 @@ def trend_lr(
       ...     updates, state = tx.update(jnp.ones(3), state, value=loss)
       >>> print(greedylr_jax.get_scale(state))
       1.3
+
+    Source: this project; the test of two means is Welch's (1947).
     """
     low = _checks.check_real("min_scale", min_scale, low=0.0, high=1.0, low_open=True)
     high = _checks.check_real("max_scale", max_scale, low=1.0)
@@ -142,6 +144,8 @@ def trend_lr_schedule(
       ...     state = schedule.update(state, value=loss)
       >>> print(schedule(state))
       0.049000002
+
+    Source: as :func:`trend_lr`.
     """
     low = _checks.check_real("min_value", min_value, low=0.0, low_open=True, high_open=True)
     high = _checks.check_real("max_value", max_value, low=0.0, low_open=True)

@@ -138,24 +138,21 @@ def everything(
 ) -> None:
     """Generate, train, select and evaluate, one after the other; goes on with what was interrupted."""
     folder = out or ROOT
-    parts: dict[str, Callable[[], Any]] = {
-        "samples": lambda: generate(preset, None, folder / "samples", fresh),
-        "candidates": lambda: train(
-            preset, None, None, None, folder / "samples/runs.parquet", folder / "candidates", fresh
+    samples, candidates = folder / "samples", folder / "candidates"
+    selection, evaluation = folder / "selection", folder / "evaluation"
+    weights = selection / "arc.safetensors"
+    # What each stage leaves at its end, and the stage.
+    stages: tuple[tuple[Path, Callable[[], Any]], ...] = (
+        (samples / "runs.parquet", lambda: generate(preset, None, samples, fresh)),
+        (
+            candidates / "histories.parquet",
+            lambda: train(preset, None, None, None, samples / "runs.parquet", candidates, fresh),
         ),
-        "selection": lambda: select(preset, folder / "candidates", folder / "selection", fresh),
-        "evaluation": lambda: evaluate(
-            preset, folder / "selection/arc.safetensors", published, folder / "evaluation", fresh
-        ),
-    }
-    results = {
-        "samples": "runs.parquet",
-        "candidates": "histories.parquet",
-        "selection": "arc.safetensors",
-        "evaluation": "report.html",
-    }
-    for name, run in parts.items():
-        if fresh or not (folder / name / results[name]).exists():
+        (weights, lambda: select(preset, candidates, selection, fresh)),
+        (evaluation / "report.html", lambda: evaluate(preset, weights, published, evaluation, fresh)),
+    )
+    for result, run in stages:
+        if fresh or not result.exists():
             run()
 
 

@@ -2,8 +2,8 @@
 
 Paper: X. Dong et al., "To Raise or Not To Raise: The Autonomous Learning Rate Question", Table 1: twelve
 tasks on images and text, with cross-entropy, hinge, adversarial, dice and multi-task losses. Here are as
-many, small enough that thousands of cycles train on a CPU. Nothing that ``arc evaluate`` trains is among
-them: neither its data (digits as images of their own, characters of source code) nor detection.
+many, small enough that thousands of cycles train on a CPU. No task that ``arc evaluate`` trains is among
+them, nor are its digits and its characters of source code; the scenes of its detection are segmented here.
 """
 
 from collections.abc import Callable

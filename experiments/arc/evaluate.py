@@ -7,7 +7,6 @@ with the same optimizers, and rates a decade apart, as in its first and last tab
 counts with its best held-out metric, of thirty, and a cell is the median of the runs.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,21 +16,21 @@ import numpy as np
 import polars as pl
 
 from experiments import drawing, html
+from experiments.arc import DECISIONS, EPOCHS
 from experiments.engine import OPTIMIZERS, Settings, batch_indices, make_specs, take
+from experiments.schedules import arc_with
 from experiments.store import write_atomically
 from experiments.studies.base import Job, Sweep, publish
+from experiments.studies.tuning import TUNING_SEEDS
 from experiments.sweep import Group
 from experiments.tables import print_table
 from experiments.tasks import make_task
 from greedylr_jax.range_test import range_test, suggest_best
 
-EPOCHS = 30  # what is called so here: a thirtieth of the steps
-DECISIONS = 10
 PASSIVE = ("constant", "cosine", "cyclic-cosine", "exponential")
 SUPERCONVERGENCE, LINE_SEARCH = "one-cycle", "Armijo"
 OURS, BLIND, PUBLISHED = "ARC", "ARC, no validation", "ARC, published weights"
 EVERY = (1, 2, 3, 4, 5, 6)  # epochs between two decisions
-_TEST_SEED = 1000  # of the range test, which no reported run has
 _TEST_STEPS = 300
 
 
@@ -76,15 +75,19 @@ def evaluate(job: Job, sizes: Sizes, weights: Path | None, published: Path | Non
       weights: of ARC, a safetensors file; None: those that ship.
       published: the authors' weights as a safetensors file; None: leave them out.
     """
-    variants = {OURS: _arc(weights), BLIND: _arc(weights, validation=False)}
+    ours = None if weights is None else str(weights)
+    variants = {
+        OURS: arc_with(ours, decisions=DECISIONS),
+        BLIND: arc_with(ours, decisions=DECISIONS, validation=False),
+    }
     if published is not None:
-        variants[PUBLISHED] = _arc(published)
+        variants[PUBLISHED] = arc_with(str(published), decisions=DECISIONS)
     names = {schedule: name for name, schedule in variants.items()}
     described = {"sizes": sizes._asdict(), "variants": variants}
     frames, sweeps = [], []
     for key, steps in sizes.steps.items():
         case = CASES[key]
-        sweep = _sweep(job, f"{key}", steps, described)
+        sweep = _sweep(job, key, steps, described)
         sweeps.append(sweep)
         greatest = greatest_rate(case)
         job.console.print(f"{case.task}: the range test suggests {greatest:.3g} for superconvergence")
@@ -105,7 +108,7 @@ def evaluate(job: Job, sizes: Sizes, weights: Path | None, published: Path | Non
         sweep = _sweep(job, f"every-{every}", steps // EPOCHS * epochs, described, epochs)
         sweeps.append(sweep)
         case = CASES[first]
-        schedule = _arc(weights, decisions=epochs // every)
+        schedule = arc_with(ours, decisions=epochs // every)
         specs = make_specs((schedule,), case.learning_rates, range(sizes.seeds))
         rows = sweep.train([Group(case.task, case.optimizer, specs)])
         rows = rows.with_columns(schedule=pl.lit(OURS), case=pl.lit(first), every=pl.lit(every, pl.Int64))
@@ -117,11 +120,6 @@ def evaluate(job: Job, sizes: Sizes, weights: Path | None, published: Path | Non
     _report(job, runs, sizes)
 
 
-def _arc(weights: Path | None, *, decisions: int = DECISIONS, validation: bool = True) -> str:
-    path = None if weights is None else str(weights)
-    return f"ARC(weights={path!r}, decisions={decisions}, validation={validation})"
-
-
 def _sweep(job: Job, name: str, steps: int, described: dict[str, Any], epochs: int = EPOCHS) -> Sweep:
     return Sweep(job._replace(out=job.out / name), Settings(steps, epochs, validated=True), described)
 
@@ -129,7 +127,7 @@ def _sweep(job: Job, name: str, steps: int, described: dict[str, Any], epochs: i
 def greatest_rate(case: Case) -> float:
     """The rate at which a range test of 300 steps sees the least loss (Appendix A.3)."""
     task = make_task(case.task)
-    init_key, batch_key = jax.random.split(jax.random.key(_TEST_SEED))
+    init_key, batch_key = jax.random.split(jax.random.key(TUNING_SEEDS[0]))
     batches = take(task.train, batch_indices(task, _TEST_STEPS, batch_key))
     inner = OPTIMIZERS[case.optimizer](1.0)
     test = jax.jit(
@@ -156,6 +154,17 @@ def scores(runs: pl.DataFrame) -> pl.DataFrame:
     return runs.with_columns(pl.Series("score", values, pl.Float64))
 
 
+def _of_tables(runs: pl.DataFrame) -> pl.DataFrame:
+    """The runs of Tables 2 to 4 with their scores, those of Appendix A.5 left out."""
+    return scores(runs.filter(pl.col("every").is_null()))
+
+
+def _from_rate(cell: pl.DataFrame, schedule: str, rate: float) -> pl.DataFrame:
+    """The runs of a schedule from a rate; those that choose their own are in every cell."""
+    chooses = schedule in (SUPERCONVERGENCE, LINE_SEARCH)
+    return cell if chooses else cell.filter(pl.col("learning_rate") == rate)
+
+
 def summarize(runs: pl.DataFrame) -> pl.DataFrame:
     """Tables 2 to 4: one row for each case and schedule.
 
@@ -165,15 +174,9 @@ def summarize(runs: pl.DataFrame) -> pl.DataFrame:
       ``worst``: the worst of the three.
     """
     rows = []
-    scored = scores(runs.filter(pl.col("every").is_null()))
-    for (key, schedule), cell in scored.group_by(["case", "schedule"], maintain_order=True):
+    for (key, schedule), cell in _of_tables(runs).group_by(["case", "schedule"], maintain_order=True):
         case = CASES[key]
-        by_rate = []
-        for rate in case.learning_rates:
-            own = cell.filter(pl.col("learning_rate") == rate)
-            by_rate.append(float((cell if own.is_empty() else own)["score"].median()))
-        if schedule in (SUPERCONVERGENCE, LINE_SEARCH):
-            by_rate = [float(cell["score"].median())] * 3
+        by_rate = [float(_from_rate(cell, schedule, rate)["score"].median()) for rate in case.learning_rates]
         worst = max(by_rate) if case.lower_is_better else min(by_rate)
         row = {"case": key, "schedule": schedule}
         rows.append(row | dict(zip(("high", "middle", "low"), by_rate, strict=True)) | {"worst": worst})
@@ -218,7 +221,7 @@ def decisions(runs: pl.DataFrame) -> pl.DataFrame:
       rate from there (Figure 6a).
     """
     rows = []
-    scored = scores(runs.filter(pl.col("every").is_null()))
+    scored = _of_tables(runs)
     for (key, rate), cell in scored.filter(pl.col("schedule") == OURS).group_by(
         ["case", "learning_rate"], maintain_order=True
     ):
@@ -339,38 +342,41 @@ def _shown_metric(run: dict[str, Any], case: Case) -> np.ndarray:
     return 100 * np.array(run["test_metrics"], float)
 
 
-def _cells_of(runs: pl.DataFrame, case: Case, rate: float) -> list[tuple[str, pl.DataFrame]]:
-    """The runs of each schedule from a rate; those that choose their own are in every cell."""
-    own = runs.filter(pl.col("case") == case.key)
+class _Cell(NamedTuple):
+    """A case from one initial rate: the runs of each schedule."""
+
+    case: Case
+    rate: float
+    runs: dict[str, pl.DataFrame]
+
+
+def _cells_of(runs: pl.DataFrame) -> list[_Cell]:
+    """The cells of Tables 2 to 4, three for each case."""
     cells = []
-    for (schedule,), cell in own.group_by(["schedule"], maintain_order=True):
-        from_rate = cell.filter(pl.col("learning_rate") == rate)
-        chosen = cell if schedule in (SUPERCONVERGENCE, LINE_SEARCH) else from_rate
-        cells.append((schedule, chosen))
+    for (key,), own in _of_tables(runs).group_by(["case"], maintain_order=True):
+        schedules = {name: cell for (name,), cell in own.group_by(["schedule"], maintain_order=True)}
+        for rate in CASES[key].learning_rates:
+            from_rate = {name: _from_rate(cell, name, rate) for name, cell in schedules.items()}
+            cells.append(_Cell(CASES[key], rate, from_rate))
     return cells
 
 
 def draw_histories(runs: pl.DataFrame) -> plt.Figure:
     """Figures 3 to 5: metric and rate of the median run of each schedule."""
-    scored = scores(runs.filter(pl.col("every").is_null()))
-    cases = [CASES[key] for key in scored["case"].unique(maintain_order=True)]
-    figure, panels = drawing.panels(6 * len(cases), 6, width=3.4, height=2.9)
-    for row, case in enumerate(cases):
-        for column, rate in enumerate(case.learning_rates):
-            metric, rates = panels[6 * row + 2 * column], panels[6 * row + 2 * column + 1]
-            for schedule, cell in _cells_of(scored, case, rate):
-                run = _median_run(cell, case)
-                style = {"color": _COLORS[schedule], "lw": 2 if schedule == OURS else 1, "label": schedule}
-                shown = _shown_metric(run, case)
-                metric.plot(drawing.percent_of_steps(len(shown)), shown, **style)
-                history = np.array(run["rate"], float)
-                rates.plot(drawing.percent_of_steps(len(history)), history, **style)
-            metric.set_title(f"{case.task}, from {rate:g}: {case.metric}", fontsize=9)
-            rates.set_title("learning rate", fontsize=9)
-            rates.set_yscale("log")
-            rates.set_ylim(min(case.learning_rates) / 30, max(case.learning_rates) * 30)
-            if case.lower_is_better:
-                metric.set_yscale("log")
+    cells = _cells_of(runs)
+    figure, panels = drawing.panels(2 * len(cells), 6, width=3.4, height=2.9)
+    for (case, rate, by_schedule), metric, rates in zip(cells, panels[::2], panels[1::2], strict=True):
+        for schedule, cell in by_schedule.items():
+            run = _median_run(cell, case)
+            style = {"color": _COLORS[schedule], "lw": 2 if schedule == OURS else 1, "label": schedule}
+            for axes, shown in ((metric, _shown_metric(run, case)), (rates, np.array(run["rate"], float))):
+                axes.plot(drawing.percent_of_steps(len(shown)), shown, **style)
+        metric.set_title(f"{case.task}, from {rate:g}: {case.metric}", fontsize=9)
+        rates.set_title("learning rate", fontsize=9)
+        rates.set_yscale("log")
+        rates.set_ylim(min(case.learning_rates) / 30, max(case.learning_rates) * 30)
+        if case.lower_is_better:
+            metric.set_yscale("log")
     drawing.add_legend(figure, panels[0], columns=5)
     figure.suptitle("Median runs over the steps (%)")
     return figure
@@ -378,40 +384,28 @@ def draw_histories(runs: pl.DataFrame) -> plt.Figure:
 
 def draw_runs(runs: pl.DataFrame) -> plt.Figure:
     """Figures 10 to 12: the score of every run."""
-    scored = scores(runs.filter(pl.col("every").is_null()))
-    cases = [CASES[key] for key in scored["case"].unique(maintain_order=True)]
-    figure, panels = drawing.panels(3 * len(cases), 3, width=4.6, height=3.6)
-    for row, case in enumerate(cases):
-        for column, rate in enumerate(case.learning_rates):
-            axes = panels[3 * row + column]
-            cells = _cells_of(scored, case, rate)
-            _draw_boxes(axes, [(name, cell["score"].to_list()) for name, cell in cells])
-            axes.set_title(f"{case.task}, from {rate:g}", fontsize=10)
-            axes.set_ylabel(case.metric)
-            if case.lower_is_better:
-                axes.set_yscale("log")
+    cells = _cells_of(runs)
+    figure, panels = drawing.panels(len(cells), 3, width=4.6, height=3.6)
+    for (case, rate, by_schedule), axes in zip(cells, panels, strict=True):
+        boxes = {name: cell["score"].to_list() for name, cell in by_schedule.items()}
+        drawing.draw_boxes(axes, boxes, _COLORS)
+        axes.set_title(f"{case.task}, from {rate:g}", fontsize=10)
+        axes.set_ylabel(case.metric)
+        if case.lower_is_better:
+            axes.set_yscale("log")
     figure.suptitle("Best held-out metric of each run")
     return figure
-
-
-def _draw_boxes(axes: plt.Axes, boxes: Sequence[tuple[str, list[float]]]) -> None:
-    finite = [[value for value in values if np.isfinite(value)] for _, values in boxes]
-    drawn = axes.boxplot(finite, patch_artist=True, medianprops={"color": drawing.BLACK})
-    for patch, (name, _) in zip(drawn["boxes"], boxes, strict=True):
-        patch.set_facecolor(_COLORS.get(name, drawing.SKY))
-    labels = [name for name, _ in boxes]
-    axes.set_xticks(np.arange(1, len(boxes) + 1), labels, rotation=40, ha="right", fontsize=8)
 
 
 def draw_frequency(runs: pl.DataFrame) -> plt.Figure:
     """Figure 14: scores by how often ARC is asked."""
     scored = scores(runs.filter(pl.col("every").is_not_null()))
     figure, (axes,) = drawing.panels(1, 1, width=5.5)
-    boxes = [
-        (str(every), scored.filter(pl.col("every") == every)["score"].to_list())
+    boxes = {
+        str(every): scored.filter(pl.col("every") == every)["score"].to_list()
         for every in sorted(scored["every"].unique())
-    ]
-    _draw_boxes(axes, boxes)
+    }
+    drawing.draw_boxes(axes, boxes, _COLORS)
     axes.set_xlabel("epochs between two decisions")
     axes.set_ylabel("best held-out metric, three initial rates")
     return figure
@@ -420,8 +414,7 @@ def draw_frequency(runs: pl.DataFrame) -> plt.Figure:
 def _sections(
     runs: pl.DataFrame, table: pl.DataFrame, frequency: pl.DataFrame, taken: pl.DataFrame
 ) -> list[html.Section]:
-    scored = scores(runs.filter(pl.col("every").is_null()))
-    theirs = printed()
+    cells, theirs = _cells_of(runs), printed()
     sections = []
     for key in table["case"].unique(maintain_order=True):
         case = CASES[key]
@@ -430,10 +423,10 @@ def _sections(
         parts.append(
             html.Table(("paper: " + case.paper, "high", "middle", "low"), _rows(published.drop("case")))
         )
-        for rate in case.learning_rates:
+        for _, rate, by_schedule in (cell for cell in cells if cell.case is case):
             for name in ("metric", "rate"):
                 curves = []
-                for schedule, cell in _cells_of(scored, case, rate):
+                for schedule, cell in by_schedule.items():
                     run = _median_run(cell, case)
                     shown = _shown_metric(run, case) if name == "metric" else np.array(run["rate"], float)
                     steps = drawing.percent_of_steps(len(shown))

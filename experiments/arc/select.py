@@ -7,24 +7,23 @@ best accuracies is taken.
 """
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
-import numpy as np
 import polars as pl
 
 from experiments import drawing
+from experiments.arc import DECISIONS, EPOCHS
 from experiments.engine import Settings, make_specs
 from experiments.errors import UsageError
+from experiments.schedules import arc_with
 from experiments.store import write_atomically
 from experiments.studies.base import Job, Sweep
 from experiments.sweep import Group
 from experiments.tables import print_table
 
 TASK, OPTIMIZER, LEARNING_RATES = "mnist1d-residual", "adamw", (1e-1, 1e-3, 1e-5)
-EPOCHS, DECISIONS = 30, 10
 BASELINES = ("constant", "cosine")  # to see what the candidates are worth
 CHOSEN = "arc.safetensors"
 
@@ -55,7 +54,7 @@ def select(candidates: Path, job: Job, sizes: Sizes) -> Path:
     paths = sorted(candidates.glob("candidate-*.safetensors"))
     if not paths:
         raise UsageError(f"no candidates in {candidates}: make them with arc train")
-    schedules = {path.stem: f"ARC(weights={str(path)!r}, decisions={DECISIONS})" for path in paths}
+    schedules = {path.stem: arc_with(str(path), decisions=DECISIONS) for path in paths}
     settings = Settings(sizes.steps, EPOCHS, validated=True)
     described = {"candidates": {path.stem: path.stat().st_mtime for path in paths}, "seeds": sizes.seeds}
     sweep = Sweep(job, settings, described)
@@ -94,23 +93,14 @@ def summarize(runs: pl.DataFrame) -> pl.DataFrame:
 
 def draw(runs: pl.DataFrame, best: str) -> plt.Figure:
     """The paper's figure 8: the best accuracies of each controller, a box for each."""
-    controllers: Sequence[str] = sorted(runs["schedule"].unique())
+    scored = runs.sort("schedule").with_columns(pl.col("schedule").str.strip_prefix("candidate-"))
+    scored = scored.with_columns(accuracy=100 * pl.col("test_metrics").list.max())
+    colors = {best.removeprefix("candidate-"): drawing.ORANGE}
     figure, panels = drawing.panels(len(LEARNING_RATES), 3, width=5.0)
     for axes, rate in zip(panels, LEARNING_RATES, strict=True):
-        boxes = [
-            [
-                100 * max(metrics)
-                for metrics in runs.filter((pl.col("schedule") == name) & (pl.col("learning_rate") == rate))[
-                    "test_metrics"
-                ].to_list()
-            ]
-            for name in controllers
-        ]
-        drawn = axes.boxplot(boxes, patch_artist=True, medianprops={"color": drawing.BLACK})
-        for patch, name in zip(drawn["boxes"], controllers, strict=True):
-            patch.set_facecolor(drawing.ORANGE if name == best else drawing.SKY)
-        labels = [name.removeprefix("candidate-") for name in controllers]
-        axes.set_xticks(np.arange(1, len(controllers) + 1), labels, rotation=45, ha="right", fontsize=8)
+        own = scored.filter(pl.col("learning_rate") == rate)
+        cells = own.group_by("schedule", maintain_order=True).agg("accuracy")
+        drawing.draw_boxes(axes, dict(cells.iter_rows()), colors)
         axes.set_title(f"initial rate {rate:g}", fontsize=10)
     panels[0].set_ylabel("best accuracy, %")
     figure.suptitle(f"Candidates on {TASK}; the chosen one is orange")

@@ -26,7 +26,7 @@ from experiments import drawing
 from experiments.engine import compiler_options, device_mesh
 from experiments.errors import UsageError
 from experiments.progress import make_progress
-from experiments.store import write_atomically
+from experiments.store import other_settings, write_atomically
 from experiments.tables import print_table
 from greedylr_jax.arc import ACTIONS, batch_features, initial_weights
 from greedylr_jax.arc.network import action_logits
@@ -236,10 +236,7 @@ class Checkpoint:
             return self._start, np.zeros((0, len(jax.tree.leaves(self._start)[0]), 3), np.float32)
         with safetensors.safe_open(self.path, framework="numpy") as file:
             if file.metadata() != self._described:
-                raise UsageError(
-                    f"{self.path.parent} holds an unfinished training with other settings: give those again "
-                    "to finish it, or --fresh to drop it, or another --out"
-                )
+                raise other_settings(self.path.parent, "training")
             leaves = [jnp.asarray(file.get_tensor(f"{i:02d}")) for i in range(self._structure.num_leaves)]
             return self._structure.unflatten(leaves), file.get_tensor("history")
 

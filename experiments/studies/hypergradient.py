@@ -16,11 +16,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import polars as pl
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import greedylr_jax
 from experiments import drawing, html
 from experiments.engine import batch_indices
+from experiments.progress import make_progress
 from experiments.store import write_atomically
 from experiments.studies.base import Job, publish
 from experiments.summary import confidence_interval, interval_text, stage_losses
@@ -125,8 +125,7 @@ def run(job: Job) -> None:
     steps, seeds = PRESETS[job.preset]["steps"], PRESETS[job.preset]["seeds"]
     task = make_task("digits")
     rows: list[dict[str, Any]] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=job.console) as progress:
+    with make_progress(job.console, "parts") as progress:
         bar = progress.add_task("training", total=2 * len(METHODS))
         for method in METHODS:
             progress.update(bar, description=f"{method}: tuning")
