@@ -132,6 +132,9 @@ RULES: dict[str, OwnRates] = {
 PEERS: dict[str, OwnRates] = {
     "schedule-free": lambda optimizer, rate, steps: optax.contrib.schedule_free_adamw(rate),
     "prodigy": lambda optimizer, rate, steps: optax.contrib.prodigy(rate),
+    # The given rate is where their own estimate starts.
+    "prodigy-guess": lambda optimizer, rate, steps: optax.contrib.prodigy(1.0, estim_lr0=rate),
+    "dog-guess": lambda optimizer, rate, steps: optax.contrib.dog(1.0, ("learning_rate", rate)),
     "mechanic": lambda optimizer, rate, steps: optax.contrib.mechanize(
         optax.chain(optimizer, optax.scale(rate))
     ),

@@ -7,6 +7,9 @@ import jax.numpy as jnp
 
 from greedylr_jax import base
 
+NEAR = 3  # losses whose mean tells that the loss has risen
+_ERRORS = 6.0  # standard errors that are no noise
+
 
 class Window(NamedTuple):
     """The losses since some moment; those that are not finite are counted, and left out of the rest."""
@@ -36,3 +39,13 @@ def observe(window: Window, loss: jax.Array) -> Window:
     mean = window.mean + deviation / jnp.maximum(count, 1).astype(loss.dtype)
     squares = window.squares + deviation * jnp.where(finite, loss - mean, 0)
     return Window(window.steps + 1, count, mean, squares)
+
+
+def variance(window: Window) -> jax.Array:
+    """Of single losses; 0 where fewer than two are known."""
+    return window.squares / jnp.maximum(window.finite - 1, 1).astype(window.squares.dtype)
+
+
+def rise_limit(mean: jax.Array, variance: jax.Array) -> jax.Array:
+    """What the mean of three losses exceeds if they have risen by more than noise explains."""
+    return mean + _ERRORS * jnp.sqrt(variance / NEAR)

@@ -1,13 +1,15 @@
 """A rule that needs no initial rate: it looks for one, goes back to the start, and trains.
 
-In the first ``ramp_steps`` steps the rate rises geometrically over ten decades, and the losses are kept. Once
-the loss has risen above where it started, by more than its noise, or the ramp is over, the training goes back
-to the *initial parameters and a fresh optimizer*, and starts again at a tenth of the rate at which the
-smoothed loss was least. From there on the trend rule acts (:mod:`greedylr_jax.trend`), never above that rate:
-what the ramp saw is the greatest at which the network still learns. In the last fifth of the training the
-rate falls to zero. Where the ramp has walked to a flatter place than the start, that rate may be too high
-here: if twenty losses in a row are above where the loss started, or not finite, the training goes back again,
-to a tenth of the rate.
+The first part of the training is a search (:mod:`greedylr_jax._search`): the rate rises over ten decades
+until the loss rises, and then a few short trials from the *initial parameters and a fresh optimizer* tell
+which rate below that learns most. The training begins there, at half that rate, with the trend rule
+(:mod:`greedylr_jax.trend`). This may raise it to thirty times what was found, as what learns most in a few
+steps is often too low for many, but not above two fifths of the rate that the ramp's loss rose at. In the
+last two fifths of the training the rate falls to zero.
+
+All along there is one place to go back to: the initial parameters, and later those of the least mean loss.
+If twenty losses in a row are far above what they were there, or not finite, the training goes back, and the
+rate is cut (:mod:`greedylr_jax.rollback`).
 
 There is no paper. The ramp is the range test of L. N. Smith, "Cyclical Learning Rates for Training Neural
 Networks", 2017, inside the training.
@@ -21,18 +23,19 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from greedylr_jax import _checks, base, rollback, trend
+from greedylr_jax import _checks, _search, base, rollback, trend
+from greedylr_jax._window import variance
 
-RAMP, TRAIN, RETURN = 0, 1, 2  # phases; on the way back it counts on from RETURN
-_LOWEST, _HIGHEST = -6.0, 4.0  # decades of the ramp around the given rate
-_BACKOFF = 0.1  # the rate to start with over that of the least loss
-_SMOOTHED = 7  # losses of the ramp, whose means are compared
-_RECENT = 3  # losses whose mean tells that the loss has risen
-_QUIET = 10  # losses of the ramp that tell how noisy they are
-_ERRORS = 6.0  # standard errors that are no noise
-_BAD = 20  # losses in a row above the limit that the training does not recover from
-_RAMP_STEPS, _RAMP_SHARE, _LEAST_RAMP = 150, 0.15, 30
-_ANNEALED = 0.2  # of the steps
+_BACKOFF = 0.5  # the rate to start with over that of the best trial
+_RISE = 30.0  # the highest rate over that of the best trial
+_MARGIN = 0.4  # the highest rate over that of the edge
+_LEAST = 1e-4  # the lowest rate over the one to start with
+_WINDOW = 20  # of the trend rule
+_RAISE = 1.4  # by the trend rule
+_RAMP_STEPS, _RAMP_SHARE, _LEAST_RAMP = 100, 0.06, 30
+_TRIAL_STEPS, _TRIAL_SHARE, _LEAST_TRIAL = 50, 0.03, 10
+_SEARCHED = 0.3  # of the steps, after which no further trial is begun
+_ANNEALED = 0.4  # of the steps
 
 
 class AutoState(NamedTuple):
@@ -40,14 +43,12 @@ class AutoState(NamedTuple):
 
     rate: base.RateState
     step: jax.Array  # shape=(), dtype=int32; losses seen
-    phase: jax.Array  # shape=(), dtype=int32; RAMP, TRAIN, or RETURN and more
-    losses: jax.Array  # shape=(ramp_steps + 1,), dtype=float; of the ramp
-    limit: jax.Array  # shape=(), dtype=float; what means of losses must not exceed; infinite while not known
-    found: jax.Array  # shape=(), dtype=float; the rate that the ramp led to, less after further returns
-    num_bad: jax.Array  # shape=(), dtype=int32; losses in a row that are above the limit, after the ramp
-    num_returns: jax.Array  # shape=(), dtype=int32
+    search: _search.SearchState
     trend: trend.TrendState
-    start: optax.Params  # the initial parameters
+    watch: rollback.Watch
+    kept: rollback.Kept  # the parameters to go back to
+    settles: jax.Array  # shape=(), dtype=int32; further steps that the way back may take
+    num_returns: jax.Array  # shape=(), dtype=int32; those of the search not counted
     inner_state: optax.OptState
 
 
@@ -56,7 +57,8 @@ def auto_lr(
     learning_rate: ArrayLike = 1e-3,
     *,
     total_steps: ArrayLike | None = None,
-    ramp_steps: int | None = None,
+    ramp_steps: ArrayLike | None = None,
+    trial_steps: ArrayLike | None = None,
     axis_name: Hashable | None = None,
 ) -> base.GradientTransformationExtraLoss:
     """An optimizer that finds its learning rate itself, and keeps looking after it.
@@ -66,20 +68,22 @@ def auto_lr(
     Args:
       inner: a direction without a rate (``optax.scale_by_adam()``, ``optax.trace(0.9)``, ...), or an
         optimizer built with rate 1 (``optax.adamw(1.0)``).
-      learning_rate: > 0; the ramp goes from a millionth of it to ten thousand times of it. May be traced.
-      total_steps: length of the training, the ramp included, an integer >= 1: over the last fifth of it the
-        rate falls linearly to zero. None: it does not fall by itself. May be traced.
-      ramp_steps: longest ramp, an integer >= 30; static. Default: 150, or 15% of ``total_steps`` where that
-        is less.
+      learning_rate: > 0; the ramp goes from a millionth of it to ten thousand times of it. This and all
+        numbers may be traced.
+      total_steps: length of the training, the search included, an integer >= 1: over the last two fifths of
+        it the rate falls linearly to zero. None: it does not fall by itself.
+      ramp_steps: longest ramp, an integer >= 30. Default: 100, or 6% of ``total_steps`` where that is less.
+      trial_steps: steps of each trial, an integer >= 10. Default: 50, or 3% of ``total_steps`` where that is
+        less. There are usually four to six trials, and no further one is begun after 30% of ``total_steps``.
       axis_name: the mapped axis, or axes, over which losses are averaged first.
 
     Returns:
       A :class:`greedylr_jax.GradientTransformationExtraLoss`; ``update`` needs ``params`` and ``value``. Its
-      state has one copy of the parameters. The ramp's last update leads back to the initial parameters; where
-      one addition cannot reach them to the last bit, further ones do, whose gradients are not used. Keep what
-      changes updates (weight decay, clipping) in ``inner`` and not behind it. Parameters must all be seen:
-      not inside ``optax.masked`` or ``optax.partition``. What is not a parameter, such as the statistics of a
-      batch normalisation, does not go back.
+      state has one copy of the parameters. Some updates lead back to earlier parameters; where one addition
+      cannot reach them to the last bit, further ones do, whose gradients are not used. Keep what changes
+      updates (weight decay, clipping) in ``inner`` and not behind it. Parameters must all be seen: not inside
+      ``optax.masked`` or ``optax.partition``. What is not a parameter, such as the statistics of a batch
+      normalisation, does not go back.
 
     Raises:
       ValueError: if a number is out of its range. Its ``update`` raises ``TypeError`` or ``ValueError`` if
@@ -104,29 +108,20 @@ def auto_lr(
     centre = _checks.check_real("learning_rate", learning_rate, low=0.0, low_open=True, high_open=True)
     if total_steps is not None:
         total_steps = _checks.check_integer("total_steps", total_steps, low=1)
-    ramp_steps = _ramp_steps(ramp_steps, total_steps)
+    lengths = _lengths(total_steps, ramp_steps, trial_steps)
     inner = base.as_direction(inner)
-    rule = trend.trend_rule(trend.TrendSettings(low=1e-4, high=1 / _BACKOFF))
-    ratio = 10.0 ** ((_HIGHEST - _LOWEST) / (ramp_steps - 1))
-
-    def ramp_rate(step: jax.Array) -> jax.Array:
-        """The rate of a step of the ramp."""
-        first = jnp.asarray(centre, base.default_float_dtype()) * 10.0**_LOWEST
-        return first * jnp.asarray(ratio, first.dtype) ** step.astype(first.dtype)
 
     def init_fn(params: optax.Params) -> AutoState:
         dtype = base.default_float_dtype()
         return AutoState(
-            rate=base.RateState(ramp_rate(jnp.zeros((), jnp.int32))),
+            rate=base.RateState(_search.ramp_rate(centre, jnp.zeros((), jnp.int32), lengths)),
             step=jnp.zeros((), jnp.int32),
-            phase=jnp.full((), RAMP, jnp.int32),
-            losses=jnp.zeros(ramp_steps + 1, dtype),
-            limit=jnp.full((), jnp.inf, dtype),
-            num_bad=jnp.zeros((), jnp.int32),
+            search=_search.begin(),
+            trend=trend.trend_rule(_trend_settings(jnp.inf)).init(jnp.ones((), dtype)),
+            watch=rollback.unwatched(),
+            kept=rollback.Kept(jax.tree.map(jnp.array, params), None),
+            settles=jnp.zeros((), jnp.int32),
             num_returns=jnp.zeros((), jnp.int32),
-            found=jnp.array(centre, dtype),
-            trend=rule.init(jnp.ones((), dtype)),
-            start=jax.tree.map(jnp.array, params),
             inner_state=inner.init(params),
         )
 
@@ -146,102 +141,119 @@ def auto_lr(
             )
         if value is None and _checks.is_known_false(has_value):
             value = 0.0  # never looked at
-        loss = base.average(base.check_loss("auto_lr", value).astype(state.losses.dtype), axis_name)
+        loss = base.check_loss("auto_lr", value).astype(state.search.edge.dtype)
+        loss = base.average(loss, axis_name)
         extra_args |= {"value": value, "has_value": has_value}
         direction, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
 
         observed = jnp.asarray(True if has_value is None else has_value, bool)
-        ramps, trains = state.phase == RAMP, state.phase == TRAIN
-        place = jnp.minimum(state.step, ramp_steps)
-        losses = state.losses.at[place].set(jnp.where(ramps & observed, loss, state.losses[place]))
-        limit = jnp.where(ramps & (state.step == _QUIET), _limit(losses), state.limit)
-        has_risen, best = jax.lax.cond(
-            ramps & observed,
-            lambda: (_recent(losses, state.step) > limit, _best_step(losses, state.step)),
-            lambda: (jnp.asarray(False), jnp.zeros((), jnp.int32)),
+        # Whether this step is still one of the way back shows in the parameters: it is taken as a good one,
+        # and dropped below where it is not.
+        numbers, goes_back, takes = _observe(state, loss, centre, lengths)
+        learning_rate = jnp.where(
+            numbers.search.stage == _search.FOUND,
+            _BACKOFF * numbers.search.found * numbers.trend.scale * _anneal(state.step, total_steps),
+            _search.rate(numbers.search, centre, lengths),
+        ).astype(loss.dtype)
+        learning_rate = jnp.where(observed & ~goes_back, learning_rate, state.rate.learning_rate)
+        settles = state.settles > 0
+        searches = state.search.stage != _search.FOUND
+        steps, inner_state, kept, returns = rollback.exchange(
+            base.scale_updates(direction, -learning_rate),
+            inner_state,
+            state.kept,
+            params=params,
+            old_inner_state=state.inner_state,
+            needed=searches | settles | (observed & (goes_back | takes | ~(loss <= state.watch.limit))),
+            goes_back=observed & goes_back & ~settles,
+            settles=settles,
+            takes=observed & takes,
+            init=inner.init,
         )
-        ends = ramps & observed & (has_risen | (state.step >= ramp_steps))
-        # A loss may be that high once, and the next ones low again.
-        is_bad = observed & ~(loss <= limit)
-        num_bad = jnp.where(is_bad, state.num_bad + 1, jnp.where(observed, 0, state.num_bad))
-        again = trains & (num_bad >= _BAD)
-        trend_state = base.select(trains & observed, rule.update(state.trend, loss), state.trend)
-        trend_state = base.select(again, rule.init(jnp.ones_like(state.found)), trend_state)
-        found = jnp.where(again, _BACKOFF * state.found, state.found)
-        found = jnp.where(ends, _BACKOFF * ramp_rate(best), found)
-        rate = jnp.where(
-            ramps & ~ends,
-            ramp_rate(state.step),
-            found * trend_state.scale * _anneal(state.step, total_steps).astype(found.dtype),
-        )
-        rate = jnp.where(observed, rate, state.rate.learning_rate)
-        begins = ends | again
-        returns = begins | (state.phase >= RETURN)
-        steps = base.scale_updates(direction, -rate)
-
-        def protect(_: jax.Array, carry: Any) -> Any:
-            steps, inner_state = carry
-            guarded = rollback.where_finite(jnp.asarray(True), steps, params)
-            back = rollback.difference(state.start, params)
-            # The optimizer, too, is as it was at the start.
-            return base.select(returns, (back, inner.init(state.start)), (guarded, inner_state))
-
-        # A loop of one turn or none: where all goes well nothing of the parameters' size is touched.
-        in_danger = ramps | returns | is_bad
-        steps, inner_state = jax.lax.fori_loop(0, in_danger.astype(jnp.int32), protect, (steps, inner_state))
-        last_return = RETURN + rollback.SETTLING_STEPS - 2
-        after = jnp.where(state.phase == last_return, TRAIN, state.phase + 1)
-        phase = jnp.where(begins, RETURN, jnp.where(state.phase >= RETURN, after, state.phase))
+        begins = returns & ~settles
+        numbers = base.select(observed & (begins | ~returns), numbers, _numbers(state))
+        left = jnp.where(begins, rollback.SETTLING_STEPS, state.settles) - 1
         return steps, AutoState(
-            rate=base.RateState(rate),
+            rate=base.RateState(jnp.where(returns, state.rate.learning_rate, learning_rate)),
             step=jnp.where(observed, optax.safe_increment(state.step), state.step),
-            phase=phase.astype(jnp.int32),
-            losses=losses,
-            limit=limit,
-            found=found,
-            num_bad=jnp.where(trains & ~again, num_bad, 0),
-            num_returns=state.num_returns + begins.astype(jnp.int32),
-            trend=trend_state,
-            start=state.start,
+            kept=kept,
+            settles=jnp.where(returns, left, 0).astype(jnp.int32),
+            num_returns=state.num_returns + (begins & ~searches).astype(jnp.int32),
             inner_state=inner_state,
+            **numbers._asdict(),
         )
 
     return base.GradientTransformationExtraLoss(init_fn, update_fn)
 
 
-def _ramp_steps(ramp_steps: int | None, total_steps: ArrayLike | None) -> int:
-    if ramp_steps is not None:
-        return _checks.check_static_integer("ramp_steps", ramp_steps, low=_LEAST_RAMP)
-    if total_steps is None or _checks.is_traced(total_steps):
-        return _RAMP_STEPS
-    return max(_LEAST_RAMP, min(_RAMP_STEPS, int(_RAMP_SHARE * total_steps)))
+class _Numbers(NamedTuple):
+    """The part of the state that a loss changes."""
+
+    search: _search.SearchState
+    trend: trend.TrendState
+    watch: rollback.Watch
 
 
-def _limit(losses: jax.Array) -> jax.Array:
-    """What a mean of three losses exceeds if they have risen above the ramp's first by more than noise."""
-    first = losses[:_QUIET]
-    finite = jnp.isfinite(first)
-    spread = jnp.std(first, ddof=1, where=finite) / jnp.sqrt(jnp.asarray(_RECENT, losses.dtype))
-    limit = jnp.mean(first, where=finite) + _ERRORS * spread
-    return jnp.where(jnp.sum(finite) > 1, limit, jnp.inf)
+def _numbers(state: AutoState) -> _Numbers:
+    return _Numbers(state.search, state.trend, state.watch)
 
 
-def _recent(losses: jax.Array, last: jax.Array) -> jax.Array:
-    """The mean of the last three losses, of those that are finite; infinite if none is."""
-    recent = jax.lax.dynamic_slice(losses, (jnp.maximum(last - _RECENT + 1, 0),), (_RECENT,))
-    finite = jnp.isfinite(recent)
-    return jnp.where(jnp.any(finite), jnp.mean(recent, where=finite), jnp.inf)
+def _observe(
+    state: AutoState, loss: jax.Array, centre: ArrayLike, lengths: _search.Lengths
+) -> tuple[_Numbers, jax.Array, jax.Array]:
+    """The numbers after one more loss; whether to go back now; whether to keep these parameters."""
+    is_found = state.search.stage == _search.FOUND
+    search, search_returns = _search.advance(state.search, loss, centre, lengths)
+    begins = ~is_found & (search.stage == _search.FOUND)
+    search = base.select(is_found, state.search, search)
+
+    watch, watch_returns = rollback.watch(state.watch, loss)
+    watch_returns &= is_found
+    rule = trend.trend_rule(_trend_settings(_highest_scale(state.search)))
+    # A return is a loss that is not finite to the rule, upon which it cuts.
+    observed_loss = jnp.where(watch_returns, jnp.nan, loss)
+    moved = base.select(is_found, rule.update(state.trend, observed_loss), state.trend)
+    window_ends = is_found & (moved.window.steps == 0) & moved.has_last
+    takes = window_ends & rollback.improves(watch, moved.last_mean)
+    single = moved.last_error * jnp.asarray(_WINDOW, loss.dtype)
+    watch = base.select(takes, rollback.watch_from(moved.last_mean, single), watch)
+    # At the start the losses are those that the ramp began with.
+    first = search.first
+    at_start = rollback.watch_from(first.mean, variance(first))._replace(level=jnp.full_like(loss, jnp.inf))
+    watch = base.select(begins, at_start, base.select(is_found, watch, state.watch))
+    return _Numbers(search, moved, watch), search_returns & ~is_found | watch_returns, takes
 
 
-def _best_step(losses: jax.Array, last: jax.Array) -> jax.Array:
-    """The step of the ramp after which the smoothed loss was least."""
-    place = jnp.arange(len(losses))
-    seen = (place <= last) & jnp.isfinite(losses)
-    # Means over what was seen of the neighbours; a loss is that before its step.
-    near = jnp.abs(place[:, None] - place) <= _SMOOTHED // 2
-    weights = (near & seen).astype(losses.dtype)
-    means = weights @ jnp.where(seen, losses, 0) / jnp.maximum(jnp.sum(weights, axis=1), 1)
-    return jnp.maximum(jnp.argmin(jnp.where(seen, means, jnp.inf)) - 1, 0).astype(jnp.int32)
+def _trend_settings(high: ArrayLike) -> trend.TrendSettings:
+    return trend.TrendSettings(low=_LEAST, high=high, window=_WINDOW, raise_factor=_RAISE)
+
+
+def _highest_scale(search: _search.SearchState) -> jax.Array:
+    """What the trend rule may multiply the first rate by."""
+    edge = jnp.where(search.has_edge, _MARGIN * search.edge, jnp.inf)
+    highest = jnp.maximum(jnp.minimum(_RISE * search.found, edge), search.found)
+    first = _BACKOFF * search.found
+    return jnp.where(first > 0, highest / jnp.where(first > 0, first, 1), jnp.inf)
+
+
+def _lengths(
+    total_steps: ArrayLike | None, ramp_steps: ArrayLike | None, trial_steps: ArrayLike | None
+) -> _search.Lengths:
+    def share(of_all: float, least: int, most: int) -> ArrayLike:
+        if total_steps is None:
+            return most
+        return jnp.clip(of_all * jnp.asarray(total_steps, jnp.float32), least, most).astype(jnp.int32)
+
+    if ramp_steps is None:
+        ramp_steps = share(_RAMP_SHARE, _LEAST_RAMP, _RAMP_STEPS)
+    else:
+        ramp_steps = _checks.check_integer("ramp_steps", ramp_steps, low=_LEAST_RAMP)
+    if trial_steps is None:
+        trial_steps = share(_TRIAL_SHARE, _LEAST_TRIAL, _TRIAL_STEPS)
+    else:
+        trial_steps = _checks.check_integer("trial_steps", trial_steps, low=_LEAST_TRIAL)
+    most = _checks.INT32_MAX if total_steps is None else _SEARCHED * jnp.asarray(total_steps, jnp.float32)
+    return _search.Lengths(ramp_steps, trial_steps, most)
 
 
 def _anneal(step: jax.Array, total_steps: ArrayLike | None) -> jax.Array:

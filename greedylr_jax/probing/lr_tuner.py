@@ -214,25 +214,17 @@ def lr_tuner(
         changed = learning_rate != state.rate.learning_rate
         # A change that is watched must leave something to go back from: NaN plus anything is NaN.
         steps = way_back.where_finite(state.snapshot.watched | changed, steps, params)
-        settling = state.snapshot.settling > 0
-
-        def exchange(_: jax.Array, carry: Any) -> Any:
-            """Goes back to the snapshot, or takes a new one."""
-            steps, inner_state, kept, _ = carry
-            goes_back = bad | (settling & ~way_back.are_equal(params, kept[0]))
-            back = (way_back.difference(kept[0], params), kept[1])
-            steps, inner_state = base.select(goes_back, back, (steps, inner_state))
-            kept = base.select(changed & ~goes_back, (params, state.inner_state), kept)
-            return steps, inner_state, kept, goes_back
-
-        # A loop of one turn or none works in place. A lax.cond would copy what it hands through, which are
-        # arrays of the parameters' size; so would any other use of the snapshot's arrays.
-        kept = (state.snapshot.params, state.snapshot.inner_state)
-        steps, inner_state, (kept_params, kept_inner_state), goes_back = jax.lax.fori_loop(
-            0,
-            (bad | changed | settling).astype(jnp.int32),
-            exchange,
-            (steps, inner_state, kept, jnp.asarray(False)),
+        settles = state.snapshot.settling > 0
+        steps, inner_state, kept, goes_back = way_back.exchange(
+            steps,
+            inner_state,
+            way_back.Kept(state.snapshot.params, state.snapshot.inner_state),
+            params=params,
+            old_inner_state=state.inner_state,
+            needed=bad | changed | settles,
+            goes_back=bad,
+            settles=settles,
+            takes=changed,
         )
         limit = _highest_mean(window, state.progress.last_mean, settings.rollback_threshold)
         taken = Snapshot(
@@ -244,15 +236,15 @@ def lr_tuner(
             params=None,
             inner_state=None,
         )
-        kept = state.snapshot._replace(
+        held = state.snapshot._replace(
             watched=state.snapshot.watched & ~ends,
             settling=jnp.zeros((), jnp.int32),
             params=None,
             inner_state=None,
         )
-        advanced = advanced._replace(snapshot=base.select(changed, taken, kept), inner_state=None)
+        advanced = advanced._replace(snapshot=base.select(changed, taken, held), inner_state=None)
         numbers = base.select(goes_back, _returned(state), advanced)
-        snapshot = numbers.snapshot._replace(params=kept_params, inner_state=kept_inner_state)
+        snapshot = numbers.snapshot._replace(params=kept.params, inner_state=kept.inner_state)
         return steps, numbers._replace(snapshot=snapshot, inner_state=inner_state)
 
     return base.GradientTransformationExtraLoss(init_fn, update_fn)

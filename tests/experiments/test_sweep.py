@@ -145,15 +145,18 @@ def test_a_recurrent_network_is_validated_now_and_then():
     assert np.isfinite(got.test_loss).all()
 
 
-SMALL = {"tasks": ("digits-mlp",), "steps": 30, "seeds": 2}
+SMALL = {
+    "tasks": ("digits-mlp",),
+    "schedules": ("constant", "cosine", "GreedyLR"),  # one compilation
+    "steps": 30,
+    "seeds": 2,
+}
 
 
 @pytest.fixture
 def small_study(monkeypatch):
     monkeypatch.setitem(initial_rate.PRESETS, "quick", SMALL)
-    monkeypatch.setattr(initial_rate, "SCHEDULES", ("constant", "cosine", "GreedyLR"))  # one compilation
     monkeypatch.setattr(initial_rate, "OURS", "GreedyLR")
-    monkeypatch.setattr(initial_rate, "COLORS", ("#000000", "#111111", "#222222"))
     monkeypatch.setattr(initial_rate, "OPTIMIZERS", ("sgd",))
 
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import greedylr_jax
-from greedylr_jax import auto, auto_lr, get_learning_rate
+from greedylr_jax import _search, auto_lr, get_learning_rate, rollback
 
 RAMP, STEPS = 60, 300
 
@@ -56,56 +56,85 @@ def history():
     return train(tx, *regression())
 
 
-def test_the_ramp_rises_over_ten_decades_and_then_leads_back_to_the_start(history):
+def test_the_search_always_begins_from_the_initial_parameters_and_a_fresh_optimizer(history):
     params, states, losses = history
-    rates, phases = np.asarray(states.rate.learning_rate), np.asarray(states.phase)
-    ramp = np.flatnonzero(phases == auto.RAMP)
+    rates, stages = np.asarray(states.rate.learning_rate), np.asarray(states.search.stage)
+    ramp = np.flatnonzero(stages == _search.RAMP)
     np.testing.assert_allclose(rates[ramp], 0.01 * 10.0 ** (-6 + 10 * ramp / (RAMP - 1)), rtol=1e-4)
-    # It ends as the loss has risen above where it began, or after all its steps.
-    end = ramp[-1] + 1
-    assert end == RAMP or losses[end] > losses[:10].mean()
+    # It ends as the loss has risen above where it began.
+    assert losses[ramp[-1] + 1] > losses[:10].mean()
     start = regression()[1]
-    first = np.flatnonzero(phases == auto.TRAIN)[0]
-    for name, value in start.items():
-        np.testing.assert_array_equal(params[name][first - 1], value)
     fresh = optax.scale_by_adam().init(start)
-    kept = jax.tree.map(lambda leaf: leaf[first - 1], states.inner_state)
-    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool(jnp.all(a == b)), kept, fresh)))
-    # A tenth of the rate whose loss was least, by means of seven; the loss is that before the step.
-    seen = np.asarray(losses[: end + 1], float)
-    means = [seen[max(0, i - 3) : i + 4].mean() for i in range(len(seen))]
-    best = max(int(np.argmin(means)) - 1, 0)
-    np.testing.assert_allclose(states.found[-1], 0.1 * rates[best], rtol=1e-4)
+    # Each return is over where a step follows whose rate differs from that before.
+    settles, trials = np.asarray(states.settles), np.asarray(states.search.trial)
+    arrivals = [i for i in range(1, STEPS) if settles[i - 1] > 0 and settles[i] == 0]
+    assert len(arrivals) == trials[-1] + 2  # after the ramp, and after each trial
+    for arrival in arrivals:
+        for name, value in start.items():
+            np.testing.assert_array_equal(params[name][arrival - 1], value)
+        kept = jax.tree.map(lambda leaf, i=arrival - 1: leaf[i], states.inner_state)
+        assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool(jnp.all(a == b)), kept, fresh)))
 
 
-def test_after_the_ramp_the_trend_rule_acts_and_the_rate_falls_to_zero_at_the_end(history):
+def test_after_the_search_the_trend_rule_acts_and_the_rate_falls_to_zero_at_the_end(history):
     _, states, losses = history
-    rates, phases = np.asarray(states.rate.learning_rate), np.asarray(states.phase)
-    first = np.flatnonzero(phases == auto.TRAIN)[0]
-    tx = greedylr_jax.trend_lr(max_scale=10.0)
+    rates = np.asarray(states.rate.learning_rate)
+    found, edge = float(states.search.found[-1]), float(states.search.edge[-1])
+    stages, settles = np.asarray(states.search.stage), np.asarray(states.settles)
+    first = np.flatnonzero((stages == _search.FOUND) & (settles == 0))[0]
+    highest = max(min(30 * found, 0.4 * edge), found)
+    tx = greedylr_jax.trend_lr(max_scale=highest / (0.5 * found), raise_factor=1.4)
     state, scales = tx.init(None), []
-    for loss in np.asarray(losses[first + 1 :]):
+    for loss in np.asarray(losses[first:]):
         _, state = tx.update(None, state, value=loss)
         scales.append(float(greedylr_jax.get_scale(state)))
-    anneal = np.clip((STEPS - np.arange(first + 1, STEPS)) / (0.2 * STEPS), 0, 1)
-    np.testing.assert_allclose(rates[first + 1 :], states.found[-1] * np.array(scales) * anneal, rtol=1e-4)
-    assert 0 < rates[-1] < 0.03 * rates[first + 1 :].max() and np.ptp(scales) > 0
+    anneal = np.clip((STEPS - np.arange(first, STEPS)) / (0.4 * STEPS), 0, 1)
+    np.testing.assert_allclose(rates[first:], 0.5 * found * np.array(scales) * anneal, rtol=1e-4)
+    assert 0 < rates[-1] < 0.03 * rates[first:].max() and np.ptp(scales) > 0
 
 
 def test_without_a_horizon_the_rate_does_not_fall_by_itself():
-    _, states, _ = train(auto_lr(optax.identity(), 0.1, ramp_steps=RAMP), *regression())
+    tx = auto_lr(optax.identity(), 0.1, ramp_steps=RAMP, trial_steps=10)
+    _, states, _ = train(tx, *regression())
     rates = np.asarray(states.rate.learning_rate)
-    np.testing.assert_allclose(rates[-1], states.found[-1] * states.trend.scale[-1], rtol=1e-6)
+    np.testing.assert_allclose(rates[-1], 0.5 * states.search.found[-1] * states.trend.scale[-1], rtol=1e-6)
 
 
 def test_a_ramp_that_blows_up_leaves_nothing_that_is_not_finite():
     loss_fn = lambda params, batch: jnp.sum(jnp.exp(params["w"] ** 2)) + 0 * jnp.sum(batch)  # noqa: E731
     params = {"w": jnp.array([1.5, -1.0, 0.5])}
-    tx = auto_lr(optax.identity(), 1e3, ramp_steps=RAMP)
+    tx = auto_lr(optax.identity(), 1e3, total_steps=STEPS, ramp_steps=RAMP)
     params, states, losses = train(tx, loss_fn, params, jnp.zeros(STEPS))
-    # It blew up, and once more from the start, at the rate of the flat bottom.
-    assert np.max(losses) > 1e10 and states.num_returns[-1] == 2
+    assert np.max(losses) > 1e10 and states.search.stage[-1] == _search.FOUND
     assert np.isfinite(params["w"]).all() and losses[-1] < 3.01  # the minimum is 3
+
+
+@pytest.mark.parametrize("bad", [np.nan, 1e6], ids=["nan", "high"])
+def test_a_training_that_is_lost_goes_back_to_its_best_parameters_and_is_slower(bad):
+    """Someone spoils the parameters in the middle of the training."""
+    loss_fn, params, batches = regression()
+    tx = auto_lr(optax.scale_by_adam(), 0.01, ramp_steps=RAMP, trial_steps=10)
+
+    def body(carry, inputs):
+        params, state = carry
+        batch, spoilt = inputs
+        loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+        updates, after = tx.update(grads, state, params, value=jnp.where(spoilt, bad, loss))
+        return (optax.apply_updates(params, updates), after), (params, after)
+
+    spoilt = (np.arange(STEPS) >= 220) & (np.arange(STEPS) < 240)
+    run = jax.jit(lambda params: jax.lax.scan(body, (params, tx.init(params)), (batches, spoilt)))
+    (_, last), (seen, states) = run(params)
+    assert last.num_returns == 1 and states.num_returns[238] == 0 and states.num_returns[239] == 1
+    kept = jax.tree.map(lambda leaf: leaf[239], states.kept.params)
+    assert any((kept["w"] != params["w"]).tolist())  # not the initial ones
+    for step in range(240, 240 + rollback.SETTLING_STEPS):
+        if states.settles[step] == 0:
+            np.testing.assert_array_equal(seen["w"][step], kept["w"])
+            break
+    else:
+        raise AssertionError("the way back has no end")
+    assert states.trend.scale[239] < 0.5 * states.trend.scale[219]
 
 
 def test_steps_without_a_loss_are_not_counted():
@@ -116,7 +145,7 @@ def test_steps_without_a_loss_are_not_counted():
     for has_value in (False, jnp.asarray(False)):
         value = {} if has_value is False else {"value": 7.0}
         _, after = tx.update(grads, state, params, has_value=has_value, **value)
-        assert after.step == 0 and after.losses[0] == 0
+        assert after.step == 0 and after.search.seen == 0
         assert get_learning_rate(after) == get_learning_rate(state)
 
 
@@ -136,6 +165,7 @@ def test_an_optimizer_built_with_rate_one_is_taken_as_a_direction():
         ({"total_steps": 0}, "total_steps"),
         ({"ramp_steps": 29}, "ramp_steps"),
         ({"ramp_steps": 50.5}, "ramp_steps"),
+        ({"trial_steps": 9}, "trial_steps"),
     ],
 )
 def test_numbers_out_of_range_are_refused(arguments, message):
@@ -152,7 +182,32 @@ def test_the_parameters_and_the_loss_are_asked_for():
         tx.update(jnp.ones(2), state, jnp.ones(2))
 
 
-@pytest.mark.parametrize(("total", "longest"), [(None, 150), (10_000, 150), (400, 60), (50, 30)])
-def test_the_ramp_is_a_share_of_the_training(total, longest):
-    state = auto_lr(optax.identity(), total_steps=total).init(jnp.ones(2))
-    assert len(state.losses) == longest + 1
+@pytest.mark.parametrize(
+    ("total", "lengths"),
+    [(None, (100, 50)), (10_000, (100, 50)), (1000, (60, 30)), (100, (30, 10))],
+)
+def test_the_search_is_a_share_of_the_training(total, lengths):
+    """A loss that never changes: the ramp goes on to its end, and so does each trial."""
+    tx = auto_lr(optax.identity(), total_steps=total)
+
+    def body(state, _):
+        state = tx.update(jnp.zeros(2), state, jnp.zeros(2), value=1.0)[1]
+        return state, (state.search.stage, state.search.trial)
+
+    stages, trials = jax.jit(lambda: jax.lax.scan(body, tx.init(jnp.zeros(2)), length=200))()[1]
+    # The loss that ends the ramp, or a trial, is that after its last step.
+    assert np.sum(stages == _search.RAMP) == lengths[0]
+    if total != 100:  # in which no second trial is begun
+        assert np.sum((stages == _search.TRIAL) & (trials == 0)) == lengths[1] + 1
+
+
+def test_numbers_may_be_traced():
+    loss_fn, params, batches = regression()
+
+    def final(rate, total, ramp, trial):
+        tx = auto_lr(optax.identity(), rate, total_steps=total, ramp_steps=ramp, trial_steps=trial)
+        return train(tx, loss_fn, params, batches)[2]
+
+    numbers = (0.1, STEPS, RAMP, 12)
+    traced = jax.jit(final)(*(jnp.asarray(number) for number in numbers))
+    np.testing.assert_allclose(traced[-30:].mean(), final(*numbers)[-30:].mean(), rtol=0.05)

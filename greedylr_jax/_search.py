@@ -1,0 +1,153 @@
+"""The search for a rate at the beginning of a training: a ramp, then short trials, all from the same start.
+
+A state machine over the losses. What it asks for is carried out by who holds the parameters
+(:mod:`greedylr_jax.auto`): the rate of each step, and at some steps to go back to where all began.
+
+1. *Ramp.* The rate rises geometrically over ten decades, until the loss has risen above where it began, by
+   more than its noise. The rate that it has risen at is the *edge*.
+2. *Trials.* Trainings of a few steps at constant rates, half a decade apart, from half a decade below the
+   edge downwards. Their result is the mean loss of their second half. A trial is given up where its loss
+   rises as in the ramp. The search is over when two trials in a row were worse than the best one, which is
+   one that has learnt something.
+3. The rate that is found is the vertex of a parabola through the results around the best one.
+
+What a ramp alone says depends on its speed and on noise; a trial of thirty steps says within a factor of
+about three what rate trains best, with most networks.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from greedylr_jax import base
+from greedylr_jax._window import NEAR, Window, empty_window, observe, rise_limit, variance
+
+RAMP, TRIAL, FOUND = 0, 1, 2  # stages
+LOWEST, HIGHEST = -6.0, 4.0  # decades of the ramp around its centre
+MAX_TRIALS = 20
+_QUIET = 10  # losses of the ramp that tell where it began and how noisy they are
+_RATIO = 10.0**-0.5  # of the rates of two trials
+
+
+class Lengths(NamedTuple):
+    """Numbers of steps; may be traced."""
+
+    ramp: jax.Array
+    trial: jax.Array
+    all: jax.Array  # after which no further trial is begun
+
+
+class SearchState(NamedTuple):
+    """What is known so far."""
+
+    stage: jax.Array  # shape=(), dtype=int32; RAMP, TRIAL or FOUND
+    step: jax.Array  # shape=(), dtype=int32; losses of the ramp, or of this trial
+    seen: jax.Array  # shape=(), dtype=int32; losses of the whole search
+    first: Window  # the ramp's first losses
+    recent: jax.Array  # shape=(3,), dtype=float; the last losses, newest first
+    edge: jax.Array  # shape=(), dtype=float; the rate at which the ramp ended
+    has_edge: jax.Array  # shape=(), dtype=bool; whether the loss had risen there
+    trial: jax.Array  # shape=(), dtype=int32; number of this trial
+    late: Window  # losses of this trial's second half
+    results: jax.Array  # shape=(MAX_TRIALS,), dtype=float; infinite for those not run, or given up
+    found: jax.Array  # shape=(), dtype=float; the rate of the best trial; 0 while not known
+
+
+def begin() -> SearchState:
+    """The state before the first loss."""
+    dtype = base.default_float_dtype()
+    return SearchState(
+        stage=jnp.full((), RAMP, jnp.int32),
+        step=jnp.zeros((), jnp.int32),
+        seen=jnp.zeros((), jnp.int32),
+        first=empty_window(),
+        recent=jnp.full(NEAR, jnp.inf, dtype),
+        edge=jnp.zeros((), dtype),
+        has_edge=jnp.zeros((), bool),
+        trial=jnp.zeros((), jnp.int32),
+        late=empty_window(),
+        results=jnp.full(MAX_TRIALS, jnp.inf, dtype),
+        found=jnp.zeros((), dtype),
+    )
+
+
+def ramp_rate(centre: jax.Array, step: jax.Array, lengths: Lengths) -> jax.Array:
+    """The rate of a step of the ramp."""
+    dtype = base.default_float_dtype()
+    share = step.astype(dtype) / (jnp.asarray(lengths.ramp, dtype) - 1)
+    return jnp.asarray(centre, dtype) * 10.0 ** (LOWEST + (HIGHEST - LOWEST) * share)
+
+
+def rate(state: SearchState, centre: jax.Array, lengths: Lengths) -> jax.Array:
+    """The rate of the step whose loss was seen last; meaningless once the search is over."""
+    ramping = ramp_rate(centre, state.step - 1, lengths)
+    return jnp.where(state.stage == RAMP, ramping, _trial_rate(state.edge, state.trial.astype(ramping.dtype)))
+
+
+def advance(
+    state: SearchState, loss: jax.Array, centre: jax.Array, lengths: Lengths
+) -> tuple[SearchState, jax.Array]:
+    """The state after one more loss, and whether the way is back to the start now."""
+    ramps, tries = state.stage == RAMP, state.stage == TRIAL
+    step = state.step + 1
+    first = base.select(ramps & (state.step < _QUIET), observe(state.first, loss), state.first)
+    recent = jnp.roll(state.recent, 1).at[0].set(loss)
+    limit = jnp.where(first.finite > 1, rise_limit(first.mean, variance(first)), jnp.inf)
+
+    has_risen = ramps & (state.step >= _QUIET) & ~(_mean_of_finite(recent) <= limit)
+    ramp_ends = has_risen | (ramps & (state.step >= jnp.asarray(lengths.ramp, jnp.int32)))
+    edge = jnp.where(ramp_ends, ramp_rate(centre, jnp.maximum(state.step - 1, 0), lengths), state.edge)
+
+    length = jnp.asarray(lengths.trial, jnp.int32)
+    is_late = tries & (state.step >= length - length // 2)
+    late = base.select(is_late, observe(state.late, loss), state.late)
+    given_up = tries & ~jnp.isfinite(loss) | (is_late & ~(recent[0] <= limit) & ~(recent[1] <= limit))
+    trial_ends = (tries & (state.step >= length)) | given_up
+    result = jnp.where(given_up, jnp.inf, late.mean)
+    results = state.results.at[state.trial].set(jnp.where(trial_ends, result, state.results[state.trial]))
+    best = jnp.argmin(results)
+    # Half of the losses' noise is left in the mean of some ten: enough to tell whether it has learnt.
+    has_learnt = results[best] < first.mean - (limit - first.mean) / jnp.sqrt(jnp.asarray(2.0, limit.dtype))
+    seen = state.seen + 1
+    is_enough = has_learnt & (state.trial >= best + 2)
+    no_time = seen >= jnp.asarray(lengths.all, jnp.int32)
+    finished = trial_ends & (is_enough | no_time | (state.trial >= MAX_TRIALS - 1))
+
+    stage = jnp.where(ramp_ends, TRIAL, jnp.where(finished, FOUND, state.stage)).astype(jnp.int32)
+    goes_back = ramp_ends | trial_ends
+    return SearchState(
+        stage=stage,
+        step=jnp.where(goes_back, 0, step),
+        seen=seen,
+        first=first,
+        recent=jnp.where(goes_back, jnp.full_like(recent, -jnp.inf), recent),
+        edge=edge,
+        has_edge=state.has_edge | has_risen,
+        trial=state.trial + (trial_ends & ~finished).astype(jnp.int32),
+        late=base.select(goes_back, empty_window(), late),
+        results=results,
+        found=jnp.where(finished, _trial_rate(edge, _vertex(results, state.trial)), state.found),
+    ), goes_back
+
+
+def _trial_rate(edge: jax.Array, number: jax.Array) -> jax.Array:
+    return edge * _RATIO ** (number + 1)
+
+
+def _mean_of_finite(losses: jax.Array) -> jax.Array:
+    """Infinite if none is finite."""
+    finite = jnp.isfinite(losses)
+    return jnp.where(jnp.any(finite), jnp.mean(losses, where=finite), jnp.inf)
+
+
+def _vertex(results: jax.Array, last: jax.Array) -> jax.Array:
+    """Where the parabola through the best result and its neighbours is least, as a number of a trial."""
+    best = jnp.argmin(results)
+    left, middle, right = (results[jnp.clip(best + i, 0, MAX_TRIALS - 1)] for i in (-1, 0, 1))
+    curvature = left - 2 * middle + right
+    has_neighbours = (best > 0) & (best < last) & jnp.isfinite(curvature) & (curvature > 0)
+    offset = jnp.where(has_neighbours, (left - right) / (2 * jnp.where(has_neighbours, curvature, 1)), 0)
+    # Nothing was learnt at any rate: the least one does the least harm.
+    none = ~jnp.isfinite(middle)
+    return jnp.where(none, last.astype(offset.dtype), best + jnp.clip(offset, -0.5, 0.5))
