@@ -39,6 +39,12 @@ def other_settings(folder: Path, what: str) -> UsageError:
     )
 
 
+def damaged(path: Path, error: Exception) -> UsageError:
+    """The error of a file of unfinished work that something else than this program has cut or changed."""
+    reason = str(error).partition("\n")[0]
+    return UsageError(f"cannot go on from {path}: {reason}; give --fresh to drop the unfinished work")
+
+
 class RunStore:
     """The runs of one comparison under one folder."""
 
@@ -59,7 +65,7 @@ class RunStore:
         described = json.dumps(settings, indent=2, sort_keys=True)
         path = folder / "settings.json"
         if self._parts.exists():
-            unfinished = path.read_text() if path.exists() else None
+            unfinished = path.read_text(errors="replace") if path.exists() else None
             if fresh:
                 shutil.rmtree(self._parts)
             elif unfinished != described:
@@ -73,8 +79,13 @@ class RunStore:
 
     def rows(self) -> pl.DataFrame | None:
         """The runs kept so far; None if there are none."""
-        parts = self._finished_parts()
-        return pl.concat([pl.read_parquet(part) for part in parts]) if parts else None
+        frames = []
+        for part in self._finished_parts():
+            try:
+                frames.append(pl.read_parquet(part))
+            except (OSError, pl.exceptions.PolarsError) as error:
+                raise damaged(part, error) from error
+        return pl.concat(frames) if frames else None
 
     def _finished_parts(self) -> list[Path]:
         """The files that were written to the end; what a kill left half-written begins with a dot."""

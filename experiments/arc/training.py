@@ -26,7 +26,7 @@ from experiments import drawing
 from experiments.engine import compiler_options, device_mesh
 from experiments.errors import UsageError
 from experiments.progress import make_progress
-from experiments.store import other_settings, write_atomically
+from experiments.store import damaged, other_settings, write_atomically
 from experiments.tables import print_table
 from greedylr_jax.arc import ACTIONS, batch_features, initial_weights
 from greedylr_jax.arc.network import action_logits
@@ -234,11 +234,14 @@ class Checkpoint:
         """Candidates and history, shape (epochs so far, candidates, 3)."""
         if not self.path.exists():
             return self._start, np.zeros((0, len(jax.tree.leaves(self._start)[0]), 3), np.float32)
-        with safetensors.safe_open(self.path, framework="numpy") as file:
-            if file.metadata() != self._described:
-                raise other_settings(self.path.parent, "training")
-            leaves = [jnp.asarray(file.get_tensor(f"{i:02d}")) for i in range(self._structure.num_leaves)]
-            return self._structure.unflatten(leaves), file.get_tensor("history")
+        try:
+            with safetensors.safe_open(self.path, framework="numpy") as file:
+                if file.metadata() != self._described:
+                    raise other_settings(self.path.parent, "training")
+                leaves = [jnp.asarray(file.get_tensor(f"{i:02d}")) for i in range(self._structure.num_leaves)]
+                return self._structure.unflatten(leaves), file.get_tensor("history")
+        except (OSError, safetensors.SafetensorError) as error:
+            raise damaged(self.path, error) from error
 
     def write(self, candidates: Candidates, history: np.ndarray) -> None:
         """Keeps candidates and history."""
