@@ -11,6 +11,7 @@ from experiments.arc import commands as arc_commands
 from experiments.errors import UsageError
 from experiments.options import at_least, make_console, names, one_of, rates
 
+BENCHMARKS = ("arc", "overhead", "peers", "probing", "sweep")
 MIN_STEPS = 20  # the first stage of the table is 10% of the steps, and its loss a mean over 5%
 app = typer.Typer(
     help="Honest tests of learning-rate rules: same seeds, same batches, several initial rates.",
@@ -99,12 +100,12 @@ def study(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="Which benchmark: arc, probing or sweep.")],
+    name: Annotated[str, typer.Argument(help=f"Which benchmark: {', '.join(BENCHMARKS)}.")],
     repeats: Annotated[int, typer.Option(help="Turns of each side in a timing.")] = 15,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results/bench"),
 ) -> None:
     """Measure costs; all sides take turns in one run, and ratios are compared."""
-    one_of("NAME", name, ("arc", "probing", "sweep"))
+    one_of("NAME", name, BENCHMARKS)
     at_least("--repeats", repeats, 1)
     from experiments import engine
 

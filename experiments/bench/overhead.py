@@ -1,0 +1,261 @@
+"""What a rule adds to a training step: work, memory traffic, compiled operations, compile time and step time.
+
+All sides are the same step with AdamW, bare or with one rule behind it, and take turns in one run. The least
+step there is, 100 parameters under ``lax.scan``, shows any overhead; networks show what is left of it.
+"""
+
+import itertools
+import json
+import math
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+
+from experiments.store import write_atomically
+from experiments.tables import print_table
+from experiments.timing import interleaved_medians
+from greedylr_jax import auto_lr, greedy_lr, hypergradient, trend_lr
+
+BARE = "bare"
+RATE = 1e-3
+SIDES: dict[str, Callable[[], optax.GradientTransformationExtraArgs]] = {
+    BARE: lambda: optax.with_extra_args_support(optax.adamw(RATE)),
+    "reduce_on_plateau": lambda: _behind(optax.contrib.reduce_on_plateau()),
+    "greedy_lr, window None": lambda: _behind(greedy_lr(window=None)),
+    "greedy_lr": lambda: _behind(greedy_lr()),
+    "greedy_lr, paper": lambda: _behind(greedy_lr(algorithm="paper")),
+    "trend_lr": lambda: _behind(trend_lr()),
+    "hypergradient": lambda: hypergradient(optax.adamw(1.0), RATE, 0.02, mode="multiplicative"),
+    "auto_lr": lambda: auto_lr(optax.adamw(1.0), RATE, ramp_steps=30, trial_steps=10),
+}
+# Layers of multilayer perceptrons, and steps of a turn.
+NETWORKS = {
+    "0.1M": ((64, 256, 256, 10), 40),
+    "2M": ((256, 1024, 1024, 512, 10), 6),
+    "100M": ((1024, 6144, 6144, 6144, 2560, 10), 1),
+}
+BATCH = 64
+SCANNED, SCAN_STEPS = 100, 50_000
+_COPIES = 16  # of the parameters: parameters, gradients and states of a pair, and some
+
+
+class Row(NamedTuple):
+    """One side of one problem; differences and ratios are to the bare optimizer."""
+
+    problem: str
+    side: str
+    flops: float | None  # added, a step
+    bytes: float | None  # added, a step
+    operations: int | None  # added, of the size of a weight matrix or more
+    compile_ratio: float | None
+    time_ratio: float
+
+
+def _behind(rule: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    return optax.chain(optax.adamw(RATE), rule)
+
+
+def network_rows(name: str, repeats: int) -> list[Row]:
+    """All sides on a perceptron; step times of turns of a few steps, with the state donated as users do."""
+    widths, steps = NETWORKS[name]
+    params, batch = _mlp(widths)
+    size = min(leaf.size for leaf in jax.tree.leaves(params) if leaf.size >= widths[0])
+    programs = {side: _step(make()) for side, make in SIDES.items()}
+    compiled, compile_times = _compile(programs, (params, batch), repeats=3)
+
+    def ratio(side: str) -> float:
+        """In pairs, so that no more than two optimizer states are there at a time."""
+        pair = {
+            each: _turn(compiled[each], params, SIDES[each]().init(params), batch, steps)
+            for each in (BARE, side)
+        }
+        seconds = interleaved_medians(pair, repeats)
+        return seconds[side] / seconds[BARE]
+
+    rows = []
+    costs = {side: program.cost_analysis() for side, program in compiled.items()}
+    counts = {side: large_operations(program.as_text(), size) for side, program in compiled.items()}
+    for side in SIDES:
+        rows.append(
+            Row(
+                name,
+                side,
+                costs[side]["flops"] - costs[BARE]["flops"],
+                costs[side]["bytes accessed"] - costs[BARE]["bytes accessed"],
+                counts[side] - counts[BARE],
+                compile_times[side] / compile_times[BARE],
+                1.0 if side == BARE else ratio(side),
+            )
+        )
+    return rows
+
+
+def scan_rows(repeats: int) -> list[Row]:
+    """All sides on 100 parameters, thousands of steps in one ``lax.scan``."""
+    target = jnp.linspace(-1, 1, SCANNED)
+
+    def scanned(tx: optax.GradientTransformationExtraArgs) -> Callable[..., Any]:
+        def run(params: jax.Array, state: Any) -> Any:
+            def body(carry: Any, _: None) -> Any:
+                params, state, _ = carry  # the bare optimizer's loss, too, is computed
+                loss, grads = jax.value_and_grad(lambda p: jnp.sum((p - target) ** 2))(params)
+                updates, state = tx.update(grads, state, params, value=loss)
+                return (optax.apply_updates(params, updates), state, loss), None
+
+            return jax.lax.scan(body, (params, state, jnp.zeros(())), length=SCAN_STEPS)[0]
+
+        return jax.jit(run)
+
+    params = jnp.zeros(SCANNED)
+
+    def turn(tx: optax.GradientTransformationExtraArgs) -> Callable[[], Any]:
+        run, state = scanned(tx), tx.init(params)
+        return lambda: run(params, state)
+
+    seconds = interleaved_medians({side: turn(make()) for side, make in SIDES.items()}, repeats)
+    name = f"{SCANNED}, scan"
+    return [Row(name, side, None, None, None, None, seconds[side] / seconds[BARE]) for side in SIDES]
+
+
+def large_operations(text: str, size: int) -> int:
+    """How many instructions of an optimized program's entry give an array of ``size`` elements or more."""
+    entry = text[text.index("\nENTRY ") :]
+    entry = entry[: entry.index("\n}")]
+    count = 0
+    for line in entry.splitlines()[2:]:
+        shape, operation = re.match(r"\s*(?:ROOT )?%?\S+ = (\(.*?\)|\S+) ([\w-]+)\(", line).groups()
+        if operation in ("parameter", "tuple", "get-tuple-element", "bitcast"):
+            continue  # nothing is computed or copied
+        elements = [
+            math.prod(int(n) for n in dimensions.split(",") if n)
+            for dimensions in re.findall(r"\w+\[([\d,]*)\]", shape)
+        ]
+        count += max(elements, default=0) >= size
+    return count
+
+
+def _mlp(widths: tuple[int, ...]) -> tuple[list[jax.Array], dict[str, jax.Array]]:
+    keys = jax.random.split(jax.random.key(0), len(widths) + 1)
+    params = [
+        jax.random.normal(key, (rows, columns)) * np.sqrt(2 / rows)
+        for key, rows, columns in zip(keys, widths[:-1], widths[1:], strict=False)
+    ]
+    batch = {
+        "x": jax.random.normal(keys[-2], (BATCH, widths[0])),
+        "y": jax.random.randint(keys[-1], (BATCH,), 0, widths[-1]),
+    }
+    return params, batch
+
+
+def _loss(params: list[jax.Array], batch: dict[str, jax.Array]) -> jax.Array:
+    hidden = batch["x"]
+    for weights in params[:-1]:
+        hidden = jax.nn.relu(hidden @ weights)
+    losses = optax.softmax_cross_entropy_with_integer_labels(hidden @ params[-1], batch["y"])
+    return jnp.mean(losses)
+
+
+def _step(tx: optax.GradientTransformationExtraArgs) -> Callable[[], Any]:
+    """Makes a new function at each call, so that its compilation is not one of before."""
+
+    def make() -> tuple[Any, Callable[[Any], Any]]:
+        def step(params: Any, state: Any, batch: Any) -> Any:
+            loss, grads = jax.value_and_grad(_loss)(params, batch)
+            updates, state = tx.update(grads, state, params, value=loss)
+            return optax.apply_updates(params, updates), state, loss
+
+        return jax.jit(step, donate_argnums=(0, 1)), tx.init
+
+    return make
+
+
+def _compile(
+    programs: dict[str, Callable[[], Any]], arguments: tuple[Any, Any], repeats: int
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """The compiled steps, and the medians of the seconds that tracing and compiling took, in turns."""
+    params, batch = arguments
+    seconds: dict[str, list[float]] = {side: [] for side in programs}
+    compiled = {}
+    cached = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        for _ in range(repeats):
+            for side, make in programs.items():
+                step, init = make()
+                state = jax.eval_shape(init, params)
+                start = time.perf_counter()
+                compiled[side] = step.lower(params, state, batch).compile()
+                seconds[side].append(time.perf_counter() - start)
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
+    return compiled, {side: float(np.median(each)) for side, each in seconds.items()}
+
+
+def _turn(compiled: Any, params: Any, state: Any, batch: Any, steps: int) -> Callable[[], Any]:
+    """A few steps, which go on where the last turn ended."""
+    held = [jax.tree.map(jnp.array, params), jax.tree.map(jnp.array, state)]
+
+    def run() -> Any:
+        for _ in range(steps):
+            held[0], held[1], loss = compiled(held[0], held[1], batch)
+        return loss
+
+    return run
+
+
+def _fits(name: str) -> bool:
+    """Whether the machine's memory holds a network and the states of two optimizers."""
+    widths, _ = NETWORKS[name]
+    size = 4 * sum(rows * columns for rows, columns in itertools.pairwise(widths))
+    try:
+        available = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+    except (OSError, TypeError):
+        return False
+    return available > _COPIES * size
+
+
+def run(console: Console, out: Path, repeats: int) -> dict[str, Any]:
+    """Measures all, prints a table for each problem, and writes ``overhead.json`` into ``out``."""
+    rows = scan_rows(repeats)
+    for name in NETWORKS:
+        if _fits(name):
+            rows += network_rows(name, repeats)
+        else:
+            console.print(f"Left out: the network of {name} parameters, for want of memory.")
+    for problem in dict.fromkeys(row.problem for row in rows):
+        print_table(
+            console,
+            f"{problem} parameters, AdamW: what a rule adds ({jax.devices()[0].device_kind})",
+            ("side", "FLOPs", "bytes", "large operations", "compile time", "step time"),
+            [
+                (
+                    row.side,
+                    _added(row.flops),
+                    _added(row.bytes),
+                    _added(row.operations),
+                    "" if row.compile_ratio is None else f"x{row.compile_ratio:.2f}",
+                    f"x{row.time_ratio:.3f}",
+                )
+                for row in rows
+                if row.problem == problem
+            ],
+        )
+    result = {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "rows": [row._asdict() for row in rows],
+    }
+    write_atomically(out / "overhead.json", lambda path: path.write_text(json.dumps(result, indent=2)))
+    return result
+
+
+def _added(number: float | None) -> str:
+    return "" if number is None else f"{number:+,.0f}"

@@ -1,0 +1,58 @@
+"""The benchmarks of overhead and of peers, on sizes at which only their counts mean something."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments.bench import overhead, peers
+
+RULES_WITHOUT_PARAMETERS = ("greedy_lr", "greedy_lr, window None", "greedy_lr, paper", "trend_lr")
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return {row.side: row for row in overhead.network_rows("0.1M", 1)}
+
+
+@pytest.mark.parametrize("side", RULES_WITHOUT_PARAMETERS)
+def test_a_rule_adds_no_operation_of_parameter_size(side, rows):
+    assert rows[side].operations == 0
+    parameters = sum(a * b for a, b in zip((64, 256, 256), (256, 256, 10), strict=True))
+    # One product an element, in the loop that Adam's update is already.
+    assert rows[side].flops < 1.1 * parameters
+    assert rows[side].bytes < 0.1 * 4 * parameters
+
+
+def test_what_keeps_a_copy_of_the_parameters_shows_in_the_count(rows):
+    assert rows["hypergradient"].operations > 0
+    assert rows["bare"].operations == 0 and rows["bare"].time_ratio == 1
+
+
+def test_large_operations_are_counted_in_a_program():
+    size = 1000
+    small = jax.jit(lambda x: x[:10] * 2).lower(jnp.ones(size)).compile()
+    one = jax.jit(lambda x: x * 2).lower(jnp.ones(size)).compile()
+    two = jax.jit(lambda x: (jnp.sort(x), x * 2)).lower(jnp.ones(size)).compile()
+    assert [overhead.large_operations(each.as_text(), size) for each in (small, one, two)] == [0, 1, 2]
+
+
+def test_the_scanned_problem_has_all_sides(monkeypatch):
+    monkeypatch.setattr(overhead, "SCAN_STEPS", 100)
+    sides = {name: overhead.SIDES[name] for name in (overhead.BARE, "greedy_lr")}
+    monkeypatch.setattr(overhead, "SIDES", sides)
+    bare, ours = overhead.scan_rows(1)
+    assert bare.time_ratio == 1 and ours.time_ratio > 0 and ours.side == "greedy_lr"
+
+
+def test_decisions_of_one_rule_and_of_many_are_the_same(monkeypatch):
+    monkeypatch.setattr(peers, "RULES", 4)  # whose losses are multiplied by 0.5, 1, 1.5 and 2
+    for window in (50, None):
+        alone, many = peers._scanned(window, 200)()[1], peers._mapped(window, 200)()
+        assert many.shape == (4,) and alone.shape == (200,)
+        assert many[1] == alone[-1] != alone[0]
+
+
+def test_a_step_that_leaves_the_device_is_seen():
+    peers.check_that_it_stays_on_device()
+    with pytest.raises(Exception, match="Disallowed host-to-device"), jax.transfer_guard("disallow"):
+        jax.jit(lambda x: x + 1)(1.0)
