@@ -64,7 +64,7 @@ def trend_lr(
     """The trend rule as a gradient transformation, to stand after the optimizer.
 
     For a training whose initial rate may be too low by any factor: it rises by ``raise_factor`` or ``drift``
-    every ``window`` losses. It is what :func:`greedylr_jax.auto_lr` does after its ramp.
+    every ``window`` losses. It is what :func:`greedylr_jax.auto_lr` does after its search.
 
     Args:
       window: losses between two decisions, an integer >= 2; may be traced, as may all numbers here.

@@ -19,6 +19,7 @@ import numpy as np
 import optax
 from rich.console import Console
 
+from experiments.bench import perceptron
 from experiments.store import write_atomically
 from experiments.tables import print_table
 from experiments.timing import interleaved_medians
@@ -66,10 +67,10 @@ def _behind(rule: optax.GradientTransformation) -> optax.GradientTransformationE
 def network_rows(name: str, repeats: int) -> list[Row]:
     """All sides on a perceptron; step times of turns of a few steps, with the state donated as users do."""
     widths, steps = NETWORKS[name]
-    params, batch = _mlp(widths)
+    params, batch = perceptron.make(widths, (BATCH,))
     size = min(leaf.size for leaf in jax.tree.leaves(params) if leaf.size >= widths[0])
     programs = {side: _step(make()) for side, make in SIDES.items()}
-    compiled, compile_times = _compile(programs, (params, batch), repeats=3)
+    compiled, compile_times = _compile(programs, (params, batch), min(repeats, 3))
 
     def ratio(side: str) -> float:
         """In pairs, so that no more than two optimizer states are there at a time."""
@@ -142,33 +143,12 @@ def large_operations(text: str, size: int) -> int:
     return count
 
 
-def _mlp(widths: tuple[int, ...]) -> tuple[list[jax.Array], dict[str, jax.Array]]:
-    keys = jax.random.split(jax.random.key(0), len(widths) + 1)
-    params = [
-        jax.random.normal(key, (rows, columns)) * np.sqrt(2 / rows)
-        for key, rows, columns in zip(keys, widths[:-1], widths[1:], strict=False)
-    ]
-    batch = {
-        "x": jax.random.normal(keys[-2], (BATCH, widths[0])),
-        "y": jax.random.randint(keys[-1], (BATCH,), 0, widths[-1]),
-    }
-    return params, batch
-
-
-def _loss(params: list[jax.Array], batch: dict[str, jax.Array]) -> jax.Array:
-    hidden = batch["x"]
-    for weights in params[:-1]:
-        hidden = jax.nn.relu(hidden @ weights)
-    losses = optax.softmax_cross_entropy_with_integer_labels(hidden @ params[-1], batch["y"])
-    return jnp.mean(losses)
-
-
 def _step(tx: optax.GradientTransformationExtraArgs) -> Callable[[], Any]:
     """Makes a new function at each call, so that its compilation is not one of before."""
 
     def make() -> tuple[Any, Callable[[Any], Any]]:
         def step(params: Any, state: Any, batch: Any) -> Any:
-            loss, grads = jax.value_and_grad(_loss)(params, batch)
+            loss, grads = jax.value_and_grad(perceptron.loss)(params, batch)
             updates, state = tx.update(grads, state, params, value=loss)
             return optax.apply_updates(params, updates), state, loss
 

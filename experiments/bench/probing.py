@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from rich.console import Console
 
+from experiments.bench import perceptron
 from experiments.store import write_atomically
 from experiments.tables import print_table
 from experiments.tasks import make_task
@@ -156,20 +157,12 @@ def _programs() -> dict[str, Any]:
 
 @functools.cache
 def _sides() -> dict[str, _Side]:
-    keys = jax.random.split(jax.random.key(0), len(WIDTHS) + 1)
-    params = [
-        jax.random.normal(key, (rows, columns)) * np.sqrt(2 / rows)
-        for key, rows, columns in zip(keys, WIDTHS[:-1], WIDTHS[1:], strict=False)
-    ]
-    batches = {
-        "x": jax.random.normal(keys[-2], (BATCHES, BATCH, WIDTHS[0])),
-        "y": jax.random.randint(keys[-1], (BATCHES, BATCH), 0, WIDTHS[-1]),
-    }
+    params, batches = perceptron.make(WIDTHS, (BATCHES, BATCH))
     batch = jax.tree.map(lambda leaf: leaf[0], batches)
     polling = optax.chain(optax.sgd(0.1), factor_polling(FACTORS))
 
     def forward(params, batches):
-        return superbatch_loss(_mlp_loss, batches)(params)
+        return superbatch_loss(perceptron.loss, batches)(params)
 
     def points(count):
         def fit(params, batches, direction, rate):
@@ -182,13 +175,13 @@ def _sides() -> dict[str, _Side]:
         return probe.rate_by_taylor(lambda p: forward(p, batches), params, direction, rate, jnp.inf)
 
     def poll(params, batch, state):
-        value, grads = jax.value_and_grad(_mlp_loss)(params, batch)
-        return polling.update(grads, state, params, value=value, value_fn=lambda p: _mlp_loss(p, batch))
+        value, grads = jax.value_and_grad(perceptron.loss)(params, batch)
+        return polling.update(grads, state, params, value=value, value_fn=lambda p: perceptron.loss(p, batch))
 
     def at_moved(loss):
         return lambda params, data, direction, rate: loss(probe.move(params, direction, -rate), data)
 
-    direction = jax.grad(_mlp_loss)(params, batch)
+    direction = jax.grad(perceptron.loss)(params, batch)
     along = (params, batches, direction, jnp.float32(0.1))
     passes = len(FACTORS) - 1
     return {
@@ -197,23 +190,15 @@ def _sides() -> dict[str, _Side]:
         "probe, 3 points": _Side(_SUPERBATCH, points(3), along, 2, "LRTuner's default"),
         "probe, 5 points": _Side(_SUPERBATCH, points(5), along, 4, "as in the paper"),
         "probe, taylor": _Side(_SUPERBATCH, taylor, along, 0, "exact"),
-        _BATCH: _Side(_BATCH, _mlp_loss, (params, batch), note="unit"),
+        _BATCH: _Side(_BATCH, perceptron.loss, (params, batch), note="unit"),
         f"{_BATCH} at p + t d": _Side(
-            _BATCH, at_moved(_mlp_loss), (params, batch, direction, jnp.float32(0.1))
+            _BATCH, at_moved(perceptron.loss), (params, batch, direction, jnp.float32(0.1))
         ),
-        "batch, forward and back": _Side(_BATCH, jax.value_and_grad(_mlp_loss), (params, batch)),
+        "batch, forward and back": _Side(_BATCH, jax.value_and_grad(perceptron.loss), (params, batch)),
         "polling, 7 factors": _Side(
             _BATCH, poll, (params, batch, polling.init(params)), passes, "gradient and 7 passes at p + t d"
         ),
     }
-
-
-def _mlp_loss(params, batch):
-    hidden = batch["x"]
-    for weights in params[:-1]:
-        hidden = jax.nn.relu(hidden @ weights)
-    losses = optax.softmax_cross_entropy_with_integer_labels(hidden @ params[-1], batch["y"])
-    return jnp.mean(losses)
 
 
 def _bytes(tree: Any) -> int:
