@@ -4,7 +4,7 @@ The papers' rules are sold as freeing the user from the choice of a rate. Here e
 rates, the same for all, with the same seeds and batches.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -84,17 +84,23 @@ def run(job: Job) -> None:
     rates = {pair: [best[pair] * factor for factor in FACTORS] for pair in pairs}
     groups = [Group(*pair, make_specs(chosen["schedules"], rates[pair], range(seeds))) for pair in pairs]
     sweep.train(groups, keep_programs=True)
-    table = summarize(sweep.finish())
+    leave(job, sweep.finish(), f"Initial rates: {steps} steps, {seeds} seeds")
 
+
+def leave(job: Job, runs: pl.DataFrame, title: str) -> None:
+    """Prints and writes everything that follows from the rows."""
+    table = summarize(runs)
     _print(table, job.console)
     job.console.print(verdict(table))
-    title = f"Initial rates: {steps} steps, {seeds} seeds"
+    figures = {"initial_rate": draw(table, title)}
+    if failures := where_it_fails(table):
+        figures["where_it_fails"] = draw_failures(runs, failures)
     publish(
         job,
         title,
         f"{_EXPLANATION} {verdict(table)}",
         tables={"table": table},
-        figures={"initial_rate": draw(table, title)},
+        figures=figures,
         sections=_sections(table),
         recomputed_by="experiments.studies.initial_rate.summarize",
     )
@@ -204,6 +210,58 @@ def draw(table: pl.DataFrame, title: str) -> plt.Figure:
     drawing.add_legend(figure, panels[0], columns=8)
     bands = f"band of {OURS} and {MEASURE}: least to greatest"
     figure.suptitle(f"{title}; line: median, {bands}", fontsize=12)
+    return figure
+
+
+class Failure(NamedTuple):
+    """A pair of a task and an optimizer where the worst of ``auto_lr`` is far below the best of cosine."""
+
+    task: str
+    optimizer: str
+    ours: float  # factor of the initial rate at which it is worst
+    measure: float  # factor at which cosine is best
+    gap: float  # points
+
+
+def where_it_fails(table: pl.DataFrame) -> list[Failure]:
+    """The pairs that are not within the tolerance."""
+    failures = []
+    for (task, optimizer), cell in table.group_by(["task", "optimizer"], maintain_order=True):
+        ours = cell.filter(pl.col("schedule") == OURS).sort("accuracy")
+        measure = cell.filter(pl.col("schedule") == MEASURE).sort("accuracy")
+        if len(ours) and len(measure):
+            gap = measure["accuracy"][-1] - ours["accuracy"][0]
+            if gap > TOLERANCE:
+                failures.append(Failure(task, optimizer, ours["factor"][0], measure["factor"][-1], gap))
+    return failures
+
+
+def draw_failures(runs: pl.DataFrame, failures: list[Failure]) -> plt.Figure:
+    """Loss and rate of all seeds where it fails, beside those of cosine at its best rate."""
+    best = best_rates(runs)
+    figure, panels = drawing.panels(2 * len(failures), 2)
+    for failure, pair in zip(failures, zip(panels[::2], panels[1::2], strict=True), strict=True):
+        key = (failure.task, failure.optimizer)
+        for schedule, factor in ((OURS, failure.ours), (MEASURE, failure.measure)):
+            distance = (pl.col("learning_rate") / (factor * best[key])).log().abs()
+            cell = reported(runs).filter(
+                (pl.col("task") == key[0]) & (pl.col("optimizer") == key[1]), schedule=schedule
+            )
+            for number, run in enumerate(cell.filter(distance < 0.1).iter_rows(named=True)):
+                for axes, name in zip(pair, ("loss", "rate"), strict=True):
+                    seen = np.array(run[name], float)
+                    label = f"{schedule}, x{factor:g}" if number == 0 else None
+                    percent = drawing.percent_of_steps(len(seen))
+                    axes.plot(percent, seen, color=LOOKS[schedule][0], lw=1, alpha=0.7, label=label)
+        for axes, name in zip(pair, ("training loss", "learning rate"), strict=True):
+            axes.set_yscale("log")
+            axes.set_title(
+                f"{failure.task}, {failure.optimizer}: {failure.gap:.1f} points below", fontsize=10
+            )
+            axes.set_xlabel("% of the steps")
+            axes.set_ylabel(name)
+            axes.legend(fontsize=8)
+    figure.suptitle("Where the worst of auto_lr is not near the best of cosine", fontsize=12)
     return figure
 
 

@@ -262,3 +262,29 @@ def test_the_verdict_on_initial_rates_compares_the_worst_with_the_best_of_cosine
     text = initial_rate.verdict(pl.DataFrame(rows))
     assert "on 1 of 1 pairs of the development tasks (largest gap 1.5)" in text
     assert "on 1 of 2 pairs of the other tasks (largest gap 3.0)" in text
+
+
+def test_where_auto_lr_falls_short_its_histories_are_drawn():
+    rows = [
+        {
+            "task": "digits-mlp",
+            "optimizer": "sgd",
+            "schedule": schedule,
+            "learning_rate": rate,
+            "seed": seed,
+            "test_metric": metric,
+            "loss": [2.0, 1.0, 1.0 - metric],
+            "rate": [rate, rate, rate],
+        }
+        for schedule, metrics in (("cosine", (0.5, 0.9)), ("auto", (0.9, 0.8)))
+        for rate, metric in zip((0.1, 1.0), metrics, strict=True)
+        for seed in (0, 1, 1000)
+    ]
+    runs = pl.DataFrame(rows)
+    (failure,) = initial_rate.where_it_fails(initial_rate.summarize(runs))
+    assert failure == ("digits-mlp", "sgd", 1.0, 1.0, pytest.approx(10.0))
+    figure = initial_rate.draw_failures(runs, [failure])
+    # Two seeds of each, as the third is one that rates are chosen on.
+    assert [len(axes.lines) for axes in figure.axes[:2]] == [4, 4]
+    better = runs.with_columns(test_metric=pl.lit(0.9))
+    assert initial_rate.where_it_fails(initial_rate.summarize(better)) == []
