@@ -1,7 +1,9 @@
 """What a rule adds to a training step: work, memory traffic, compiled operations, compile time and step time.
 
 All sides are the same step with AdamW, bare or with one rule behind it, and take turns in one run. The least
-step there is, 100 parameters under ``lax.scan``, shows any overhead; networks show what is left of it.
+step there is, 100 parameters under ``lax.scan``, shows any overhead; networks show what is left of it. XLA
+counts the body of a loop whether it is run or not: that of ``auto_lr`` runs only while it searches or goes
+back, and on the networks its step time is that after the search.
 """
 
 import itertools
@@ -17,13 +19,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
 from experiments.bench import perceptron
 from experiments.store import write_atomically
 from experiments.tables import print_table
 from experiments.timing import interleaved_medians
-from greedylr_jax import auto_lr, greedy_lr, hypergradient, trend_lr
+from greedylr_jax import AutoState, auto_lr, greedy_lr, hypergradient, trend_lr
+from greedylr_jax._search import FOUND
 
 BARE = "bare"
 RATE = 1e-3
@@ -164,8 +168,9 @@ def _compile(
     params, batch = arguments
     seconds: dict[str, list[float]] = {side: [] for side in programs}
     compiled = {}
-    cached = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
+    folder = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()  # which otherwise keeps the folder that it was first used with
     try:
         for _ in range(repeats):
             for side, make in programs.items():
@@ -175,12 +180,16 @@ def _compile(
                 compiled[side] = step.lower(params, state, batch).compile()
                 seconds[side].append(time.perf_counter() - start)
     finally:
-        jax.config.update("jax_enable_compilation_cache", cached)
+        jax.config.update("jax_compilation_cache_dir", folder)
+        compilation_cache.reset_cache()
     return compiled, {side: float(np.median(each)) for side, each in seconds.items()}
 
 
 def _turn(compiled: Any, params: Any, state: Any, batch: Any, steps: int) -> Callable[[], Any]:
     """A few steps, which go on where the last turn ended."""
+    if isinstance(state, AutoState):  # what it costs for good, and not while it searches
+        search = state.search._replace(stage=jnp.int32(FOUND), found=jnp.float32(RATE))
+        state = state._replace(search=search)
     held = [jax.tree.map(jnp.array, params), jax.tree.map(jnp.array, state)]
 
     def run() -> Any:
