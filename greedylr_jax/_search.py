@@ -93,7 +93,7 @@ def advance(
     step = state.step + 1
     first = base.select(ramps & (state.step < _QUIET), observe(state.first, loss), state.first)
     recent = jnp.roll(state.recent, 1).at[0].set(loss)
-    limit = jnp.where(first.finite > 1, rise_limit(first.mean, variance(first)), jnp.inf)
+    limit = start_limit(first)
 
     has_risen = ramps & (state.step >= _QUIET) & ~(_mean_of_finite(recent) <= limit)
     ramp_ends = has_risen | (ramps & (state.step >= jnp.asarray(lengths.ramp, jnp.int32)))
@@ -129,6 +129,11 @@ def advance(
         results=results,
         found=jnp.where(finished, _trial_rate(edge, _vertex(results, state.trial)), state.found),
     ), goes_back
+
+
+def start_limit(first: Window) -> jax.Array:
+    """What losses exceed that have risen above the ramp's first; infinite if hardly any is known."""
+    return jnp.where(first.finite > 1, rise_limit(first.mean, variance(first)), jnp.inf)
 
 
 def _trial_rate(edge: jax.Array, number: jax.Array) -> jax.Array:

@@ -24,7 +24,6 @@ import optax
 from jax.typing import ArrayLike
 
 from greedylr_jax import _checks, _search, base, rollback, trend
-from greedylr_jax._window import variance
 
 _BACKOFF = 0.5  # the rate to start with over that of the best trial
 _RISE = 30.0  # the highest rate over that of the best trial
@@ -117,7 +116,7 @@ def auto_lr(
             rate=base.RateState(_search.ramp_rate(centre, jnp.zeros((), jnp.int32), lengths)),
             step=jnp.zeros((), jnp.int32),
             search=_search.begin(),
-            trend=trend.trend_rule(_trend_settings(jnp.inf)).init(jnp.ones((), dtype)),
+            trend=_trend_rule(jnp.inf).init(jnp.ones((), dtype)),
             watch=rollback.unwatched(),
             kept=rollback.Kept(jax.tree.map(jnp.array, params), None),
             settles=jnp.zeros((), jnp.int32),
@@ -209,7 +208,7 @@ def _observe(
 
     watch, watch_returns = rollback.watch(state.watch, loss)
     watch_returns &= is_found
-    rule = trend.trend_rule(_trend_settings(_highest_scale(state.search)))
+    rule = _trend_rule(_highest_scale(state.search))
     # A return is a loss that is not finite to the rule, upon which it cuts.
     observed_loss = jnp.where(watch_returns, jnp.nan, loss)
     moved = base.select(is_found, rule.update(state.trend, observed_loss), state.trend)
@@ -218,14 +217,14 @@ def _observe(
     single = moved.last_error * jnp.asarray(_WINDOW, loss.dtype)
     watch = base.select(takes, rollback.watch_from(moved.last_mean, single), watch)
     # At the start the losses are those that the ramp began with.
-    first = search.first
-    at_start = rollback.watch_from(first.mean, variance(first))._replace(level=jnp.full_like(loss, jnp.inf))
+    at_start = rollback.unwatched()._replace(limit=_search.start_limit(search.first))
     watch = base.select(begins, at_start, base.select(is_found, watch, state.watch))
     return _Numbers(search, moved, watch), search_returns & ~is_found | watch_returns, takes
 
 
-def _trend_settings(high: ArrayLike) -> trend.TrendSettings:
-    return trend.TrendSettings(low=_LEAST, high=high, window=_WINDOW, raise_factor=_RAISE)
+def _trend_rule(high: ArrayLike) -> base.Rule:
+    settings = trend.TrendSettings(low=_LEAST, high=high, window=_WINDOW, raise_factor=_RAISE)
+    return trend.trend_rule(settings)
 
 
 def _highest_scale(search: _search.SearchState) -> jax.Array:
@@ -239,19 +238,15 @@ def _highest_scale(search: _search.SearchState) -> jax.Array:
 def _lengths(
     total_steps: ArrayLike | None, ramp_steps: ArrayLike | None, trial_steps: ArrayLike | None
 ) -> _search.Lengths:
-    def share(of_all: float, least: int, most: int) -> ArrayLike:
+    def length(name: str, given: ArrayLike | None, share: float, least: int, most: int) -> ArrayLike:
+        if given is not None:
+            return _checks.check_integer(name, given, low=least)
         if total_steps is None:
             return most
-        return jnp.clip(of_all * jnp.asarray(total_steps, jnp.float32), least, most).astype(jnp.int32)
+        return jnp.clip(share * jnp.asarray(total_steps, jnp.float32), least, most).astype(jnp.int32)
 
-    if ramp_steps is None:
-        ramp_steps = share(_RAMP_SHARE, _LEAST_RAMP, _RAMP_STEPS)
-    else:
-        ramp_steps = _checks.check_integer("ramp_steps", ramp_steps, low=_LEAST_RAMP)
-    if trial_steps is None:
-        trial_steps = share(_TRIAL_SHARE, _LEAST_TRIAL, _TRIAL_STEPS)
-    else:
-        trial_steps = _checks.check_integer("trial_steps", trial_steps, low=_LEAST_TRIAL)
+    ramp_steps = length("ramp_steps", ramp_steps, _RAMP_SHARE, _LEAST_RAMP, _RAMP_STEPS)
+    trial_steps = length("trial_steps", trial_steps, _TRIAL_SHARE, _LEAST_TRIAL, _TRIAL_STEPS)
     most = _checks.INT32_MAX if total_steps is None else _SEARCHED * jnp.asarray(total_steps, jnp.float32)
     return _search.Lengths(ramp_steps, trial_steps, most)
 

@@ -72,9 +72,8 @@ def network_rows(name: str, repeats: int) -> list[Row]:
     """All sides on a perceptron; step times of turns of a few steps, with the state donated as users do."""
     widths, steps = NETWORKS[name]
     params, batch = perceptron.make(widths, (BATCH,))
-    size = min(leaf.size for leaf in jax.tree.leaves(params) if leaf.size >= widths[0])
-    programs = {side: _step(make()) for side, make in SIDES.items()}
-    compiled, compile_times = _compile(programs, (params, batch), min(repeats, 3))
+    size = min(weights.size for weights in params)
+    compiled, compile_times = _compile(params, batch, min(repeats, 3))
 
     def ratio(side: str) -> float:
         """In pairs, so that no more than two optimizer states are there at a time."""
@@ -85,22 +84,20 @@ def network_rows(name: str, repeats: int) -> list[Row]:
         seconds = interleaved_medians(pair, repeats)
         return seconds[side] / seconds[BARE]
 
-    rows = []
     costs = {side: program.cost_analysis() for side, program in compiled.items()}
     counts = {side: large_operations(program.as_text(), size) for side, program in compiled.items()}
-    for side in SIDES:
-        rows.append(
-            Row(
-                name,
-                side,
-                costs[side]["flops"] - costs[BARE]["flops"],
-                costs[side]["bytes accessed"] - costs[BARE]["bytes accessed"],
-                counts[side] - counts[BARE],
-                compile_times[side] / compile_times[BARE],
-                1.0 if side == BARE else ratio(side),
-            )
+    return [
+        Row(
+            name,
+            side,
+            costs[side]["flops"] - costs[BARE]["flops"],
+            costs[side]["bytes accessed"] - costs[BARE]["bytes accessed"],
+            counts[side] - counts[BARE],
+            compile_times[side] / compile_times[BARE],
+            1.0 if side == BARE else ratio(side),
         )
-    return rows
+        for side in SIDES
+    ]
 
 
 def scan_rows(repeats: int) -> list[Row]:
@@ -147,35 +144,29 @@ def large_operations(text: str, size: int) -> int:
     return count
 
 
-def _step(tx: optax.GradientTransformationExtraArgs) -> Callable[[], Any]:
-    """Makes a new function at each call, so that its compilation is not one of before."""
+def _step(tx: optax.GradientTransformationExtraArgs) -> Any:
+    """A training step, a new function at each call."""
 
-    def make() -> tuple[Any, Callable[[Any], Any]]:
-        def step(params: Any, state: Any, batch: Any) -> Any:
-            loss, grads = jax.value_and_grad(perceptron.loss)(params, batch)
-            updates, state = tx.update(grads, state, params, value=loss)
-            return optax.apply_updates(params, updates), state, loss
+    def step(params: Any, state: Any, batch: Any) -> Any:
+        loss, grads = jax.value_and_grad(perceptron.loss)(params, batch)
+        updates, state = tx.update(grads, state, params, value=loss)
+        return optax.apply_updates(params, updates), state, loss
 
-        return jax.jit(step, donate_argnums=(0, 1)), tx.init
-
-    return make
+    return jax.jit(step, donate_argnums=(0, 1))
 
 
-def _compile(
-    programs: dict[str, Callable[[], Any]], arguments: tuple[Any, Any], repeats: int
-) -> tuple[dict[str, Any], dict[str, float]]:
+def _compile(params: Any, batch: Any, repeats: int) -> tuple[dict[str, Any], dict[str, float]]:
     """The compiled steps, and the medians of the seconds that tracing and compiling took, in turns."""
-    params, batch = arguments
-    seconds: dict[str, list[float]] = {side: [] for side in programs}
+    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     compiled = {}
     folder = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()  # which otherwise keeps the folder that it was first used with
     try:
         for _ in range(repeats):
-            for side, make in programs.items():
-                step, init = make()
-                state = jax.eval_shape(init, params)
+            for side, make in SIDES.items():
+                tx = make()
+                step, state = _step(tx), jax.eval_shape(tx.init, params)
                 start = time.perf_counter()
                 compiled[side] = step.lower(params, state, batch).compile()
                 seconds[side].append(time.perf_counter() - start)

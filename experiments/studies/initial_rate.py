@@ -46,7 +46,7 @@ TOLERANCE = 2.0  # points of accuracy
 OPTIMIZERS = ("adamw", "sgd", "adagrad")
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {"tasks": DEVELOPMENT[:3], "schedules": SCHEDULES, "steps": 1000, "seeds": 5},
-    # The other kinds of tasks, with the two that the verdict is on.
+    # The other kinds of tasks, with the two schedules that the verdict compares.
     "full": {
         "tasks": (
             "digits-vit",
@@ -90,15 +90,16 @@ def run(job: Job) -> None:
 def leave(job: Job, runs: pl.DataFrame, title: str) -> None:
     """Prints and writes everything that follows from the rows."""
     table = summarize(runs)
+    every = gaps(table)
     _print(table, job.console)
-    job.console.print(verdict(table))
+    job.console.print(verdict(every))
     figures = {"initial_rate": draw(table, title)}
-    if failures := where_it_fails(table):
+    if failures := [gap for gap in every if gap.worst > TOLERANCE]:
         figures["where_it_fails"] = draw_failures(runs, failures)
     publish(
         job,
         title,
-        f"{_EXPLANATION} {verdict(table)}",
+        f"{_EXPLANATION} {verdict(every)}",
         tables={"table": table},
         figures=figures,
         sections=_sections(table),
@@ -141,26 +142,46 @@ def summarize(runs: pl.DataFrame) -> pl.DataFrame:
     return pl.DataFrame(rows)
 
 
-def verdict(table: pl.DataFrame) -> str:
+class Gap(NamedTuple):
+    """How far ``auto_lr`` is below the best of cosine, on a task with an optimizer."""
+
+    task: str
+    optimizer: str
+    ours: float  # factor of the initial rate at which auto_lr is worst
+    measure: float  # factor at which cosine is best
+    worst: float  # points that the worst of auto_lr is below; negative where it is above
+    middle: float  # points that its median over the initial rates is below
+
+
+def gaps(table: pl.DataFrame) -> list[Gap]:
+    """One for each pair of a task and an optimizer."""
+    result = []
+    for (task, optimizer), cell in table.group_by(["task", "optimizer"], maintain_order=True):
+        ours = cell.filter(pl.col("schedule") == OURS).sort("accuracy")
+        measure = cell.filter(pl.col("schedule") == MEASURE).sort("accuracy")
+        best, accuracy = measure["accuracy"][-1], ours["accuracy"]
+        factors = (ours["factor"][0], measure["factor"][-1])
+        result.append(Gap(task, optimizer, *factors, best - accuracy[0], best - accuracy.median()))
+    return result
+
+
+def verdict(every: list[Gap]) -> str:
     """How often the worst of ``auto_lr`` over the initial rates is as good as cosine at its best one."""
     worst, middle = [], []
     for name, is_development in (("development tasks", True), ("other tasks", False)):
-        chosen = table.filter(pl.col("task").is_in(DEVELOPMENT) == is_development)
-        gaps, medians = [], []
-        for _, cell in chosen.group_by(["task", "optimizer"]):
-            ours = cell.filter(pl.col("schedule") == OURS)["accuracy"]
-            best = cell.filter(pl.col("schedule") == MEASURE)["accuracy"].max()
-            gaps.append(best - ours.min())
-            medians.append(best - ours.median())
-        if gaps:
-            near = sum(gap <= TOLERANCE for gap in gaps)
-            worst.append(f"on {near} of {len(gaps)} pairs of the {name} (largest gap {max(gaps):.1f})")
-            near = sum(gap <= TOLERANCE for gap in medians)
-            middle.append(f"on {near} of {len(gaps)} of the {name} (largest gap {max(medians):.1f})")
+        own = [gap for gap in every if (gap.task in DEVELOPMENT) == is_development]
+        if own:
+            worst.append(_near([gap.worst for gap in own], f"pairs of the {name}"))
+            middle.append(_near([gap.middle for gap in own], f"of the {name}"))
     return (
         f"The worst of auto_lr over the {len(FACTORS)} initial rates is within {TOLERANCE:g} points of "
         f"cosine at its best rate {', '.join(worst)}; the median over them is {', '.join(middle)}."
     )
+
+
+def _near(points: list[float], of: str) -> str:
+    near = sum(each <= TOLERANCE for each in points)
+    return f"on {near} of {len(points)} {of} (largest gap {max(points):.1f})"
 
 
 def _cells(table: pl.DataFrame) -> list[tuple[str, str, list[list[str]]]]:
@@ -213,30 +234,7 @@ def draw(table: pl.DataFrame, title: str) -> plt.Figure:
     return figure
 
 
-class Failure(NamedTuple):
-    """A pair of a task and an optimizer where the worst of ``auto_lr`` is far below the best of cosine."""
-
-    task: str
-    optimizer: str
-    ours: float  # factor of the initial rate at which it is worst
-    measure: float  # factor at which cosine is best
-    gap: float  # points
-
-
-def where_it_fails(table: pl.DataFrame) -> list[Failure]:
-    """The pairs that are not within the tolerance."""
-    failures = []
-    for (task, optimizer), cell in table.group_by(["task", "optimizer"], maintain_order=True):
-        ours = cell.filter(pl.col("schedule") == OURS).sort("accuracy")
-        measure = cell.filter(pl.col("schedule") == MEASURE).sort("accuracy")
-        if len(ours) and len(measure):
-            gap = measure["accuracy"][-1] - ours["accuracy"][0]
-            if gap > TOLERANCE:
-                failures.append(Failure(task, optimizer, ours["factor"][0], measure["factor"][-1], gap))
-    return failures
-
-
-def draw_failures(runs: pl.DataFrame, failures: list[Failure]) -> plt.Figure:
+def draw_failures(runs: pl.DataFrame, failures: list[Gap]) -> plt.Figure:
     """Loss and rate of all seeds where it fails, beside those of cosine at its best rate."""
     best = best_rates(runs)
     figure, panels = drawing.panels(2 * len(failures), 2)
@@ -256,7 +254,7 @@ def draw_failures(runs: pl.DataFrame, failures: list[Failure]) -> plt.Figure:
         for axes, name in zip(pair, ("training loss", "learning rate"), strict=True):
             axes.set_yscale("log")
             axes.set_title(
-                f"{failure.task}, {failure.optimizer}: {failure.gap:.1f} points below", fontsize=10
+                f"{failure.task}, {failure.optimizer}: {failure.worst:.1f} points below", fontsize=10
             )
             axes.set_xlabel("% of the steps")
             axes.set_ylabel(name)

@@ -2,7 +2,7 @@
 
 import sys
 
-import polars as pl
+import numpy as np
 import pytest
 
 from experiments.arc import training
@@ -75,7 +75,7 @@ def test_results_that_were_cut_are_not_gone_on_with(tmp_path):
 
 
 def test_a_checkpoint_that_was_cut_is_not_gone_on_with(tmp_path):
-    arrays = {"a": pl.Series([1.0]).to_numpy()}
+    arrays = {"a": np.ones(1)}
     candidates = training.Candidates(*(arrays for _ in training.Candidates._fields))
     path = tmp_path / "unfinished.safetensors"
     checkpoint = training.Checkpoint(path, {"epochs": 1}, candidates, fresh=False)

@@ -259,7 +259,7 @@ def test_the_verdict_on_initial_rates_compares_the_worst_with_the_best_of_cosine
         for schedule, accuracies in (("cosine", (50.0, 90.0)), ("auto", ours))
         for factor, accuracy in zip((0.1, 1.0), accuracies, strict=True)
     ]
-    text = initial_rate.verdict(pl.DataFrame(rows))
+    text = initial_rate.verdict(initial_rate.gaps(pl.DataFrame(rows)))
     assert "on 1 of 1 pairs of the development tasks (largest gap 1.5)" in text
     assert "on 1 of 2 pairs of the other tasks (largest gap 3.0)" in text
 
@@ -281,10 +281,11 @@ def test_where_auto_lr_falls_short_its_histories_are_drawn():
         for seed in (0, 1, 1000)
     ]
     runs = pl.DataFrame(rows)
-    (failure,) = initial_rate.where_it_fails(initial_rate.summarize(runs))
-    assert failure == ("digits-mlp", "sgd", 1.0, 1.0, pytest.approx(10.0))
+    (failure,) = initial_rate.gaps(initial_rate.summarize(runs))
+    assert failure == ("digits-mlp", "sgd", 1.0, 1.0, pytest.approx(10.0), pytest.approx(5.0))
     figure = initial_rate.draw_failures(runs, [failure])
     # Two seeds of each, as the third is one that rates are chosen on.
     assert [len(axes.lines) for axes in figure.axes[:2]] == [4, 4]
     better = runs.with_columns(test_metric=pl.lit(0.9))
-    assert initial_rate.where_it_fails(initial_rate.summarize(better)) == []
+    (gap,) = initial_rate.gaps(initial_rate.summarize(better))
+    assert gap.worst == pytest.approx(0.0)
