@@ -47,8 +47,10 @@ class GreedyLRState(NamedTuple):
     reset_countdown: jax.Array  # shape=(), dtype=int32; decreases at the minimum until a reset
     num_observations: jax.Array  # shape=(), dtype=int32; since the last restart, where reset_after is set
     initial_scale: jax.Array  # shape=(), dtype=float; where a reset goes back to
-    history: jax.Array  # shape=(window,), dtype=float; ring of the last finite values, empty slots 0
-    history_count: jax.Array  # shape=(), dtype=int32; values entered, counted modulo the window once full
+    history: jax.Array  # shape=(window,), dtype=float; ring of the last finite values
+    history_count: (
+        jax.Array
+    )  # shape=(), dtype=int32; values entered, modulo the window once full; 0: all are void
 
 
 class _Settings(NamedTuple):
@@ -365,11 +367,21 @@ def _initial_state(settings: _Settings, scale: jax.Array) -> GreedyLRState:
     )
 
 
+def _restarted(settings: _Settings, state: GreedyLRState) -> GreedyLRState:
+    """The state before the first observation again, but for the ring, which counts as empty.
+
+    To empty it here would let a decision that comes of its mean write the whole ring once more, at every
+    step: under ``lax.scan`` that took many times as long as all the rest.
+    """
+    return _initial_state(settings, state.initial_scale)._replace(history=state.history)
+
+
 def _smooth(state: GreedyLRState, value: jax.Array) -> tuple[GreedyLRState, jax.Array, jax.Array]:
     """Enters a value into the window (line 4).
 
     Returns:
-      The new state, the mean over the window, and whether the value was usable (finite).
+      The new state, the mean over the window, and whether value and mean are usable (finite; the sum of
+      huge losses may overflow).
     """
     usable = jnp.isfinite(value)
     window = state.history.size
@@ -381,13 +393,14 @@ def _smooth(state: GreedyLRState, value: jax.Array) -> tuple[GreedyLRState, jax.
     slot = jnp.where(count < window, count, count - window)
     # A masked write fuses with what follows; a scatter would not, least of all under vmap.
     here = usable & (jax.lax.iota(jnp.int32, window) == slot)
-    history = jnp.where(here, value, state.history)
+    kept = jnp.where(count == 0, 0, state.history)  # a reset leaves the ring to be emptied here
+    history = jnp.where(here, value, kept)
     count = count + usable.astype(jnp.int32)
     count = jnp.where(count == 2 * window, window, count)
     length = jnp.clip(count, 1, window)  # 1: nothing but non-finite values so far
     mean = jnp.sum(history) / length.astype(history.dtype)
     state = state._replace(history=history, history_count=count)
-    return state, mean, usable
+    return state, mean, usable & jnp.isfinite(mean)
 
 
 def _improves(settings: _Settings, state: GreedyLRState, mean: jax.Array) -> jax.Array:
@@ -476,14 +489,13 @@ def _reference_step(settings: _Settings, state: GreedyLRState, value: jax.Array)
         at_min = decrease & (scale <= settings.min_scale)
         remaining = state.reset_countdown - at_min.astype(jnp.int32)
         countdown = jnp.where(increase, settings.reset_at_min, remaining)
-        restarted = _initial_state(settings, state.initial_scale)
         # The reset is part of the decrease, which goes on to start its cooldown.
-        restarted = restarted._replace(cooldown_count=stepped.cooldown_count)
+        restarted = _restarted(settings, stepped)._replace(cooldown_count=stepped.cooldown_count)
         stepped = stepped._replace(reset_countdown=countdown)
         stepped = base.select(at_min & (countdown <= 0), restarted, stepped)
     if settings.reset_after is not None:
         due = stepped.num_observations > settings.reset_after
-        stepped = base.select(due, _initial_state(settings, state.initial_scale), stepped)
+        stepped = base.select(due, _restarted(settings, stepped), stepped)
     return stepped
 
 
@@ -519,7 +531,7 @@ def _paper_step(settings: _Settings, state: GreedyLRState, value: jax.Array) -> 
         num_observations=_increment(state.num_observations),
     )
     if settings.reset_after is not None:  # lines 32-39
-        restarted = _initial_state(settings, state.initial_scale)._replace(
+        restarted = _restarted(settings, stepped)._replace(
             best_value=best_value, cooldown_count=cooldown_count, warmup_count=warmup_count
         )
         due = stepped.num_observations > settings.reset_after

@@ -234,6 +234,8 @@ def _spread_of_rates(rates: Any) -> dict[str, jax.Array]:
     if len(leaves) == 1 and jnp.shape(jax.tree.leaves(rates)[0]) == ():
         return {"learning_rate": leaves[0][0]}
     every = jnp.concatenate(leaves)
+    if every.size == 0:  # one rate an element, of parameters without elements
+        return {}
     return {
         "learning_rate_min": jnp.min(every),
         "learning_rate_mean": jnp.mean(every),

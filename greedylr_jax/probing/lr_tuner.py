@@ -37,7 +37,7 @@ from greedylr_jax.probing import probe
 
 
 class Progress(NamedTuple):
-    """How the loss drops; NaN where that is not known yet."""
+    """How the loss drops; infinite where that is not known yet (a NaN would stop ``jax.debug_nans``)."""
 
     last_mean: jax.Array  # shape=(), dtype=float; mean loss of the last full window
     first_drop: jax.Array  # shape=(), dtype=float; drop per step in the first window of the present rate
@@ -273,17 +273,18 @@ def _change_rate(
 ) -> tuple[jax.Array, Progress]:
     """The rate from this step on, by the phase that the training is in, and the drop of the loss so far."""
     progress = state.progress
-    mean = jnp.where(window.finite > 0, window.mean, jnp.nan)
+    mean = jnp.where(window.finite > 0, window.mean, jnp.inf)
     drop = (progress.last_mean - mean) / jnp.maximum(window.steps, 1).astype(mean.dtype)
-    first_drop = jnp.where(jnp.isnan(progress.first_drop), drop, progress.first_drop)
+    drop = jnp.where(jnp.isfinite(drop), drop, jnp.inf)
+    first_drop = jnp.where(jnp.isfinite(progress.first_drop), progress.first_drop, drop)
 
     explores = state.step < jnp.asarray(settings.explore_steps, jnp.int32)
-    has_crossed = ~jnp.isnan(progress.saturated_drop)
+    has_crossed = jnp.isfinite(progress.saturated_drop)
     ratio = jnp.asarray(settings.saturation_threshold, drop.dtype)
     saturated = jnp.where(
         has_crossed, drop <= progress.saturated_drop, (drop <= 0) | (first_drop > ratio * drop)
     )
-    saturated &= may_change & ~explores & ~jnp.isnan(first_drop)
+    saturated &= may_change & ~explores & jnp.isfinite(first_drop)
     # A drop below zero would be a threshold that only a rising loss meets.
     threshold = jnp.where(saturated & ~has_crossed, jnp.maximum(drop, 0), progress.saturated_drop)
 
@@ -292,7 +293,7 @@ def _change_rate(
         may_change & (explores | saturated), lambda: propose(learning_rate), lambda: learning_rate
     )
     allowed = jnp.where(explores, proposal > learning_rate, proposal < learning_rate) & (proposal > 0)
-    first_drop = jnp.where(allowed, jnp.nan, first_drop)  # a new rate begins
+    first_drop = jnp.where(allowed, jnp.inf, first_drop)  # a new rate begins
     return jnp.where(allowed, proposal, learning_rate), Progress(mean, first_drop, threshold)
 
 
@@ -327,14 +328,14 @@ def _sample_width(learning_rate: jax.Array, bound: jax.Array, probe_width: Array
 
 
 def _unknown_progress() -> Progress:
-    return Progress(_float(jnp.nan), _float(jnp.nan), _float(jnp.nan))
+    return Progress(_float(jnp.inf), _float(jnp.inf), _float(jnp.inf))
 
 
 def _empty_snapshot(params: optax.Params, inner_state: optax.OptState, learning_rate: ArrayLike) -> Snapshot:
     return Snapshot(
         watched=jnp.asarray(False),
         settling=jnp.zeros((), jnp.int32),
-        limit=_float(jnp.nan),
+        limit=_float(jnp.inf),
         learning_rate=_float(learning_rate),
         progress=_unknown_progress(),
         # Copies: the same array twice in a state could not be donated.
@@ -360,7 +361,7 @@ def _highest_mean(window: Window, last_mean: jax.Array, rollback_threshold: Arra
     drop = jnp.where(relative, drop * window.mean / jnp.where(relative, last_mean, 1), drop)
     # A loss that was rising may go on rising as it did: the change did not make that worse.
     expected = jnp.where(drop > 0, jnp.asarray(rollback_threshold, drop.dtype) * drop, drop)
-    return window.mean - jnp.where(jnp.isnan(last_mean), 0, expected) + noise
+    return window.mean - jnp.where(jnp.isfinite(last_mean), expected, 0) + noise
 
 
 def _returned(state: LRTunerState) -> LRTunerState:
