@@ -50,7 +50,7 @@ class GreedyLRState(NamedTuple):
     history: jax.Array  # shape=(window,), dtype=float; ring of the last finite values
     history_count: (
         jax.Array
-    )  # shape=(), dtype=int32; values entered, modulo the window once full; 0: all are void
+    )  # shape=(), dtype=int32; values entered, modulo the window once full; 0: none counts
 
 
 class _Settings(NamedTuple):
