@@ -28,6 +28,7 @@ from greedylr_jax.reading import (
     get_scale,
     metrics,
 )
+from greedylr_jax.rollback import RollbackState, with_rollback
 from greedylr_jax.trend import TrendState, trend_lr, trend_lr_schedule
 
 __version__ = "0.1.0"
@@ -41,6 +42,7 @@ __all__ = [
     "LRTunerState",
     "MultiStepsState",
     "RateState",
+    "RollbackState",
     "Rule",
     "RuleSchedule",
     "RuleScheduleState",
@@ -63,4 +65,5 @@ __all__ = [
     "superbatch_loss",
     "trend_lr",
     "trend_lr_schedule",
+    "with_rollback",
 ]

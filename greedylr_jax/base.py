@@ -97,6 +97,25 @@ class RateState(NamedTuple):
     learning_rate: Any  # a float scalar; or a dict from group labels to such; or a pytree like the params
 
 
+def is_rate_state(node: Any) -> bool:
+    """Whether a node of an optimizer state holds a rule's scale, or learning rates."""
+    return isinstance(node, (RuleState, RuleScheduleState, RateState))
+
+
+def map_rates(change: Callable[..., jax.Array], node: Any, *others: Any) -> Any:
+    """Such a node with its scale or rates changed, given those of nodes like it; any other as it is."""
+    if isinstance(node, RuleScheduleState):
+        carried = map_rates(change, node.carried, *(other.carried for other in others))
+        return node._replace(carried=carried)
+    if isinstance(node, RuleState):
+        scale = change(node.rule.scale, *(other.rule.scale for other in others))
+        return node._replace(rule=node.rule._replace(scale=scale))
+    if isinstance(node, RateState):
+        rates = (other.learning_rate for other in others)
+        return RateState(jax.tree.map(change, node.learning_rate, *rates))
+    return node
+
+
 class GradientTransformationExtraLoss(optax.GradientTransformationExtraArgs):
     """A gradient transformation whose ``update`` needs the loss: ``update(..., value=loss)``.
 

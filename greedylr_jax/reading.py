@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from greedylr_jax import base
+from greedylr_jax import base, rollback
 
 _MAX_PROBE_STEPS = 1024  # more than any sensible number of accumulated micro-batches
 
@@ -30,12 +30,17 @@ def _is_rate(node: Any) -> bool:
     return isinstance(node, base.RateState)
 
 
+def _or_kept(wanted: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Where to stop looking: what is kept to go back to holds rules, too, but none that acts."""
+    return lambda node: wanted(node) or isinstance(node, rollback.Kept)
+
+
 def _carried(state: base.RuleState | base.RuleScheduleState) -> base.RuleState:
     return state.carried if isinstance(state, base.RuleScheduleState) else state
 
 
 def _find(opt_state: optax.OptState, wanted: Callable[[Any], bool]) -> list[_Found]:
-    nodes, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=wanted)
+    nodes, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=_or_kept(wanted))
     found = []
     for path, node in nodes:
         if wanted(node):
@@ -338,11 +343,9 @@ def _with_half_scale(opt_state: optax.OptState, index: int) -> optax.OptState:
         seen += 1
         if seen != index:
             return node
-        carried = _carried(node)
-        carried = carried._replace(rule=carried.rule._replace(scale=carried.rule.scale / 2))
-        return node._replace(carried=carried) if node is not _carried(node) else carried
+        return base.map_rates(lambda scale: scale / 2, node)
 
-    return jax.tree.map(halve, opt_state, is_leaf=_is_rule)
+    return jax.tree.map(halve, opt_state, is_leaf=_or_kept(_is_rule))
 
 
 def _assert_halved(rule: _Found, before: optax.Updates, after: optax.Updates) -> None:

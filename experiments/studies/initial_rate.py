@@ -15,6 +15,7 @@ from experiments import drawing, html
 from experiments.engine import Settings, make_specs
 from experiments.studies.base import Job, Sweep, publish
 from experiments.studies.tuning import TUNING_SEEDS, best_rates, reported
+from experiments.summary import confidence_interval
 from experiments.sweep import Group
 from experiments.tables import print_table
 from experiments.tasks.base import LEARNING_RATES
@@ -43,6 +44,7 @@ OURS, MEASURE = "auto", "cosine"
 # The settings of auto_lr were chosen on these.
 DEVELOPMENT = ("digits-mlp", "mnist1d-mlp", "mnist1d-residual", "digits-vit")
 TOLERANCE = 2.0  # points of accuracy
+LOSS_TOLERANCE = 1.1  # times the held-out loss
 OPTIMIZERS = ("adamw", "sgd", "adagrad")
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {"tasks": DEVELOPMENT[:3], "schedules": SCHEDULES, "steps": 1000, "seeds": 5},
@@ -90,7 +92,7 @@ def run(job: Job) -> None:
 def leave(job: Job, runs: pl.DataFrame, title: str) -> None:
     """Prints and writes everything that follows from the rows."""
     table = summarize(runs)
-    every = gaps(table)
+    every = gaps(runs)
     _print(table, job.console)
     job.console.print(verdict(every))
     figures = {"initial_rate": draw(table, title)}
@@ -120,26 +122,39 @@ def summarize(runs: pl.DataFrame) -> pl.DataFrame:
       runs: one row a run, as ``runs.parquet`` holds them, those of the tuning seeds among them.
 
     Returns:
-      A frame with ``task``, ``optimizer``, ``schedule``, ``factor`` (of the best rate) and the median, least
-      and greatest test accuracy over the seeds, in percent.
+      A frame with ``task``, ``optimizer``, ``schedule``, ``factor`` (of the best rate), the median, least
+      and greatest test accuracy over the seeds, in percent, and the median test loss.
     """
-    rows, best = [], best_rates(runs)
-    keys = ["task", "optimizer", "schedule", "learning_rate"]
-    for (task, optimizer, schedule, rate), cell in reported(runs).group_by(keys, maintain_order=True):
-        ratio = rate / best[task, optimizer]
-        accuracy = 100 * cell["test_metric"].to_numpy()
+    rows = []
+    keys = ["task", "optimizer", "schedule", "factor"]
+    for key, cell in _with_factors(runs).group_by(keys, maintain_order=True):
+        accuracy = cell["accuracy"].to_numpy()
         rows.append(
-            {
-                "task": task,
-                "optimizer": optimizer,
-                "schedule": schedule,
-                "factor": FACTORS[int(np.argmin(np.abs(np.log(np.array(FACTORS) / ratio))))],
+            dict(zip(keys, key, strict=True))
+            | {
                 "accuracy": float(np.median(accuracy)),
                 "accuracy_low": float(accuracy.min()),
                 "accuracy_high": float(accuracy.max()),
+                "test_loss": _median_loss(cell),
             }
         )
     return pl.DataFrame(rows)
+
+
+def _with_factors(runs: pl.DataFrame) -> pl.DataFrame:
+    """The reported runs, with their ``factor`` of the best rate and their ``accuracy`` in percent."""
+    best, own = best_rates(runs), reported(runs)
+    ratios = np.array([row[2] / best[row[:2]] for row in own[["task", "optimizer", "learning_rate"]].rows()])
+    nearest = np.abs(np.log(ratios[:, None] / np.array(FACTORS))).argmin(axis=1)
+    return own.with_columns(
+        factor=pl.Series(np.array(FACTORS)[nearest]), accuracy=100 * pl.col("test_metric").cast(pl.Float64)
+    )
+
+
+def _median_loss(cell: pl.DataFrame) -> float:
+    """That of the held-out examples; infinite where half of the runs have none."""
+    losses = cell["test_loss"].cast(pl.Float64).to_numpy()
+    return float(np.median(np.where(np.isfinite(losses), losses, np.inf)))
 
 
 class Gap(NamedTuple):
@@ -150,38 +165,59 @@ class Gap(NamedTuple):
     ours: float  # factor of the initial rate at which auto_lr is worst
     measure: float  # factor at which cosine is best
     worst: float  # points that the worst of auto_lr is below; negative where it is above
-    middle: float  # points that its median over the initial rates is below
+    loss: float  # the greatest held-out loss of auto_lr over the least of cosine
+    middle: float  # points that its median over the initial rates is below, mean over seeds
+    middle_low: float  # the ends of the 95% confidence interval of that, over seeds
+    middle_high: float
 
 
-def gaps(table: pl.DataFrame) -> list[Gap]:
-    """One for each pair of a task and an optimizer."""
+def gaps(runs: pl.DataFrame) -> list[Gap]:
+    """One for each pair of a task and an optimizer, from rows as :func:`summarize` takes them."""
     result = []
-    for (task, optimizer), cell in table.group_by(["task", "optimizer"], maintain_order=True):
-        ours = cell.filter(pl.col("schedule") == OURS).sort("accuracy")
-        measure = cell.filter(pl.col("schedule") == MEASURE).sort("accuracy")
-        best, accuracy = measure["accuracy"][-1], ours["accuracy"]
-        factors = (ours["factor"][0], measure["factor"][-1])
-        result.append(Gap(task, optimizer, *factors, best - accuracy[0], best - accuracy.median()))
+    every = _with_factors(runs)
+    for (task, optimizer), table in summarize(runs).group_by(["task", "optimizer"], maintain_order=True):
+        ours = table.filter(schedule=OURS).sort("accuracy")
+        measure = table.filter(schedule=MEASURE).sort("accuracy")
+        best = measure["factor"][-1]
+        own = every.filter(task=task, optimizer=optimizer)
+        median = own.filter(schedule=OURS).group_by("seed").agg(ours=pl.col("accuracy").median())
+        pairs = median.join(own.filter(schedule=MEASURE, factor=best), on="seed")
+        below = (pairs["accuracy"] - pairs["ours"]).to_numpy()
+        result.append(
+            Gap(
+                task,
+                optimizer,
+                ours=ours["factor"][0],
+                measure=best,
+                worst=measure["accuracy"][-1] - ours["accuracy"][0],
+                loss=ours["test_loss"].max() / measure["test_loss"].min(),
+                middle=float(below.mean()),
+                **dict(zip(("middle_low", "middle_high"), confidence_interval(below), strict=True)),
+            )
+        )
     return result
 
 
 def verdict(every: list[Gap]) -> str:
-    """How often the worst of ``auto_lr`` over the initial rates is as good as cosine at its best one."""
-    worst, middle = [], []
+    """How often ``auto_lr`` at its worst, and in the middle, is as good as cosine at its best rate."""
+    sentences = []
     for name, is_development in (("development tasks", True), ("other tasks", False)):
         own = [gap for gap in every if (gap.task in DEVELOPMENT) == is_development]
-        if own:
-            worst.append(_near([gap.worst for gap in own], f"pairs of the {name}"))
-            middle.append(_near([gap.middle for gap in own], f"of the {name}"))
-    return (
-        f"The worst of auto_lr over the {len(FACTORS)} initial rates is within {TOLERANCE:g} points of "
-        f"cosine at its best rate {', '.join(worst)}; the median over them is {', '.join(middle)}."
-    )
-
-
-def _near(points: list[float], of: str) -> str:
-    near = sum(each <= TOLERANCE for each in points)
-    return f"on {near} of {len(points)} {of} (largest gap {max(points):.1f})"
+        if not own:
+            continue
+        near = [gap.worst <= TOLERANCE for gap in own]
+        near_by_loss = [gap.loss <= LOSS_TOLERANCE for gap in own]
+        either = [a or b for a, b in zip(near, near_by_loss, strict=True)]
+        not_below = [not gap.middle_low > 0 for gap in own]
+        sentences.append(
+            f"Of {len(own)} pairs of the {name}, the worst of auto_lr over the {len(FACTORS)} initial "
+            f"rates is within {TOLERANCE:g} points of cosine at its best rate on {sum(near)} (largest gap "
+            f"{max(gap.worst for gap in own):.1f}), its held-out loss within {LOSS_TOLERANCE - 1:.0%} of "
+            f"cosine's least on {sum(near_by_loss)}, and one or the other holds on {sum(either)}; its median "
+            "over the rates is not below cosine at its best rate by more than the 95% confidence interval on "
+            f"{sum(not_below)} (largest mean gap {max(gap.middle for gap in own):.1f} points)."
+        )
+    return " ".join(sentences)
 
 
 def _cells(table: pl.DataFrame) -> list[tuple[str, str, list[list[str]]]]:
@@ -236,16 +272,14 @@ def draw(table: pl.DataFrame, title: str) -> plt.Figure:
 
 def draw_failures(runs: pl.DataFrame, failures: list[Gap]) -> plt.Figure:
     """Loss and rate of all seeds where it fails, beside those of cosine at its best rate."""
-    best = best_rates(runs)
+    every = _with_factors(runs)
     figure, panels = drawing.panels(2 * len(failures), 2)
     for failure, pair in zip(failures, zip(panels[::2], panels[1::2], strict=True), strict=True):
-        key = (failure.task, failure.optimizer)
         for schedule, factor in ((OURS, failure.ours), (MEASURE, failure.measure)):
-            distance = (pl.col("learning_rate") / (factor * best[key])).log().abs()
-            cell = reported(runs).filter(
-                (pl.col("task") == key[0]) & (pl.col("optimizer") == key[1]), schedule=schedule
+            cell = every.filter(
+                task=failure.task, optimizer=failure.optimizer, schedule=schedule, factor=factor
             )
-            for number, run in enumerate(cell.filter(distance < 0.1).iter_rows(named=True)):
+            for number, run in enumerate(cell.iter_rows(named=True)):
                 for axes, name in zip(pair, ("loss", "rate"), strict=True):
                     seen = np.array(run[name], float)
                     label = f"{schedule}, x{factor:g}" if number == 0 else None

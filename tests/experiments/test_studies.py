@@ -252,40 +252,72 @@ def test_a_study_from_end_to_end(study, tmp_path, monkeypatch):
         open_and_click(tmp_path / "report.html")
 
 
+def rate_runs(accuracies, losses=None, seeds=(0, 1, 1000), spread=0.0):
+    """Runs of three steps; accuracies and losses are by task, schedule and rate (0.1 and 1)."""
+    rows = []
+    for (task, schedule), values in accuracies.items():
+        for number, (rate, accuracy) in enumerate(zip((0.1, 1.0), values, strict=True)):
+            for seed in seeds:
+                rows.append(
+                    {
+                        "task": task,
+                        "optimizer": "sgd",
+                        "schedule": schedule,
+                        "learning_rate": rate,
+                        "seed": seed,
+                        "test_metric": accuracy + spread * (seed == 1) * (schedule == "auto"),
+                        "test_loss": (losses or {}).get((task, schedule), (1.0, 1.0))[number],
+                        "loss": [2.0, 1.0, 1.0 - accuracy],
+                        "rate": [rate, rate, rate],
+                    }
+                )
+    return pl.DataFrame(rows)
+
+
 def test_the_verdict_on_initial_rates_compares_the_worst_with_the_best_of_cosine():
-    rows = [
-        {"task": task, "optimizer": "sgd", "schedule": schedule, "factor": factor, "accuracy": accuracy}
-        for task, ours in (("digits-mlp", (90.0, 88.5)), ("digits", (90.0, 87.0)), ("tagging", (91.0, 92.0)))
-        for schedule, accuracies in (("cosine", (50.0, 90.0)), ("auto", ours))
-        for factor, accuracy in zip((0.1, 1.0), accuracies, strict=True)
-    ]
-    text = initial_rate.verdict(initial_rate.gaps(pl.DataFrame(rows)))
-    assert "on 1 of 1 pairs of the development tasks (largest gap 1.5)" in text
-    assert "on 1 of 2 pairs of the other tasks (largest gap 3.0)" in text
+    runs = rate_runs(
+        {
+            ("digits-mlp", "cosine"): (0.5, 0.9),
+            ("digits-mlp", "auto"): (0.9, 0.885),
+            ("digits", "cosine"): (0.5, 0.9),
+            ("digits", "auto"): (0.9, 0.87),
+            ("tagging", "cosine"): (0.5, 0.9),
+            ("tagging", "auto"): (0.8, 0.8),
+        },
+        {("digits", "cosine"): (1.0, 0.5), ("digits", "auto"): (0.4, 0.54)},
+    )
+    text = initial_rate.verdict(initial_rate.gaps(runs))
+    assert "Of 1 pairs of the development tasks" in text and "on 1 (largest gap 1.5)" in text
+    # Digits by its loss, 0.54 against 0.5, and by chance tagging, whose losses are all alike.
+    assert "Of 2 pairs of the other tasks" in text and "on 0 (largest gap 10.0)" in text
+    assert "least on 2, and one or the other holds on 2" in text
+    # The medians are 0.75, 1.5 and 10 points below, with the same in each seed.
+    assert "on 0 (largest mean gap 10.0 points)" in text
+
+
+def test_a_median_that_seeds_disagree_on_is_not_below():
+    runs = rate_runs({("digits", "cosine"): (0.5, 0.9), ("digits", "auto"): (0.88, 0.88)}, spread=0.1)
+    (gap,) = initial_rate.gaps(runs)
+    assert gap.middle == pytest.approx(-3.0) and gap.middle_low < -3 < 0 < gap.middle_high
+    (gap,) = initial_rate.gaps(runs.filter(pl.col("seed") != 1))  # a single seed says nothing of the noise
+    assert gap.middle == pytest.approx(2.0) and math.isnan(gap.middle_low)
+
+
+def test_a_loss_that_is_not_finite_is_the_greatest():
+    losses = {("digits", "auto"): (1.0, math.nan), ("digits", "cosine"): (math.nan, 1.0)}
+    runs = rate_runs({("digits", "cosine"): (0.5, 0.9), ("digits", "auto"): (0.9, 0.9)}, losses)
+    (gap,) = initial_rate.gaps(runs)
+    assert gap.loss == math.inf
 
 
 def test_where_auto_lr_falls_short_its_histories_are_drawn():
-    rows = [
-        {
-            "task": "digits-mlp",
-            "optimizer": "sgd",
-            "schedule": schedule,
-            "learning_rate": rate,
-            "seed": seed,
-            "test_metric": metric,
-            "loss": [2.0, 1.0, 1.0 - metric],
-            "rate": [rate, rate, rate],
-        }
-        for schedule, metrics in (("cosine", (0.5, 0.9)), ("auto", (0.9, 0.8)))
-        for rate, metric in zip((0.1, 1.0), metrics, strict=True)
-        for seed in (0, 1, 1000)
-    ]
-    runs = pl.DataFrame(rows)
-    (failure,) = initial_rate.gaps(initial_rate.summarize(runs))
-    assert failure == ("digits-mlp", "sgd", 1.0, 1.0, pytest.approx(10.0), pytest.approx(5.0))
+    runs = rate_runs({("digits-mlp", "cosine"): (0.5, 0.9), ("digits-mlp", "auto"): (0.9, 0.8)})
+    (failure,) = initial_rate.gaps(runs)
+    assert failure[:4] == ("digits-mlp", "sgd", 1.0, 1.0)
+    assert failure.worst == pytest.approx(10.0) and failure.middle == pytest.approx(5.0)
     figure = initial_rate.draw_failures(runs, [failure])
     # Two seeds of each, as the third is one that rates are chosen on.
     assert [len(axes.lines) for axes in figure.axes[:2]] == [4, 4]
     better = runs.with_columns(test_metric=pl.lit(0.9))
-    (gap,) = initial_rate.gaps(initial_rate.summarize(better))
+    (gap,) = initial_rate.gaps(better)
     assert gap.worst == pytest.approx(0.0)

@@ -203,6 +203,7 @@ def test_the_best_rate_is_chosen_on_seeds_that_are_not_reported():
         seed=[1000, 1001, 1000, 1001], learning_rate=[0.1, 0.1, 1.0, 1.0], test_metric=[0.5, 0.9, 0.8, 0.8]
     )
     reported = rows(seed=[0, 1, 2, 0], learning_rate=[1.0, 1.0, 1.0, 0.001], test_metric=[0.1, 0.3, 0.9, 0.7])
+    tuning, reported = (frame.with_columns(test_loss=pl.lit(1.0)) for frame in (tuning, reported))
     assert best_rates(tuning) == {("t", "o"): 1.0}
     table = initial_rate.summarize(pl.concat([tuning, reported])).sort("factor")
     assert table["factor"].to_list() == [0.001, 1.0]

@@ -110,6 +110,9 @@ OWN_RATES = {
         optax.scale_by_adam(), 0.01, explore_steps=20, recompute_every=3, method="taylor", rollback=False
     ),
     "auto_lr": greedylr_jax.auto_lr(optax.identity(), 0.01, ramp_steps=30),
+    "with_rollback": greedylr_jax.with_rollback(
+        greedylr_jax.hypergradient(optax.trace(0.9), 0.01, 1e-3), window=5, patience=5
+    ),
     "factor_polling": optax.chain(
         optax.sgd(0.01, momentum=0.9), greedylr_jax.factor_polling(every=3, sharpness=3.0)
     ),
