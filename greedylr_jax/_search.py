@@ -4,7 +4,7 @@ A state machine over the losses. What it asks for is carried out by who holds th
 (:mod:`greedylr_jax.auto`): the rate of each step, and at some steps to go back to where all began.
 
 1. *Ramp.* The rate rises geometrically over ten decades, until the loss has risen above where it began, by
-   more than its noise. The rate that it has risen at is the *edge*.
+   more than its noise. The rate that it has risen at is the *edge*; if it has not risen, the last rate is.
 2. *Trials.* Trainings of a few steps at constant rates, half a decade apart, from half a decade below the
    edge downwards. Their result is the mean loss of their second half. A trial is given up where its loss
    rises as in the ramp. The search is over when two trials in a row were worse than the best one, which is
@@ -50,7 +50,6 @@ class SearchState(NamedTuple):
     first: Window  # the ramp's first losses
     recent: jax.Array  # shape=(3,), dtype=float; the last losses, newest first
     edge: jax.Array  # shape=(), dtype=float; the rate at which the ramp ended
-    has_edge: jax.Array  # shape=(), dtype=bool; whether the loss had risen there
     trial: jax.Array  # shape=(), dtype=int32; number of this trial
     late: Window  # losses of this trial's second half
     results: jax.Array  # shape=(MAX_TRIALS,), dtype=float; infinite for those not run, or given up
@@ -67,7 +66,6 @@ def begin() -> SearchState:
         first=empty_window(),
         recent=jnp.full(NEAR, jnp.inf, dtype),
         edge=jnp.zeros((), dtype),
-        has_edge=jnp.zeros((), bool),
         trial=jnp.zeros((), jnp.int32),
         late=empty_window(),
         results=jnp.full(MAX_TRIALS, jnp.inf, dtype),
@@ -127,7 +125,6 @@ def advance(
         first=first,
         recent=jnp.where(goes_back, jnp.full_like(recent, -jnp.inf), recent),
         edge=edge,
-        has_edge=state.has_edge | has_risen,
         trial=state.trial + (trial_ends & ~finished).astype(jnp.int32),
         late=base.select(goes_back, empty_window(), late),
         results=results,

@@ -229,8 +229,8 @@ def _trend_rule(high: ArrayLike) -> base.Rule:
 
 def _highest_scale(search: _search.SearchState) -> jax.Array:
     """What the trend rule may multiply the first rate by."""
-    edge = jnp.where(search.has_edge, _MARGIN * search.edge, jnp.inf)
-    highest = jnp.maximum(jnp.minimum(_RISE * search.found, edge), search.found)
+    # Where the loss never rose the edge is the end of the ramp, beyond which nothing is known.
+    highest = jnp.maximum(jnp.minimum(_RISE * search.found, _MARGIN * search.edge), search.found)
     first = _BACKOFF * search.found
     return jnp.where(first > 0, highest / jnp.where(first > 0, first, 1), jnp.inf)
 

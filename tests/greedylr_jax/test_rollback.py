@@ -207,3 +207,12 @@ def test_a_call_without_parameters_or_loss_shows_the_right_one():
         tx.update(START, tx.init(START), value=1.0)
     with pytest.raises(TypeError, match="with_rollback needs the loss"):
         tx.update(START, tx.init(START), START)
+
+
+def test_rules_inside_are_read_and_checked_as_without_it():
+    right = greedylr_jax.with_rollback(greedylr_jax.chain(greedylr_jax.greedy_lr(), optax.adam(0.1)))
+    greedylr_jax.assert_controls_learning_rate(right, START)
+    assert greedylr_jax.metrics(right.init(START))["scale"] == 1
+    wrong = greedylr_jax.with_rollback(optax.chain(greedylr_jax.greedy_lr(), optax.adam(0.1)))
+    with pytest.raises(AssertionError, match=r"opt_state.inner_state\[0\] does not control the step size"):
+        greedylr_jax.assert_controls_learning_rate(wrong, START)
