@@ -169,6 +169,8 @@ def make_epoch(
         missing = -count % mesh.size  # each device takes as many; some of the first go along twice
         padded = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[:missing]]), candidates)
         numbers = jnp.arange(count + missing) % count
+        # Placed as they come out, so that the first epoch's program serves the others too.
+        numbers, padded = jax.device_put((numbers, padded), jax.sharding.NamedSharding(mesh, runs))
         trained, figures = mapped(numbers, padded, data, jnp.int32(epoch))
         return jax.tree.map(lambda leaf: leaf[:count], trained), np.asarray(figures)[:count]
 
