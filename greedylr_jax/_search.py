@@ -9,9 +9,7 @@ A state machine over the losses. What it asks for is carried out by who holds th
    edge downwards. Their result is the mean loss of their second half. A trial is given up where its loss
    rises as in the ramp. The search is over when two trials in a row were worse than the best one, which is
    one that has learnt something.
-3. The rate that is found is the highest whose result is within a standard error of the best: what learns most
-   in a few steps is rather too low for many. If that is the best one's, the vertex of a parabola through the
-   results around it.
+3. The rate that is found is the vertex of a parabola through the results around the best one.
 
 What a ramp alone says depends on its speed and on noise; a trial of thirty steps says within a factor of
 about three what rate trains best, with most networks.
@@ -28,7 +26,6 @@ from greedylr_jax._window import NEAR, Window, empty_window, observe, rise_limit
 RAMP, TRIAL, FOUND = 0, 1, 2  # stages
 LOWEST, HIGHEST = -6.0, 4.0  # decades of the ramp around its centre
 MAX_TRIALS = 20
-_LEARNT = 3.0  # standard errors below the first losses
 _QUIET = 10  # losses of the ramp that tell where it began and how noisy they are
 _RATIO = 10.0**-0.5  # of the rates of two trials
 
@@ -108,9 +105,8 @@ def advance(
     result = jnp.where(given_up, jnp.inf, late.mean)
     results = state.results.at[state.trial].set(jnp.where(trial_ends, result, state.results[state.trial]))
     best = jnp.argmin(results)
-    noise = variance(first) / jnp.maximum(length // 2, 1).astype(limit.dtype)  # squared, of a result
-    first_noise = variance(first) / jnp.maximum(first.finite, 1).astype(limit.dtype)
-    has_learnt = results[best] < first.mean - _LEARNT * jnp.sqrt(noise + first_noise)
+    # Half of the losses' noise is left in the mean of some ten: enough to tell whether it has learnt.
+    has_learnt = results[best] < first.mean - (limit - first.mean) / jnp.sqrt(jnp.asarray(2.0, limit.dtype))
     seen = state.seen + 1
     is_enough = has_learnt & (state.trial >= best + 2)
     no_time = seen >= jnp.asarray(lengths.all, jnp.int32)
@@ -128,7 +124,7 @@ def advance(
         trial=state.trial + (trial_ends & ~finished).astype(jnp.int32),
         late=base.select(goes_back, empty_window(), late),
         results=results,
-        found=jnp.where(finished, _trial_rate(edge, _choose(results, state.trial, noise)), state.found),
+        found=jnp.where(finished, _trial_rate(edge, _vertex(results, state.trial)), state.found),
     ), goes_back
 
 
@@ -147,19 +143,13 @@ def _mean_of_finite(losses: jax.Array) -> jax.Array:
     return jnp.where(jnp.any(finite), jnp.mean(losses, where=finite), jnp.inf)
 
 
-def _choose(results: jax.Array, last: jax.Array, noise: jax.Array) -> jax.Array:
-    """The number of the trial whose rate to take; ``noise`` is the variance of one result.
-
-    The first that is within a standard error of the best. If that is the best one, a number beside it, where
-    the parabola through its result and its neighbours' is least.
-    """
+def _vertex(results: jax.Array, last: jax.Array) -> jax.Array:
+    """Where the parabola through the best result and its neighbours is least, as a number of a trial."""
     best = jnp.argmin(results)
-    first = jnp.argmax(results <= results[best] + jnp.sqrt(2 * noise))
     left, middle, right = (results[jnp.clip(best + i, 0, MAX_TRIALS - 1)] for i in (-1, 0, 1))
     curvature = left - 2 * middle + right
     has_neighbours = (best > 0) & (best < last) & jnp.isfinite(curvature) & (curvature > 0)
     offset = jnp.where(has_neighbours, (left - right) / (2 * jnp.where(has_neighbours, curvature, 1)), 0)
     # Nothing was learnt at any rate: the least one does the least harm.
     none = ~jnp.isfinite(middle)
-    chosen = jnp.where(first < best, first.astype(offset.dtype), best + jnp.clip(offset, -0.5, 0.5))
-    return jnp.where(none, last.astype(offset.dtype), chosen)
+    return jnp.where(none, last.astype(offset.dtype), best + jnp.clip(offset, -0.5, 0.5))

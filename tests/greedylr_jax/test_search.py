@@ -107,25 +107,3 @@ def test_losses_that_are_not_finite_end_the_ramp_and_a_trial_at_once():
     states, _, _ = search(drop)
     assert states.stage[-1] == _search.FOUND and 0.1 < states.edge[-1] < 0.5
     assert 0.005 < states.found[-1] < 0.02
-
-
-def test_among_results_that_noise_explains_the_highest_rate_is_taken():
-    """The losses at three rates are alike, those at others are not; noise decides nothing."""
-    results = jnp.full(_search.MAX_TRIALS, jnp.inf).at[:6].set(jnp.array([2.0, 1.5, 1.03, 1.02, 1.0, 1.6]))
-    choose = lambda noise: float(_search._choose(results, jnp.int32(5), jnp.float32(noise)))  # noqa: E731
-    assert choose(0.03**2 / 2 + 1e-6) == 2
-    assert choose(0.02**2 / 2 + 1e-6) == 3
-    between = choose(0.0)  # the parabola's vertex, beside the best one
-    assert between == pytest.approx(4 + (1.02 - 1.6) / (2 * (1.02 - 2 * 1.0 + 1.6)), abs=1e-5)
-    assert choose(10.0) == 0
-
-
-def test_a_best_trial_that_noise_explains_is_not_the_end():
-    """Losses with a spread of 0.2: an improvement by 0.05 is none, one by 0.5 is."""
-    errors = 0.2 * np.random.default_rng(1).standard_normal(400).astype(np.float32)
-    learns_little = lambda rate: jnp.where(rate > 0.1, -1.0, 0.0025 * (rate > 1e-3))  # noqa: E731
-    states, _, _ = search(learns_little, errors=errors)
-    assert states.trial[-1] > 8  # 0.1 to 0.001 are four
-    learns_much = lambda rate: jnp.where(rate > 0.1, -1.0, 0.03 * (rate > 1e-3))  # noqa: E731
-    states, _, _ = search(learns_much, errors=errors)
-    assert states.stage[-1] == _search.FOUND and states.trial[-1] <= 8
