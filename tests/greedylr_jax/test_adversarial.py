@@ -8,7 +8,7 @@ import pytest
 
 import greedylr_jax
 from tests.greedylr_jax.greedy_model import GreedyModel
-from tests.greedylr_jax.rules import BASE_RATE, OWN_RATES, losses, rule_parameters
+from tests.greedylr_jax.rules import BASE_RATE, OWN_RATES, RULES, losses, rule_parameters
 
 HUGE = 2**31 - 1
 LARGEST = float(np.finfo(np.float32).max)
@@ -18,18 +18,23 @@ START = {"w": jnp.linspace(-1.0, 1.0, 6), "b": jnp.ones(2)}
 
 
 def optimizers() -> list:
-    """Every rule in an optimizer for ``START``, the zeroth-order ones in both carriers."""
+    """Every rule in an optimizer for ``START``, the zeroth-order ones in both carriers.
+
+    The schedule is one carrier for all of them: by default only the first goes into it.
+    """
     table = []
     for parameter in rule_parameters():
         (case,) = parameter.values
         behind = optax.chain(optax.adam(BASE_RATE), case.transformation())
         inside = optax.inject_hyperparams(optax.adam)(learning_rate=case.schedule())
         table.append(pytest.param(behind, id=f"{case.name}-transformation", marks=parameter.marks))
-        table.append(pytest.param(inside, id=f"{case.name}-schedule", marks=parameter.marks))
+        marks = parameter.marks if case is RULES[0] else pytest.mark.slow
+        table.append(pytest.param(inside, id=f"{case.name}-schedule", marks=marks))
     return [*table, *(pytest.param(tx, id=name) for name, tx in OWN_RATES.items())]
 
 
 every_optimizer = pytest.mark.parametrize("tx", optimizers())
+every_own_rate = pytest.mark.parametrize("name", OWN_RATES)
 
 
 def loss_fn(params):
@@ -67,8 +72,9 @@ def test_nothing_traced_outlives_its_trace(tx):
         step(params, state)
 
 
-@every_optimizer
-def test_empty_and_missing_leaves_pass_through(tx):
+@every_own_rate
+def test_empty_and_missing_leaves_pass_through(name):
+    tx = OWN_RATES[name]
     odd = {"w": {"kernel": START["w"], "none": None, "empty": jnp.zeros((0, 3))}, "b": START["b"]}
     step = jax.jit(make_step(tx))
     params, state = odd, tx.init(odd)
@@ -79,8 +85,9 @@ def test_empty_and_missing_leaves_pass_through(tx):
     assert loss_fn(params) < loss_fn(odd)
 
 
-@every_optimizer
-def test_no_parameters_at_all_are_no_error(tx):
+@every_own_rate
+def test_no_parameters_at_all_are_no_error(name):
+    tx = OWN_RATES[name]
     empty = {"w": jnp.zeros((0,)), "b": jnp.zeros((0, 2))}
     step = jax.jit(make_step(tx))
     params, state = empty, tx.init(empty)
@@ -134,7 +141,7 @@ LIMITS = [
 
 
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:underflow", "ignore:invalid")
-@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize("mode", ["min", pytest.param("max", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("limits", LIMITS, ids=str)
 def test_each_argument_at_its_limit_follows_the_model(limits, mode):
     settings = SETTINGS | {"min_value": BASE_RATE / 16, "max_value": BASE_RATE * 16, "mode": mode} | limits

@@ -52,7 +52,11 @@ OPTIMIZERS = {
 } | OWN_RATES
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    # ARC's network takes seconds to compile.
+    [pytest.param(name, marks=pytest.mark.slow if name == "arc-schedule" else []) for name in OPTIMIZERS],
+)
 def test_a_resumed_run_is_bit_identical(name, tmp_path):
     tx, values = optax.with_extra_args_support(OPTIMIZERS[name]), losses(60)
     run = make_run(tx)

@@ -94,7 +94,7 @@ TO_ZERO = dict(
 
 
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:underflow")
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(cases())
 @example(TO_ZERO)
 def test_rule_equals_the_plain_python_model(case):
