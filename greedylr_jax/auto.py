@@ -133,19 +133,11 @@ def auto_lr(
         has_value: ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, AutoState]:
-        if params is None:
-            raise TypeError(
-                "auto_lr needs the parameters, to go back to them: call "
-                "tx.update(grads, state, params, value=loss)."
-            )
-        if value is None and _checks.is_known_false(has_value):
-            value = 0.0  # never looked at
-        loss = base.check_loss("auto_lr", value).astype(state.search.edge.dtype)
-        loss = base.average(loss, axis_name)
-        extra_args |= {"value": value, "has_value": has_value}
+        rollback.check_params("auto_lr", params)
+        loss, observed = base.read_loss("auto_lr", value, has_value, state.search.edge.dtype, axis_name)
+        extra_args |= {"value": loss if value is None else value, "has_value": has_value}
         direction, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
 
-        observed = jnp.asarray(True if has_value is None else has_value, bool)
         # Whether this step is still one of the way back shows in the parameters: it is taken as a good one,
         # and dropped below where it is not.
         numbers, goes_back, takes = _observe(state, loss, centre, lengths)

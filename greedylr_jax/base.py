@@ -443,6 +443,20 @@ def average(losses: RuleStateT, axis_name: Hashable | None) -> RuleStateT:
     return losses if axis_name is None else jax.lax.pmean(losses, axis_name)
 
 
+def read_loss(
+    rule_name: str,
+    value: ArrayLike | None,
+    has_value: ArrayLike | None,
+    dtype: jnp.dtype,
+    axis_name: Hashable | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The loss of a step, averaged over devices, and whether there is one: if not, the loss is any number."""
+    if value is None and _checks.is_known_false(has_value):
+        value = 0.0
+    loss = average(check_loss(rule_name, value).astype(dtype), axis_name)
+    return loss, jnp.asarray(True if has_value is None else has_value, bool)
+
+
 def check_loss(rule_name: str, value: ArrayLike | None, name: str = "value") -> jax.Array:
     """Returns the loss as a real scalar array, or raises an error that shows the right call."""
     right_call = f"tx.update(grads, opt_state, params, {name}=loss)"

@@ -46,6 +46,15 @@ def where_finite(condition: jax.Array, updates: optax.Updates, params: optax.Par
     return jax.tree.map(check, updates, params)
 
 
+def check_params(name: str, params: optax.Params | None) -> None:
+    """Raises an error that shows the right call, if there are no parameters to go back from."""
+    if params is None:
+        raise TypeError(
+            f"{name} needs the parameters, to go back to them: call "
+            "tx.update(grads, state, params, value=loss)."
+        )
+
+
 class Kept(NamedTuple):
     """What a training can go back to."""
 
@@ -236,19 +245,11 @@ def with_rollback(
         has_value: ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, RollbackState]:
-        if params is None:
-            raise TypeError(
-                "with_rollback needs the parameters, to go back to them: call "
-                "tx.update(grads, state, params, value=loss)."
-            )
+        check_params("with_rollback", params)
         extra_args |= {"value": value, "has_value": has_value}
         steps, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-        if value is None and _checks.is_known_false(has_value):
-            value = 0.0  # never looked at
-        loss = base.check_loss("with_rollback", value).astype(state.watch.level.dtype)
-        loss = base.average(loss, axis_name)
+        loss, observed = base.read_loss("with_rollback", value, has_value, state.watch.level.dtype, axis_name)
 
-        observed = jnp.asarray(True if has_value is None else has_value, bool)
         settles = state.settles > 0
         is_dead = _is_zero(updates) & (loss > state.watch.level)
         watched, lost = watch(state.watch, loss, ~jnp.isfinite(loss) | is_dead, patience)

@@ -180,14 +180,14 @@ def lr_tuner(
         **extra_args: Any,
     ) -> tuple[optax.Updates, LRTunerState]:
         probe.check_value_fn("lr_tuner", value_fn, params)
-        if value is None and _checks.is_known_false(has_value):
-            value = 0.0  # never looked at
-        loss = base.check_loss("lr_tuner", value).astype(state.window.mean.dtype)
-        loss = base.average(loss, axis_name)
-        extra_args |= {"value": value, "value_fn": value_fn, "has_value": has_value}
+        loss, observed = base.read_loss("lr_tuner", value, has_value, state.window.mean.dtype, axis_name)
+        extra_args |= {
+            "value": loss if value is None else value,
+            "value_fn": value_fn,
+            "has_value": has_value,
+        }
         direction, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
 
-        observed = jnp.asarray(True if has_value is None else has_value, bool)
         window = base.select(observed, observe(state.window, loss), state.window)
         ends = observed & (window.steps >= jnp.asarray(settings.recompute_every, jnp.int32))
         bad = _is_bad(state.snapshot, window, loss, ends) & observed

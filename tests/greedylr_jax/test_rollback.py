@@ -154,7 +154,7 @@ def test_a_gradient_that_has_died_is_a_way_back_unless_nothing_is_left_to_learn(
 
 
 def test_a_training_that_a_single_bad_batch_destroys_is_saved():
-    """A gradient a million times too large, once; without the way back nothing is learnt any more."""
+    """A gradient 1e30 times too large, once; without the way back nothing is learnt any more."""
 
     def train(tx):
         tx = optax.with_extra_args_support(tx)
