@@ -150,11 +150,8 @@ def trend_lr_schedule(
     low = _checks.check_real("min_value", min_value, low=0.0, low_open=True, high_open=True)
     high = _checks.check_real("max_value", max_value, low=0.0, low_open=True)
     first = _checks.check_real("init_value", init_value, low=0.0, low_open=True, high_open=True)
-    if not any(map(_checks.is_traced, (low, high, first))) and not low <= first <= high:
-        raise ValueError(
-            f"init_value must lie between min_value and max_value, got {init_value}, {min_value} and "
-            f"{max_value}."
-        )
+    _checks.check_order("min_value", low, "init_value", first)
+    _checks.check_order("init_value", first, "max_value", high)
     settings = _check(low, high, window, raise_factor, cut_factor, drift, fade, significance)
     return base.schedule_by_rule(trend_rule(settings), first, every=every, axis_name=axis_name)
 

@@ -1,5 +1,6 @@
 """The commands ``python -m experiments arc ...``: from trainings to weights, and what they are worth."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -151,9 +152,27 @@ def everything(
         (weights, lambda: select(preset, candidates, selection, fresh)),
         (evaluation / "report.html", lambda: evaluate(preset, weights, published, evaluation, fresh)),
     )
+    _claim(folder, preset, [result for result, _ in stages], fresh=fresh)
     for result, run in stages:
-        if fresh or not result.exists():
+        if not result.exists():
             run()
+
+
+def _claim(folder: Path, preset: str, results: list[Path], *, fresh: bool) -> None:
+    """Notes the preset in the folder; what another one left there is no result of this one."""
+    from experiments.store import write_atomically
+
+    note, described = folder / "all.json", json.dumps({"preset": preset})
+    is_ours = note.exists() and note.read_text(errors="replace") == described
+    if fresh:
+        for result in results:
+            result.unlink(missing_ok=True)
+    elif not is_ours and any(result.exists() for result in results):
+        raise UsageError(
+            f"{folder} holds results that arc all --preset {preset} did not make: give --fresh to make them "
+            "all anew, or another --out"
+        )
+    write_atomically(note, lambda path: path.write_text(described))
 
 
 def _begin(preset: str) -> tuple[Sizes, Console]:

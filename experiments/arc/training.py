@@ -32,6 +32,7 @@ from greedylr_jax.arc import ACTIONS, batch_features, initial_weights
 from greedylr_jax.arc.network import action_logits
 
 BATCH_SIZE = 128
+_MOST = 16  # samples whose gradient is taken at a time: what a backward pass keeps then fits a core's cache
 _HELD_OUT = 10  # every tenth training is not learned from
 _RAISE, _VALIDATION = ACTIONS.index("raise"), 1  # an action, and a column of the features
 
@@ -123,6 +124,7 @@ def make_epoch(
     data = jax.device_put((learned, held_out), jax.sharding.NamedSharding(mesh, everywhere))
     size = min(BATCH_SIZE, len(learned.labels))
     steps = len(learned.labels) // size
+    part = max(count for count in range(1, _MOST + 1) if size % count == 0)
 
     def one(candidate: tuple[jax.Array, Candidates], data: Any, epoch: jax.Array) -> tuple[Candidates, Any]:
         which, (weights, state) = candidate
@@ -140,7 +142,15 @@ def make_epoch(
             weights, state, total = carry
             batch = jax.tree.map(lambda leaf: leaf[order[index]], learned)
             is_hidden = jax.random.bernoulli(jax.random.fold_in(key, index), 0.5, (size,))
-            loss, grads = jax.value_and_grad(loss_fn)(weights, batch, is_hidden)
+            parts = jax.tree.map(lambda leaf: leaf.reshape(-1, part, *leaf.shape[1:]), (batch, is_hidden))
+
+            def add(index: jax.Array, total: Any) -> Any:
+                one_part = jax.tree.map(lambda leaf: leaf[index], parts)
+                return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_fn)(weights, *one_part))
+
+            zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, weights))
+            sums = jax.lax.fori_loop(0, size // part, add, zero)
+            loss, grads = jax.tree.map(lambda each: each * part / size, sums)
             updates, state = tx.update(grads, state, weights)
             return optax.apply_updates(weights, updates), state, total + loss
 

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from experiments.arc import training
+from experiments.arc import commands, training
 from experiments.cli import main
 from experiments.errors import UsageError
 from experiments.store import RunStore
@@ -53,6 +53,39 @@ def test_a_folder_that_cannot_be_made_is_named(monkeypatch, capsys, tmp_path):
     out = tmp_path / "file" / "results"
     error = fails(monkeypatch, capsys, "compare", "--task", "quadratic-10", "--steps", 20, "--out", out)
     assert error == f"error: cannot write {out}/settings.json: Not a directory\n"
+
+
+def test_results_of_another_preset_are_no_results_of_this_one(monkeypatch, capsys, tmp_path):
+    ran = []
+
+    def stage(name, place, left):
+        def run(*arguments):
+            folder = arguments[place]
+            ran.append(name)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / left).write_text("")
+
+        monkeypatch.setattr(commands, name, run)
+
+    stage("generate", 2, "runs.parquet")
+    stage("train", 5, "histories.parquet")
+    stage("select", 2, "arc.safetensors")
+    stage("evaluate", 3, "report.html")
+    every = ["generate", "train", "select", "evaluate"]
+    call = ("arc", "all", "--out", tmp_path, "--preset")
+    monkeypatch.setattr(sys, "argv", ["experiments", *map(str, call), "tiny"])
+    for expected in (every, []):  # what is finished is not done again
+        ran.clear()
+        with pytest.raises(SystemExit):
+            main()
+        assert ran == expected
+    error = fails(monkeypatch, capsys, *call, "quick")
+    assert error.startswith(f"error: {tmp_path} holds results that arc all --preset quick did not make")
+    assert ran == [] and (tmp_path / "evaluation" / "report.html").exists()
+    monkeypatch.setattr(sys, "argv", ["experiments", *map(str, call), "quick", "--fresh"])
+    with pytest.raises(SystemExit):
+        main()
+    assert ran == every
 
 
 def cut(path):

@@ -1,6 +1,6 @@
 """The tables of rules that the tests of carriers, wrappers, checkpoints and dtypes sweep."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -88,6 +88,17 @@ def rule_parameters() -> list:
     return [
         pytest.param(case, id=case.name, marks=pytest.mark.slow if case.name == "arc" else [])
         for case in RULES
+    ]
+
+
+def crossed(rows: Iterable[str], columns: Iterable[str]) -> list:
+    """All pairs as parameters of a test; those off the diagonal are slow, each is in some that are not."""
+    rows, columns = list(rows), list(columns)
+    shorter = min(len(rows), len(columns))
+    return [
+        pytest.param(row, column, marks=[] if (number - place) % shorter == 0 else pytest.mark.slow)
+        for number, row in enumerate(rows)
+        for place, column in enumerate(columns)
     ]
 
 

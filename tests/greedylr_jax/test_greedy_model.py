@@ -15,6 +15,7 @@ from tests.greedylr_jax.greedy_model import GreedyModel
 LENGTH = 48  # one compilation serves all examples of a window
 WINDOWS = [None, 3, 8]
 NEVER = 2**31 - 1  # one program then serves runs with and without resets
+pytestmark = pytest.mark.filterwarnings("ignore:overflow", "ignore:underflow")
 NOT_FINITE = [math.nan, math.inf, -math.inf]
 
 
@@ -93,11 +94,21 @@ TO_ZERO = dict(
 )
 
 
-@pytest.mark.filterwarnings("ignore:overflow", "ignore:underflow")
 @settings(max_examples=150, deadline=None)
 @given(cases())
 @example(TO_ZERO)
 def test_rule_equals_the_plain_python_model(case):
+    compare(case)
+
+
+@pytest.mark.slow
+@settings(max_examples=2000, deadline=None)
+@given(cases())
+def test_rule_equals_the_plain_python_model_on_many_more(case):
+    compare(case)
+
+
+def compare(case):
     init_value = 0.1
     numbers, resets = case["numbers"], case["resets"]
     model = GreedyModel(

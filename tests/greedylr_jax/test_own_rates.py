@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import greedylr_jax
-from tests.greedylr_jax.rules import OWN_RATES
+from tests.greedylr_jax.rules import OWN_RATES, crossed
 
 TARGET = {"w": jnp.linspace(-1.0, 2.0, 6), "b": jnp.array([0.5, -0.5])}
 START = {"w": jnp.zeros(6), "b": jnp.zeros(2)}
@@ -66,8 +66,7 @@ TRANSPARENT = {
 KEY_PREFIX = {"named_chain": "optimizer/"}
 
 
-@pytest.mark.parametrize("wrapper", TRANSPARENT)
-@pytest.mark.parametrize("name", OWN_RATES)
+@pytest.mark.parametrize(("name", "wrapper"), crossed(OWN_RATES, TRANSPARENT))
 def test_a_wrapper_that_hands_all_on_changes_nothing(name, wrapper, bare):
     params, _, history = train(TRANSPARENT[wrapper](OWN_RATES[name]))
     expected_params, _, expected = bare[name]

@@ -135,5 +135,5 @@ def test_numbers_out_of_range_are_refused(arguments, message):
 
 
 def test_a_schedule_out_of_its_bounds_is_refused():
-    with pytest.raises(ValueError, match="init_value must lie between"):
+    with pytest.raises(ValueError, match="init_value must not exceed max_value"):
         trend_lr_schedule(2.0, min_value=0.1, max_value=1.0)

@@ -85,6 +85,20 @@ def test_candidates_learn_and_differ():
 
 
 @pytest.mark.slow
+def test_a_batch_in_parts_is_a_whole_one(monkeypatch):
+    learned, held_out = make_samples(rows())
+    trained = []
+    for most in (16, 54):
+        monkeypatch.setattr(module, "_MOST", most)
+        trained.append(make_epoch(learned, held_out, 1e-2)(start(2, 1e-2), 0))
+    (parts, figures), (whole, expected) = trained
+    np.testing.assert_allclose(figures, expected, rtol=1e-4)
+    # Not the weights: Adam's first step is the sign of a gradient, which rounding turns where there is none.
+    for name, gradients in whole.state[0].mu.items():
+        np.testing.assert_allclose(parts.state[0].mu[name], gradients, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.slow
 def test_validation_losses_are_hidden_from_half_of_the_samples(monkeypatch):
     seen = []
 
@@ -98,7 +112,8 @@ def test_validation_losses_are_hidden_from_half_of_the_samples(monkeypatch):
     epoch, candidates = make_epoch(learned, held_out, 1e-3), start(2, 1e-3)
     epoch(candidates, 0)
     jax.effects_barrier()
-    hidden = np.concatenate([each for each in seen if len(each) == 128])
+    hidden = np.concatenate([each for each in seen if len(each) == 16])
+    assert len(hidden) == 2 * 2 * 128  # candidates, steps and samples
     assert 0.4 < hidden.mean() < 0.6
     tested = [each for each in seen if len(each) == 30]
     assert tested and not np.concatenate(tested).any()
