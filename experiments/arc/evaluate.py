@@ -7,6 +7,7 @@ with the same optimizers, and rates a decade apart, as in its first and last tab
 counts with its best held-out metric, of thirty, and a cell is the median of the runs.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from experiments.studies.tuning import TUNING_SEEDS
 from experiments.sweep import Group
 from experiments.tables import print_table
 from experiments.tasks import make_task
+from greedylr_jax.arc import load_weights
 from greedylr_jax.range_test import range_test, suggest_best
 
 PASSIVE = ("constant", "cosine", "cyclic-cosine", "exponential")
@@ -83,7 +85,8 @@ def evaluate(job: Job, sizes: Sizes, weights: Path | None, published: Path | Non
     if published is not None:
         variants[PUBLISHED] = arc_with(str(published), decisions=DECISIONS)
     names = {schedule: name for name, schedule in variants.items()}
-    described = {"sizes": sizes._asdict(), "variants": variants}
+    digests = [_digest(path) for path in (weights, *([published] if published else []))]
+    described = {"sizes": sizes._asdict(), "variants": variants, "digests": digests}
     frames, sweeps = [], []
     for key, steps in sizes.steps.items():
         case = CASES[key]
@@ -118,6 +121,13 @@ def evaluate(job: Job, sizes: Sizes, weights: Path | None, published: Path | Non
     for sweep in sweeps:
         sweep.finish()
     _report(job, runs, sizes)
+
+
+def _digest(weights: Path | None) -> str:
+    """Tells weights from others that lie at the same place."""
+    arrays = load_weights(weights)
+    content = b"".join(np.asarray(arrays[name]).tobytes() for name in sorted(arrays))
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _sweep(job: Job, name: str, steps: int, described: dict[str, Any], epochs: int = EPOCHS) -> Sweep:

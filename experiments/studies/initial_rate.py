@@ -94,6 +94,8 @@ def leave(job: Job, runs: pl.DataFrame, title: str) -> None:
     table = summarize(runs)
     every = gaps(runs)
     _print(table, job.console)
+    headers, cells = _gap_cells(every)
+    print_table(job.console, _GAPS, headers, cells, left=2)
     job.console.print(verdict(every))
     figures = {"initial_rate": draw(table, title)}
     if failures := [gap for gap in every if gap.worst > TOLERANCE]:
@@ -101,11 +103,11 @@ def leave(job: Job, runs: pl.DataFrame, title: str) -> None:
     publish(
         job,
         title,
-        f"{_EXPLANATION} {verdict(every)}",
-        tables={"table": table},
+        _EXPLANATION,
+        tables={"table": table, "gaps": pl.DataFrame(every)},
         figures=figures,
-        sections=_sections(table),
-        recomputed_by="experiments.studies.initial_rate.summarize",
+        sections=[html.Section(_GAPS, verdict(every), [html.Table(headers, cells)]), *_sections(table)],
+        recomputed_by="experiments.studies.initial_rate.summarize and gaps",
     )
 
 
@@ -164,6 +166,7 @@ class Gap(NamedTuple):
     optimizer: str
     ours: float  # factor of the initial rate at which auto_lr is worst
     measure: float  # factor at which cosine is best
+    best: float  # accuracy of cosine there, percent; the median of the seeds
     worst: float  # points that the worst of auto_lr is below; negative where it is above
     loss: float  # the greatest held-out loss of auto_lr over the least of cosine
     middle: float  # points that its median over the initial rates is below, mean over seeds
@@ -189,6 +192,7 @@ def gaps(runs: pl.DataFrame) -> list[Gap]:
                 optimizer,
                 ours=ours["factor"][0],
                 measure=best,
+                best=measure["accuracy"][-1],
                 worst=measure["accuracy"][-1] - ours["accuracy"][0],
                 loss=ours["test_loss"].max() / measure["test_loss"].min(),
                 middle=float(below.mean()),
@@ -218,6 +222,28 @@ def verdict(every: list[Gap]) -> str:
             f"{sum(not_below)} (largest mean gap {max(gap.middle for gap in own):.1f} points)."
         )
     return " ".join(sentences)
+
+
+_GAPS = f"{OURS} from its worst initial rate beside {MEASURE} from its best one"
+
+
+def _gap_cells(every: list[Gap]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Headers and rows of the table that the verdict is of."""
+    headers = (
+        "task",
+        "optimizer",
+        f"{MEASURE}, %",
+        f"{OURS}, %",
+        "points below",
+        "loss ratio",
+        "median below",
+    )
+    rows = []
+    for gap in every:
+        middle = f"{gap.middle:.1f} [{gap.middle_low:.1f}, {gap.middle_high:.1f}]"
+        accuracies = (gap.best, gap.best - gap.worst, gap.worst)
+        rows.append([gap.task, gap.optimizer, *(f"{x:.1f}" for x in accuracies), f"{gap.loss:.2f}", middle])
+    return headers, rows
 
 
 def _cells(table: pl.DataFrame) -> list[tuple[str, str, list[list[str]]]]:

@@ -216,7 +216,10 @@ RECOMPUTED = {
         "table": robustness.summarize(robustness.measure(runs)),
         "against": robustness.compare(robustness.measure(runs)),
     },
-    "initial-rate": lambda runs: {"table": initial_rate.summarize(runs)},
+    "initial-rate": lambda runs: {
+        "table": initial_rate.summarize(runs),
+        "gaps": pl.DataFrame(initial_rate.gaps(runs)),
+    },
     "lrtuner": lambda runs: {"table": lrtuner.summarize(runs)},
     "polling": lambda runs: {"table": polling.summarize(runs)},
     "hypergradient": lambda runs: {"table": hypergradient.summarize(runs)},
@@ -313,7 +316,7 @@ def test_a_loss_that_is_not_finite_is_the_greatest():
 def test_where_auto_lr_falls_short_its_histories_are_drawn():
     runs = rate_runs({("digits-mlp", "cosine"): (0.5, 0.9), ("digits-mlp", "auto"): (0.9, 0.8)})
     (failure,) = initial_rate.gaps(runs)
-    assert failure[:4] == ("digits-mlp", "sgd", 1.0, 1.0)
+    assert failure[:4] == ("digits-mlp", "sgd", 1.0, 1.0) and failure.best == pytest.approx(90.0)
     assert failure.worst == pytest.approx(10.0) and failure.middle == pytest.approx(5.0)
     figure = initial_rate.draw_failures(runs, [failure])
     # Two seeds of each, as the third is one that rates are chosen on.
