@@ -119,6 +119,27 @@ def device_mesh() -> jax.sharding.Mesh:
     return jax.sharding.Mesh(np.array(devices), ("runs",))
 
 
+def place(tree: Any, mesh: jax.sharding.Mesh, *, split: bool = False) -> Any:
+    """Puts arrays on all devices, or a part of each array's leading axis on each."""
+    spec = PartitionSpec("runs") if split else PartitionSpec()
+    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, spec))
+
+
+def side_by_side(
+    function: Callable[..., Any], mesh: jax.sharding.Mesh, *, split: Sequence[bool]
+) -> Callable[..., Any]:
+    """Runs a function on each device, and puts the results one after another along their leading axis.
+
+    Args:
+      function: of what is on one device.
+      mesh: of :func:`device_mesh`.
+      split: of each argument, whether each device gets a part of its leading axis, or all of it.
+    """
+    runs, everywhere = PartitionSpec("runs"), PartitionSpec()
+    in_specs = tuple(runs if is_split else everywhere for is_split in split)
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=runs, check_vma=False)
+
+
 def compiler_options() -> dict[str, int] | None:
     """What training programs are compiled with."""
     # LLVM's second level takes up to twice the time to compile, and the programs run no faster.
@@ -139,10 +160,9 @@ class Engine:
             )
         self.task, self.optimizer, self.settings = task, optimizer, settings
         self._mesh = device_mesh()
-        everywhere = jax.sharding.NamedSharding(self._mesh, PartitionSpec())
         parts = (slice(0, None, 2), slice(1, None, 2)) if settings.validated else (slice(0), slice(None))
         validation, test = (jax.tree.map(lambda rows, part=part: rows[part], task.test) for part in parts)
-        self._data = jax.device_put((task.train, validation, test), everywhere)
+        self._data = place((task.train, validation, test), self._mesh)
         self._compiled: dict[str | None, Callable[..., RunResult]] = {}  # None: the shared one
 
     @property
@@ -194,14 +214,8 @@ class Engine:
 
     def _program(self, rule: str | None, counts: np.ndarray, inputs: Inputs) -> Callable[..., RunResult]:
         if rule not in self._compiled:
-            runs = PartitionSpec("runs")
-            mapped = jax.shard_map(
-                functools.partial(self._run_all, rule),
-                mesh=self._mesh,
-                in_specs=(runs, runs, PartitionSpec()),
-                out_specs=runs,
-                check_vma=False,
-            )
+            run_all = functools.partial(self._run_all, rule)
+            mapped = side_by_side(run_all, self._mesh, split=(True, True, False))
             lowered = jax.jit(mapped).lower(counts, inputs, self._data)
             self._compiled[rule] = lowered.compile(compiler_options=compiler_options())
         return self._compiled[rule]

@@ -19,12 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import polars as pl
-from jax.sharding import PartitionSpec
 from rich.console import Console
 
 import greedylr_jax
 from experiments.arc.configurations import CONFIGURATIONS, OPTIMIZERS, RATES, Configuration
-from experiments.engine import compiler_options, device_mesh, take
+from experiments.engine import compiler_options, device_mesh, place, side_by_side, take
 from experiments.progress import make_progress
 from experiments.store import RunStore
 from experiments.tasks.base import Batch, Task
@@ -185,9 +184,9 @@ def plan(
     """
     chosen = CONFIGURATIONS[:configurations]
     total = sum(configuration.share for configuration in chosen)
-    for place, configuration in enumerate(chosen):
+    for number, configuration in enumerate(chosen):
         for which, optimizer in enumerate(OPTIMIZERS):
-            rng = np.random.default_rng([place, which])
+            rng = np.random.default_rng([number, which])
             count = max(1, round(trainings * configuration.share / total / len(OPTIMIZERS)))
             low, high = np.log(RATES[optimizer])
             drawn = [
@@ -270,17 +269,13 @@ def _train(
 ) -> Iterator[tuple[Sequence[Training], list[Rounds]]]:
     """Trains side by side, one training a device, and yields each group as it ends."""
     task, mesh = configuration.make(), device_mesh()
-    everywhere = jax.sharding.NamedSharding(mesh, PartitionSpec())
-    data = jax.device_put((task.train, task.test), everywhere)
+    data = place((task.train, task.test), mesh)
     alone = functools.partial(train_rounds, task, OPTIMIZERS[optimizer])
 
     def on_one_device(data: Any, training: Training) -> Rounds:
         return jax.tree.map(lambda leaf: leaf[None], alone(data, Training(*(leaf[0] for leaf in training))))
 
-    runs = PartitionSpec("runs")
-    mapped = jax.shard_map(
-        on_one_device, mesh=mesh, in_specs=(PartitionSpec(), runs), out_specs=runs, check_vma=False
-    )
+    mapped = side_by_side(on_one_device, mesh, split=(False, True))
     program = None
     for start in range(0, len(trainings), mesh.size):
         group = trainings[start : start + mesh.size]

@@ -19,11 +19,10 @@ import numpy as np
 import optax
 import polars as pl
 import safetensors.numpy
-from jax.sharding import PartitionSpec
 from rich.console import Console
 
 from experiments import drawing
-from experiments.engine import compiler_options, device_mesh
+from experiments.engine import compiler_options, device_mesh, place, side_by_side
 from experiments.errors import UsageError
 from experiments.progress import make_progress
 from experiments.store import damaged, other_settings, write_atomically
@@ -120,8 +119,7 @@ def make_epoch(
       (candidates, 3): training loss, held-out loss and held-out accuracy.
     """
     mesh, tx = device_mesh(), optax.adam(learning_rate)
-    runs, everywhere = PartitionSpec("runs"), PartitionSpec()
-    data = jax.device_put((learned, held_out), jax.sharding.NamedSharding(mesh, everywhere))
+    data = place((learned, held_out), mesh)
     size = min(BATCH_SIZE, len(learned.labels))
     steps = len(learned.labels) // size
     part = max(count for count in range(1, _MOST + 1) if size % count == 0)
@@ -164,13 +162,7 @@ def make_epoch(
         return jax.lax.map(lambda candidate: one(candidate, data, epoch), (numbers, candidates))
 
     mapped = jax.jit(
-        jax.shard_map(
-            on_one_device,
-            mesh=mesh,
-            in_specs=(runs, runs, everywhere, everywhere),
-            out_specs=runs,
-            check_vma=False,
-        ),
+        side_by_side(on_one_device, mesh, split=(True, True, False, False)),
         compiler_options=compiler_options(),
     )
 
@@ -180,7 +172,7 @@ def make_epoch(
         padded = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[:missing]]), candidates)
         numbers = jnp.arange(count + missing) % count
         # Placed as they come out, so that the first epoch's program serves the others too.
-        numbers, padded = jax.device_put((numbers, padded), jax.sharding.NamedSharding(mesh, runs))
+        numbers, padded = place((numbers, padded), mesh, split=True)
         trained, figures = mapped(numbers, padded, data, jnp.int32(epoch))
         return jax.tree.map(lambda leaf: leaf[:count], trained), np.asarray(figures)[:count]
 
