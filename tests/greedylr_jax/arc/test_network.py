@@ -82,10 +82,14 @@ def test_our_weights_raise_after_a_slow_start_and_lower_where_the_loss_rises():
     weights = load_weights()
     slow = batch_features([np.linspace(2.3, 2.2, 100) + 0.1 * rng.standard_normal(100)], [[2.3, 2.2]], [0.1])
     rising = [start + slope * np.linspace(0, 1, 100) for start, slope in ((1, 0), (1, 1), (2, 3))]
-    for validation in ([[1, 1], [1.5, 2], [3, 5]], [[], [], []]):
-        risen = batch_features(rising, validation, [0.1, 0.16, 0.26])
-        raised, lowered = (np.argmax(action_probabilities(weights, each)) for each in (slow, risen))
-        assert (ACTIONS[raised], ACTIONS[lowered]) == ("raise", "lower")
+
+    def action(features):
+        return ACTIONS[np.argmax(action_probabilities(weights, features))]
+
+    rates = [0.1, 0.16, 0.26]
+    assert action(slow) == "raise"
+    assert action(batch_features(rising, [[1, 1], [1.5, 2], [3, 5]], rates)) == "lower"
+    assert action(batch_features(rising, [[], [], []], rates)) != "raise"  # they are undecided, says the card
 
 
 def test_our_weights_have_a_model_card():
