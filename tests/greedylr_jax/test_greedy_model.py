@@ -15,8 +15,9 @@ from tests.greedylr_jax.greedy_model import GreedyModel
 LENGTH = 48  # one compilation serves all examples of a window
 WINDOWS = [None, 3, 8]
 NEVER = 2**31 - 1  # one program then serves runs with and without resets
-pytestmark = pytest.mark.filterwarnings("ignore:overflow", "ignore:underflow")
 NOT_FINITE = [math.nan, math.inf, -math.inf]
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow", "ignore:underflow")
 
 
 @functools.partial(jax.jit, static_argnames=("window", "mode", "threshold_mode", "algorithm"))
