@@ -217,4 +217,4 @@ def trend_rule(settings: TrendSettings) -> base.Rule:
             last_error=jnp.where(is_full, error, state.last_error),
         )
 
-    return base.Rule(init, update, "trend")
+    return base.Rule(init, update, name="trend_lr")

@@ -302,6 +302,20 @@ def test_a_wrong_value_shows_the_right_call(carrier, value, error, message):
         tx.update(GRADS, state, PARAMS, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("tx", "name"),
+    [
+        (greedylr_jax.greedy_lr(), "greedy_lr"),
+        (greedylr_jax.trend_lr(), "trend_lr"),
+        (RULES[-1].transformation(), "toggle"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else "",
+)
+def test_a_missing_value_names_the_rule(tx, name):
+    with pytest.raises(TypeError, match=f"^{name} needs the loss"):
+        tx.update(None, tx.init(None))
+
+
 @pytest.mark.parametrize("value", [1, np.float64(1.0), np.int32(1), jnp.float16(1.0), 1.0])
 def test_any_real_scalar_is_a_value(value):
     tx = RULES[0].transformation()

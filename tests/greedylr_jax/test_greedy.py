@@ -1,5 +1,6 @@
 """GreedyLR itself: hyperparameters, published behaviour, metamorphic relations, cost."""
 
+import inspect
 import itertools
 
 import jax
@@ -33,20 +34,26 @@ from tests.greedylr_jax.rules import losses, scales
         ({"cooldown": -1}, "cooldown must be"),
         ({"warmup": 1.5}, "warmup must be"),
         ({"min_scale": -0.1}, "min_scale must be"),
+        ({"min_scale": np.inf}, r"min_scale must be a number in \[0, inf\), got inf"),
         ({"min_scale": 2.0}, "min_scale must not exceed the initial scale.*min_scale=2.0"),
         ({"min_scale": 20.0}, "min_scale must not exceed max_scale"),
         ({"max_scale": 0.5}, "the initial scale must not exceed max_scale.*max_scale=0.5"),
+        ({"max_scale": 0.0, "min_scale": 0.0}, r"max_scale must be a number in \(0, inf\), got 0.0"),
         ({"max_scale": np.inf}, "max_scale must be"),
         ({"window": 0}, r"window must be an integer in \[1, "),
         ({"window": 2.0}, "window must be"),
         ({"reset_at_min": 0}, "reset_at_min must be"),
-        ({"reset_after": -3}, "reset_after must be"),
+        ({"reset_after": 0}, r"reset_after must be an integer in \[1, "),
         ({"mode": "maximum"}, "mode must be one of 'min', 'max'"),
         ({"mode": None}, "mode must be one of"),
         ({"eps": -1.0}, "eps must be"),
+        ({"eps": np.inf}, "eps must be"),
         ({"algorithm": "algorithm1"}, "algorithm must be one of 'reference', 'paper'"),
-        ({"algorithm": "paper", "reset_at_min": 3}, "reset_at_min must be None.*reset_after"),
-        ({"algorithm": "paper", "eps": 1e-8}, "eps must be 0 with algorithm='paper'"),
+        (
+            {"algorithm": "paper", "reset_at_min": 3},
+            "^reset_at_min must be None.*, got 3: Algorithm 1 resets",
+        ),
+        ({"algorithm": "paper", "eps": 1e-8}, "^eps must be 0 with algorithm='paper', got 1e-08"),
     ],
 )
 def test_a_bad_hyperparameter_is_named_with_its_value_and_range(settings, message):
@@ -112,6 +119,24 @@ def test_a_grid_of_settings_trains_in_one_compilation():
     assert run._cache_size() == 1
 
 
+PUBLISHED = dict(
+    factor=0.95, patience=10, threshold=1e-6, threshold_mode="abs", cooldown=0, warmup=0, window=50
+) | dict(
+    reset_at_min=None, reset_after=None, mode="min", eps=0.0, algorithm="reference", every=1, axis_name=None
+)
+
+
+@pytest.mark.parametrize(
+    ("carrier", "bounds"),
+    [(greedy_lr, dict(min_scale=0.1, max_scale=10.0)), (greedy_lr_schedule, {})],
+)
+def test_defaults_are_the_documented_ones(carrier, bounds):
+    parameters = inspect.signature(carrier).parameters
+    assert {
+        name: p.default for name, p in parameters.items() if p.default is not p.empty
+    } == PUBLISHED | bounds
+
+
 def test_published_settings_are_the_defaults():
     """Section III of paper 000: factor 0.95, patience 10, window 50, at least 10% of the first rate."""
     falling = np.linspace(2, 1, 400)
@@ -147,14 +172,17 @@ def test_a_cooldown_holds_for_exactly_that_many_losses():
     np.testing.assert_array_equal(np.diff(lowered), 4)
 
 
-def test_a_relative_threshold_keeps_its_sense_below_zero():
+@pytest.mark.parametrize(
+    ("best", "worse", "better"),
+    [(-10.0, (-9.5, -10.5, -10.99), -11.01), (10.0, (9.5, 9.01), 8.99), (0.0, (0.0, 1e-3), -1e-3)],
+)
+def test_a_relative_threshold_is_a_share_of_the_best_value_whatever_its_sign(best, worse, better):
     """From -10, a threshold of 10% asks for less than -11; the published formula accepts -9.5."""
     tx = greedy_lr(patience=0, threshold=0.1, threshold_mode="rel", window=None)
-    _, state = tx.update(None, tx.init(None), value=-10.0)
-    first = get_scale(state)
-    for value, improves in [(-9.5, False), (-10.5, False), (-10.99, False), (-11.5, True)]:
+    _, state = tx.update(None, tx.init(None), value=best)
+    for value, improves in [*((value, False) for value in worse), (better, True)]:
         _, after = tx.update(None, state, value=value)
-        assert bool(get_scale(after) > first) is improves, value
+        assert bool(get_scale(after) > get_scale(state)) is improves, value
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0, 2.0])
@@ -206,6 +234,17 @@ def test_the_mean_recovers_from_a_bad_loss_at_once():
         _, state = tx.update(None, state, value=value)
     np.testing.assert_array_equal(np.sort(state.rule.history), [0.5, 1.0])
     assert state.rule.best_value == 0.75
+
+
+@pytest.mark.parametrize("algorithm", ["reference", "paper"])
+def test_a_loss_that_is_not_finite_is_worse_though_the_mean_without_it_is_the_best_yet(algorithm):
+    tx = greedy_lr(patience=0, window=2, algorithm=algorithm)
+    state = tx.init(None)
+    _, state = tx.update(None, state, value=2.0)
+    state = state._replace(rule=state.rule._replace(best_value=jnp.float32(3.0)))
+    for value in (np.nan, np.inf, -np.inf):
+        _, after = tx.update(None, state, value=value)
+        assert after.rule.best_value == 3.0 and after.rule.scale < state.rule.scale
 
 
 def test_a_rate_without_a_floor_can_rise_again():
