@@ -147,7 +147,7 @@ class ScaleByRule(GradientTransformationExtraLoss):
 class _Chain(optax.GradientTransformationExtraArgs):
     """The result of :func:`chain`, which remembers its links so that an outer chain can reorder them."""
 
-    links: tuple[optax.GradientTransformation, ...] = ()
+    links: tuple[optax.GradientTransformation, ...]
 
 
 def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -245,8 +245,8 @@ class RuleSchedule:
 
     rule: Rule
     init_value: ArrayLike
-    every: ArrayLike = 1
-    axis_name: Hashable | None = None
+    every: ArrayLike
+    axis_name: Hashable | None
 
     def init(self) -> RuleScheduleState:
         """The state before the first loss."""

@@ -81,8 +81,12 @@ def test_several_rules_multiply():
 
 @pytest.mark.parametrize("argument", [1e-3, optax.cosine_decay_schedule(1.0, 10), None, (1, 2)])
 def test_chain_rejects_what_is_no_transformation(argument):
-    with pytest.raises(TypeError, match="argument 1 of chain"):
+    with pytest.raises(TypeError) as raised:
         greedylr_jax.chain(optax.adamw(1e-3), argument)
+    assert str(raised.value) == (
+        f"argument 1 of chain must be an optax.GradientTransformation, got {argument!r}. "
+        "A schedule goes into the optimizer, as its learning_rate."
+    )
 
 
 SCHEDULE = greedy_lr_schedule(1e-3, min_value=1e-4, max_value=1e-2)

@@ -152,6 +152,15 @@ class Counted(nnx.Module):
         return self.linear(self.dropout(x))
 
 
+def test_a_transformation_without_extra_arguments_gets_none():
+    plain = optax.GradientTransformation(
+        lambda params: optax.EmptyState(), lambda updates, state, params=None: (updates, state)
+    )
+    before = linen_state(plain)
+    after = before.apply_gradients(grads=before.params, value=1.0)
+    np.testing.assert_array_equal(after.params["w"], 2 * before.params["w"])
+
+
 def pure(state):
     """The state with arrays in the places of its variables."""
     return jax.tree.map(lambda leaf: leaf[...], state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))

@@ -1,5 +1,6 @@
 """GreedyLR itself: hyperparameters, published behaviour, metamorphic relations, cost."""
 
+import dataclasses
 import inspect
 import itertools
 
@@ -191,6 +192,15 @@ def test_the_first_loss_improves_whatever_the_threshold(threshold):
         tx = greedy_lr(patience=0, threshold=threshold, threshold_mode=mode, window=None)
         _, state = tx.update(None, tx.init(None), value=5.0)
         assert get_scale(state) > 1
+
+
+def test_a_schedule_is_itself_alone_and_cannot_be_changed():
+    """Flax and ``jax.jit`` take it for static, and so hash it, also where one of its numbers is an array."""
+    make = lambda: greedy_lr_schedule(jnp.float32(1e-3), min_value=1e-4, max_value=1e-2)  # noqa: E731
+    schedule = make()
+    assert schedule in {schedule} and schedule != make()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        schedule.every = 2
 
 
 METAMORPHIC = [
