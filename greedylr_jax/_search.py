@@ -7,12 +7,13 @@ A state machine over the losses. What it asks for is carried out by who holds th
    more than its noise. The rate that it has risen at is the *edge*; if it has not risen, the last rate is.
 2. *Trials.* Trainings of a few steps at constant rates, half a decade apart, from half a decade below the
    edge downwards. Their result is the mean loss of their second half. A trial is given up where its loss
-   rises as in the ramp. The search is over when two trials in a row were worse than the best one, which is
-   one that has learnt something.
-3. The rate that is found is the vertex of a parabola through the results around the best one.
+   rises as in the ramp. The search is over when the next trial was worse than the best one by more than
+   noise, or the next two were worse at all; and the best is one that has learnt something.
+3. The rate that is found is the highest whose result is as good as the best one up to their noise; where that
+   is the best one itself, the vertex of a parabola through the results around it.
 
 What a ramp alone says depends on its speed and on noise; a trial of thirty steps says within a factor of
-about three what rate trains best, with most networks.
+about three what rate trains best, with most networks, and if not, it is too low.
 """
 
 from typing import NamedTuple
@@ -28,6 +29,7 @@ LOWEST, HIGHEST = -6.0, 4.0  # decades of the ramp around its centre
 MAX_TRIALS = 20
 _QUIET = 10  # losses of the ramp that tell where it began and how noisy they are
 _RATIO = 10.0**-0.5  # of the rates of two trials
+_ERRORS = 3.0  # standard errors by which two means surely differ
 
 
 class Lengths(NamedTuple):
@@ -49,7 +51,9 @@ class SearchState(NamedTuple):
     edge: jax.Array  # shape=(), dtype=float; the rate at which the ramp ended
     trial: jax.Array  # shape=(), dtype=int32; number of this trial
     late: Window  # losses of this trial's second half
+    jumps: jax.Array  # shape=(), dtype=float; squared differences of one of these and the next, summed
     results: jax.Array  # shape=(MAX_TRIALS,), dtype=float; infinite for those not run, or given up
+    variances: jax.Array  # shape=(MAX_TRIALS,), dtype=float; of the results; 0 for those not run
     found: jax.Array  # shape=(), dtype=float; the rate of the best trial; 0 while not known
 
 
@@ -65,7 +69,9 @@ def begin() -> SearchState:
         edge=jnp.zeros((), dtype),
         trial=jnp.zeros((), jnp.int32),
         late=empty_window(),
+        jumps=jnp.zeros((), dtype),
         results=jnp.full(MAX_TRIALS, jnp.inf, dtype),
+        variances=jnp.zeros(MAX_TRIALS, dtype),
         found=jnp.zeros((), dtype),
     )
 
@@ -100,16 +106,22 @@ def advance(
     length = jnp.asarray(lengths.trial, jnp.int32)
     is_late = tries & (state.step >= length - length // 2)
     late = base.select(is_late, observe(state.late, loss), state.late)
+    jump = loss - state.recent[0]
+    jumped = is_late & (state.late.steps > 0) & jnp.isfinite(jump)
+    jumps = state.jumps + jnp.where(jumped, jump, 0) ** 2
     given_up = tries & ~jnp.isfinite(loss) | (is_late & ~(recent[0] <= limit) & ~(recent[1] <= limit))
     trial_ends = (tries & (state.step >= length)) | given_up
     result = jnp.where(given_up, jnp.inf, late.mean)
     results = state.results.at[state.trial].set(jnp.where(trial_ends, result, state.results[state.trial]))
-    best = jnp.argmin(results)
-    # Half of the losses' noise is left in the mean of some ten: enough to tell whether it has learnt.
-    has_learnt = results[best] < first.mean - (limit - first.mean) / jnp.sqrt(jnp.asarray(2.0, limit.dtype))
+    count = jnp.maximum(late.finite, 2).astype(jumps.dtype)
+    # A trend adds little to differences of neighbours, which have twice the variance of single losses.
+    spread = jumps / (2 * (count - 1) * count)
+    variances = state.variances.at[state.trial].set(
+        jnp.where(trial_ends, spread, state.variances[state.trial])
+    )
     seen = state.seen + 1
-    is_enough = has_learnt & (state.trial >= best + 2)
     no_time = seen >= jnp.asarray(lengths.all, jnp.int32)
+    is_enough = _knows_best(results, variances, state.trial, first)
     finished = trial_ends & (is_enough | no_time | (state.trial >= MAX_TRIALS - 1))
 
     stage = jnp.where(ramp_ends, TRIAL, jnp.where(finished, FOUND, state.stage)).astype(jnp.int32)
@@ -123,8 +135,10 @@ def advance(
         edge=edge,
         trial=state.trial + (trial_ends & ~finished).astype(jnp.int32),
         late=base.select(goes_back, empty_window(), late),
+        jumps=jnp.where(goes_back, 0, jumps),
         results=results,
-        found=jnp.where(finished, _trial_rate(edge, _vertex(results, state.trial)), state.found),
+        variances=variances,
+        found=jnp.where(finished, _trial_rate(edge, _choose(results, variances, state.trial)), state.found),
     ), goes_back
 
 
@@ -143,13 +157,29 @@ def _mean_of_finite(losses: jax.Array) -> jax.Array:
     return jnp.where(jnp.any(finite), jnp.mean(losses, where=finite), jnp.inf)
 
 
-def _vertex(results: jax.Array, last: jax.Array) -> jax.Array:
-    """Where the parabola through the best result and its neighbours is least, as a number of a trial."""
+def _knows_best(results: jax.Array, variances: jax.Array, last: jax.Array, first: Window) -> jax.Array:
+    """Whether the trials so far tell at which rate most is learnt; ``first`` are losses before any is."""
     best = jnp.argmin(results)
+    first_variance = variance(first) / jnp.maximum(first.finite, 1).astype(results.dtype)
+    has_learnt = results[best] < first.mean - _ERRORS * jnp.sqrt(variances[best] + first_variance)
+    surely_worse = results[last] > results[best] + _ERRORS * jnp.sqrt(variances[best] + variances[last])
+    return has_learnt & ((last >= best + 2) | ((last > best) & surely_worse))
+
+
+def _choose(results: jax.Array, variances: jax.Array, last: jax.Array) -> jax.Array:
+    """The number of the trial at whose rate to begin; a fraction between two of them."""
+    best = jnp.argmin(results)
+    as_good = results <= results[best] + jnp.sqrt(variances + variances[best])
+    highest = jnp.argmax(as_good)
+    chosen = jnp.where(highest < best, highest, _vertex(results, best, last))
+    # Nothing was learnt at any rate: the least one does the least harm.
+    return jnp.where(jnp.isfinite(results[best]), chosen, last)
+
+
+def _vertex(results: jax.Array, best: jax.Array, last: jax.Array) -> jax.Array:
+    """Where the parabola through the best result and its neighbours is least."""
     left, middle, right = (results[jnp.clip(best + i, 0, MAX_TRIALS - 1)] for i in (-1, 0, 1))
     curvature = left - 2 * middle + right
     has_neighbours = (best > 0) & (best < last) & jnp.isfinite(curvature) & (curvature > 0)
     offset = jnp.where(has_neighbours, (left - right) / (2 * jnp.where(has_neighbours, curvature, 1)), 0)
-    # Nothing was learnt at any rate: the least one does the least harm.
-    none = ~jnp.isfinite(middle)
-    return jnp.where(none, last.astype(offset.dtype), best + jnp.clip(offset, -0.5, 0.5))
+    return best + jnp.clip(offset, -0.5, 0.5)

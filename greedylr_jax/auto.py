@@ -73,7 +73,7 @@ def auto_lr(
         it the rate falls linearly to zero. None: it does not fall by itself.
       ramp_steps: longest ramp, an integer >= 30. Default: 100, or 6% of ``total_steps`` where that is less.
       trial_steps: steps of each trial, an integer >= 10. Default: 50, or 3% of ``total_steps`` where that is
-        less. There are usually four to six trials, and no further one is begun after 30% of ``total_steps``.
+        less. There are usually three to six trials, and no further one is begun after 30% of ``total_steps``.
       axis_name: the mapped axis, or axes, over which losses are averaged first.
 
     Returns:

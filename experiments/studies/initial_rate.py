@@ -98,15 +98,19 @@ def leave(job: Job, runs: pl.DataFrame, title: str) -> None:
     print_table(job.console, _GAPS, headers, cells, left=2)
     job.console.print(verdict(every))
     figures = {"initial_rate": draw(table, title)}
+    sections = [html.Section(_GAPS, verdict(every), [html.Table(headers, cells)])]
     if failures := [gap for gap in every if gap.worst > TOLERANCE]:
         figures["where_it_fails"] = draw_failures(runs, failures)
+        reasons = explain(runs, failures)
+        job.console.print(reasons)
+        sections.append(html.Section("Where it fails", f"{reasons} See where_it_fails.png.", []))
     publish(
         job,
         title,
         _EXPLANATION,
         tables={"table": table, "gaps": pl.DataFrame(every)},
         figures=figures,
-        sections=[html.Section(_GAPS, verdict(every), [html.Table(headers, cells)]), *_sections(table)],
+        sections=[*sections, *_sections(table)],
         recomputed_by="experiments.studies.initial_rate.summarize and gaps",
     )
 
@@ -220,6 +224,28 @@ def verdict(every: list[Gap]) -> str:
             f"cosine's least on {sum(near_by_loss)}, and one or the other holds on {sum(either)}; its median "
             "over the rates is not below cosine at its best rate by more than the 95% confidence interval on "
             f"{sum(not_below)} (largest mean gap {max(gap.middle for gap in own):.1f} points)."
+        )
+    return " ".join(sentences)
+
+
+def explain(runs: pl.DataFrame, failures: list[Gap]) -> str:
+    """How the rate of ``auto_lr`` went where it fails, beside that of cosine from its best initial rate."""
+    every = _with_factors(runs)
+    sentences = []
+    for gap in failures:
+        own = every.filter(task=gap.task, optimizer=gap.optimizer)
+        ours, measure = (
+            np.stack(own.filter(schedule=schedule, factor=factor)["rate"].to_list()).astype(float)
+            for schedule, factor in ((OURS, gap.ours), (MEASURE, gap.measure))
+        )
+        searched = ours.shape[1] // 3  # the search is over by then
+        at, highest = np.median(ours[:, searched]), np.median(ours[:, searched:].max(axis=1))
+        first, there = np.median(measure.max(axis=1)), np.median(measure[:, searched])
+        sentences.append(
+            f"{gap.task}, {gap.optimizer}, x{gap.ours:g}: {gap.worst:.1f} points below. A third of the way "
+            f"its rate is {at / there:.2g} times that of cosine, and from there on at most "
+            f"{highest / first:.2g} times cosine's highest. Its held-out loss is at worst {gap.loss:.2f} "
+            f"times cosine's least."
         )
     return " ".join(sentences)
 

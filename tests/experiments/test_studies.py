@@ -321,6 +321,13 @@ def test_where_auto_lr_falls_short_its_histories_are_drawn():
     figure = initial_rate.draw_failures(runs, [failure])
     # Two seeds of each, as the third is one that rates are chosen on.
     assert [len(axes.lines) for axes in figure.axes[:2]] == [4, 4]
+    rates = {"auto": [1.0, 0.2, 0.7], "cosine": [1.0, 0.5, 0.0]}
+    with_rates = runs.with_columns(rate=pl.Series([rates[schedule] for schedule in runs["schedule"]]))
+    assert initial_rate.explain(with_rates, [failure]) == (
+        "digits-mlp, sgd, x1: 10.0 points below. A third of the way its rate is 0.4 times that of cosine, "
+        "and from there on at most 0.7 times cosine's highest. Its held-out loss is at worst 1.00 times "
+        "cosine's least."
+    )
     better = runs.with_columns(test_metric=pl.lit(0.9))
     (gap,) = initial_rate.gaps(better)
     assert gap.worst == pytest.approx(0.0)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from greedylr_jax import _search
+from greedylr_jax._window import Window
 
 LENGTHS = _search.Lengths(ramp=60, trial=20, all=1000)
 
@@ -54,7 +55,7 @@ def test_it_finds_the_rate_that_learns_most():
     assert (best / 2 < state.found).all() and (state.found < best * 2).all()
 
 
-def test_trials_are_half_a_decade_apart_and_end_two_after_the_best(history):
+def test_trials_are_half_a_decade_apart_and_end_after_the_best(history):
     states, _, rates = history
     trials, tries = np.asarray(states.trial), np.asarray(states.stage) == _search.TRIAL
     edge = float(states.edge[-1])
@@ -62,8 +63,68 @@ def test_trials_are_half_a_decade_apart_and_end_two_after_the_best(history):
         own = np.asarray(rates)[tries & (trials == trial)]
         np.testing.assert_allclose(own, edge * 10 ** (-0.5 * (trial + 1)), rtol=1e-5)
     results = np.asarray(states.results[-1])
-    assert np.argmin(results) == trials.max() - 2
+    assert np.argmin(results) == trials.max() - 1  # without noise the next is surely worse
     assert np.isinf(results[trials.max() + 1 :]).all()
+
+
+def known(*values, filler):
+    """Values of the first trials, as the search keeps them."""
+    return jnp.full(_search.MAX_TRIALS, filler, jnp.float32).at[: len(values)].set(jnp.float32(values))
+
+
+# Ten losses before anything is learnt: mean 1, variance 0.1, and so a standard error of 0.1.
+FIRST = Window(*(jnp.asarray(x) for x in (10, 10, 1.0, 0.9)))
+
+
+@pytest.mark.parametrize(
+    ("results", "error", "over"),
+    [
+        ((0.5, 0.4), 0.01, False),  # still falling
+        ((0.4, 0.5), 0.01, True),  # the next is 7 standard errors of the difference above
+        ((0.4, 0.5), 0.03, False),  # 2.4 of them
+        ((0.4, 0.5, 0.45), 0.03, True),
+        ((np.inf, 0.4, np.inf), 0.01, True),
+        ((0.72, 0.9), 0.01, False),  # 2.8 standard errors below the first losses
+        ((0.68, 0.9), 0.01, True),  # 3.2
+        ((0.72, 0.9, 0.9), 0.01, False),
+        ((np.inf, np.inf, np.inf), 0.0, False),
+    ],
+)
+def test_the_search_is_over_when_what_follows_the_best_is_worse(results, error, over):
+    squares = known(*(error**2 for _ in results), filler=0.0)
+    last = jnp.int32(len(results) - 1)
+    assert bool(_search._knows_best(known(*results, filler=np.inf), squares, last, FIRST)) is over
+
+
+@pytest.mark.parametrize(
+    ("results", "error", "chosen"),
+    [
+        ((0.9, 0.5, 0.4, 0.5), 0.0, 2.0),  # a symmetric parabola
+        ((0.9, 0.4, 0.4, 0.9), 0.0, 1.5),  # between two that are equal
+        ((0.9, 0.5, 0.4, 0.5), 0.08, 1.0),  # 0.1 above, with an error of 0.113 of the difference
+        ((0.9, 0.5, 0.4, 0.5), 0.07, 2.0),  # ... of 0.099
+        ((0.42, 0.5, 0.4, 0.5), 0.02, 0.0),  # the highest, though there is a worse one between
+        ((0.9, 0.4, 0.8), 0.0, 1 + 0.5 * (0.9 - 0.8) / (0.9 - 0.8 + 0.8)),
+        ((0.4, 0.5), 0.0, 0.0),  # no neighbour above
+        ((np.inf, 0.4, 0.5), 0.0, 1.0),  # none that has a result
+        ((np.inf, np.inf, np.inf), 0.0, 2.0),  # nothing learnt anywhere: the lowest
+    ],
+)
+def test_the_highest_rate_as_good_as_the_best_is_chosen(results, error, chosen):
+    squares = known(*(error**2 for _ in results), filler=0.0)
+    got = _search._choose(known(*results, filler=np.inf), squares, jnp.int32(len(results) - 1))
+    np.testing.assert_allclose(got, chosen, rtol=1e-6)
+
+
+def test_the_error_of_a_result_comes_of_differences_of_neighbours():
+    errors = np.random.default_rng(0).normal(scale=0.05, size=400).astype(np.float32)
+    states, losses, _ = search(bowl(0.01, 0.2), errors=errors)
+    trials, tries = np.asarray(states.trial), np.asarray(states.stage) == _search.TRIAL
+    own = np.flatnonzero(tries & (trials == 1))
+    late = (np.asarray(losses) + errors)[own[0] + 1 : own[-1] + 2][-11:].astype(float)
+    expected = np.mean(np.diff(late) ** 2) / 2 / len(late)
+    np.testing.assert_allclose(states.variances[-1][1], expected, rtol=1e-4)
+    assert 0.3 < expected / (0.05**2 / 11) < 3  # what the noise was made with
 
 
 def test_results_are_means_of_the_second_half(history):
