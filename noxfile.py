@@ -42,3 +42,11 @@ def coverage(session: nox.Session) -> None:
     """Branch coverage of the library by the default suite: at least 98%."""
     session.install("-e", ".[test]", "pytest-cov>=5.0")
     session.run("pytest", "--cov=greedylr_jax", "--cov-branch", "--cov-fail-under=98", *session.posargs)
+
+
+@nox.session(python="3.11")
+def mutation(session: nox.Session) -> None:
+    """Mutation testing of ``greedy.py`` and ``base.py``, see ``tests/mutate.py``; about an hour."""
+    session.install("-e", ".[test]", "mutmut<3")
+    for file in session.posargs or ("greedy", "base"):
+        session.run("python", "-m", "tests.mutate", file)

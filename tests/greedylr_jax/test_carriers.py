@@ -262,6 +262,7 @@ def test_leaves_of_every_kind(case):
         "half": jnp.ones(2, jnp.float16),
         "complex": jnp.array([1 + 2j, -3j], jnp.complex64),
         "integer": jnp.arange(3),
+        "wide integer": np.arange(3) + 2**40,
         "empty": jnp.zeros((0, 4)),
         "none": None,
         "number": 2.0,
@@ -276,6 +277,7 @@ def test_leaves_of_every_kind(case):
     np.testing.assert_array_equal(scaled["half"], np.ones(2, np.float16) * np.float16(scale))
     np.testing.assert_allclose(scaled["complex"], np.array([1 + 2j, -3j]) * scale, rtol=1e-6)
     np.testing.assert_array_equal(scaled["integer"], np.arange(3))
+    np.testing.assert_array_equal(scaled["wide integer"], np.arange(3) + 2**40)
     assert scaled["empty"].shape == (0, 4)
     assert scaled["none"] is None
     assert scaled["number"] == 2 * scale
