@@ -60,6 +60,7 @@ EQUIVALENT = {
     "one, zero = jnp.ones(1), jnp.zeros(2)": "the first number of the answer is the same",
     "return None if _checks.is_traced(answer) else float(answer[1])": "beyond its end JAX gives the last",
     "wide = None": "JAX then takes its default dtype, which is that of every scale",
+    "value = 1.0": "where there is no loss any number does",
     "decides_each_step = None": "the mean of one loss is the loss; only more is computed",
 }
 _LIMIT = 900  # seconds of one mutant, above which it counts as found

@@ -356,6 +356,17 @@ def test_any_real_scalar_is_a_value(value):
     assert state.rule.scale.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("every", [4, jnp.int32(4)])
+def test_every_fourth_loss_the_rule_sees_the_mean_of_four(every):
+    seen = []
+    rule = greedylr_jax.Rule(init=_Held, update=lambda state, mean: seen.append(mean) or state)
+    tx = greedylr_jax.scale_by_rule(rule, every=every)
+    state = tx.init(None)
+    for value in (1.0, 2.0, 3.0, 5.0, 4.0, 4.0, 4.0, 8.0):
+        _, state = tx.update(None, state, value=value)
+    assert [float(mean) for mean in seen[3::4]] == [2.75, 5.0]  # what it is shown in between is dropped
+
+
 @pytest.mark.parametrize("every", [0, -1, 1.5, True, "2", None])
 def test_every_out_of_range(every):
     for case in RULES[:1]:
