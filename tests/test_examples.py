@@ -62,7 +62,8 @@ def train(environment, out):
     return run(environment, "train_digits", *arguments)
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [1, 5])
 def test_killed_training_ends_as_if_undisturbed(environment, tmp_path, kills):
     """SIGKILL at random moments; each restart goes on from the last Orbax checkpoint."""
     whole = tmp_path / "whole"

@@ -24,7 +24,7 @@ def test_they_are_the_ones_that_the_readme_lists():
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(path, marks=pytest.mark.slow if path.stem == "many_runs_at_once" else [], id=path.stem)
+        pytest.param(path, marks=[] if path.stem == "quickstart" else pytest.mark.slow, id=path.stem)
         for path in NOTEBOOKS
     ],
 )

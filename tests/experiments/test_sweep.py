@@ -53,9 +53,7 @@ def test_mnist1d_is_the_published_set_and_leaves_the_random_state_alone(tmp_path
 @pytest.mark.parametrize(
     "rule",
     [
-        pytest.param(
-            rule, marks=pytest.mark.slow if rule in ("hypergradient", "polling-3", "polling-5", "ARC") else []
-        )
+        pytest.param(rule, marks=[] if rule in ("LRTuner", "polling", "auto") else pytest.mark.slow)
         for rule in RULES
     ],
 )

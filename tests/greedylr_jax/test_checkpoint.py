@@ -63,7 +63,7 @@ def test_a_resumed_run_is_bit_identical(name, tmp_path):
     whole = run(PARAMS, tx.init(PARAMS), values)
     assert whole[2][0] != whole[2][-1]  # the rate moves
     with ocp.StandardCheckpointer() as checkpointer:
-        for cut in (0, 1, 23, 44, 59):
+        for cut in (0, 23, 44):  # with every=2 in the middle of a pair of losses, and between two
             params, state, _ = run(PARAMS, tx.init(PARAMS), values[:cut])
             checkpointer.save(tmp_path / str(cut), {"params": params, "opt_state": state})
             checkpointer.wait_until_finished()
