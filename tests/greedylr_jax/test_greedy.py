@@ -195,10 +195,16 @@ def test_the_first_loss_improves_whatever_the_threshold(threshold):
 
 
 def test_a_schedule_is_itself_alone_and_cannot_be_changed():
-    """Flax and ``jax.jit`` take it for static, and so hash it, also where one of its numbers is an array."""
-    make = lambda: greedy_lr_schedule(jnp.float32(1e-3), min_value=1e-4, max_value=1e-2)  # noqa: E731
-    schedule = make()
-    assert schedule in {schedule} and schedule != make()
+    """Flax and ``jax.jit`` take it for static, and so hash it, also where one of its numbers is traced."""
+
+    def make(init_value):
+        schedule = greedy_lr_schedule(init_value, min_value=1e-4, max_value=1e-2)
+        assert schedule in {schedule}
+        return schedule.init()
+
+    jax.jit(make)(1e-3)
+    schedule = greedy_lr_schedule(1e-3, min_value=1e-4, max_value=1e-2)
+    assert schedule != dataclasses.replace(schedule)
     with pytest.raises(dataclasses.FrozenInstanceError):
         schedule.every = 2
 
