@@ -169,11 +169,12 @@ def _knows_best(results: jax.Array, variances: jax.Array, last: jax.Array, first
 def _choose(results: jax.Array, variances: jax.Array, last: jax.Array) -> jax.Array:
     """The number of the trial at whose rate to begin; a fraction between two of them."""
     best = jnp.argmin(results)
-    as_good = results <= results[best] + jnp.sqrt(variances + variances[best])
+    # A variance that has overflowed would take in what diverged.
+    as_good = jnp.isfinite(results) & (results <= results[best] + jnp.sqrt(variances + variances[best]))
     highest = jnp.argmax(as_good)
-    chosen = jnp.where(highest < best, highest, _vertex(results, best, last))
+    chosen = jnp.where(highest < best, highest.astype(results.dtype), _vertex(results, best, last))
     # Nothing was learnt at any rate: the least one does the least harm.
-    return jnp.where(jnp.isfinite(results[best]), chosen, last)
+    return jnp.where(jnp.isfinite(results[best]), chosen, last.astype(results.dtype))
 
 
 def _vertex(results: jax.Array, best: jax.Array, last: jax.Array) -> jax.Array:
@@ -182,4 +183,4 @@ def _vertex(results: jax.Array, best: jax.Array, last: jax.Array) -> jax.Array:
     curvature = left - 2 * middle + right
     has_neighbours = (best > 0) & (best < last) & jnp.isfinite(curvature) & (curvature > 0)
     offset = jnp.where(has_neighbours, (left - right) / (2 * jnp.where(has_neighbours, curvature, 1)), 0)
-    return best + jnp.clip(offset, -0.5, 0.5)
+    return best.astype(offset.dtype) + jnp.clip(offset, -0.5, 0.5)

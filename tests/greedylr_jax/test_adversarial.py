@@ -33,6 +33,7 @@ def optimizers() -> list:
     return [*table, *(pytest.param(tx, id=name) for name, tx in OWN_RATES.items())]
 
 
+WITH_ADAM = ("hypergradient-multiplicative", "lr_tuner-taylor")  # Optax's promotes an integer
 every_optimizer = pytest.mark.parametrize("tx", optimizers())
 every_own_rate = pytest.mark.parametrize("name", OWN_RATES)
 
@@ -62,6 +63,12 @@ def test_a_healthy_run_compiles_once_and_never_makes_a_nan(tx):
             params, state = step(params, state)
     assert np.isfinite(loss_fn(params))
     assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("name", [name for name in OWN_RATES if name not in WITH_ADAM])
+def test_strict_dtype_promotion_of_own_rates(name):
+    with jax.numpy_dtype_promotion("strict"):
+        jax.jit(make_step(OWN_RATES[name])).lower(START, OWN_RATES[name].init(START))
 
 
 @every_optimizer

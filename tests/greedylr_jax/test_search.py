@@ -107,6 +107,7 @@ def test_the_search_is_over_when_what_follows_the_best_is_worse(results, error, 
         ((0.9, 0.4, 0.8), 0.0, 1 + 0.5 * (0.9 - 0.8) / (0.9 - 0.8 + 0.8)),
         ((0.4, 0.5), 0.0, 0.0),  # no neighbour above
         ((np.inf, 0.4, 0.5), 0.0, 1.0),  # none that has a result
+        ((np.inf, 0.5, 0.4, 0.5), np.inf, 1.0),  # nor one that diverged, whatever the noise
         ((np.inf, np.inf, np.inf), 0.0, 2.0),  # nothing learnt anywhere: the lowest
     ],
 )
