@@ -334,3 +334,14 @@ def test_an_optimizer_with_rate_one_is_the_direction_that_it_is_made_of(name):
     optimizer = getattr(optax, name)(1.0)
     np.testing.assert_array_equal(train(optimizer, 1.0), train(optimizer, -1.0))
     assert jnp.sum(train(optimizer, 1.0) ** 2) < 5.0
+
+
+def test_a_direction_for_parameters_of_one_structure_alone_is_taken_as_it_is():
+    """Whether it points up- or downhill is asked with a single number, which it may refuse."""
+    labels = {"w": "momentum", "b": "plain"}
+    direction = optax.partition({"momentum": optax.trace(0.9), "plain": optax.identity()}, labels)
+    tx = hypergradient(direction, 0.1, 1e-3)
+    params = {"w": jnp.ones(2), "b": jnp.ones(3)}
+    updates, _ = tx.update(params, tx.init(params), params)
+    for leaf in updates.values():
+        np.testing.assert_allclose(leaf, -0.1 * np.ones(leaf.shape), rtol=1e-6)
