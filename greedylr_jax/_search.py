@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from greedylr_jax import base
-from greedylr_jax._window import NEAR, Window, empty_window, observe, rise_limit, variance
+from greedylr_jax._window import NEAR, Window, empty_window, mean_variance, observe, rise_limit, variance
 
 RAMP, TRIAL, FOUND = 0, 1, 2  # stages
 LOWEST, HIGHEST = -6.0, 4.0  # decades of the ramp around its centre
@@ -54,7 +54,7 @@ class SearchState(NamedTuple):
     jumps: jax.Array  # shape=(), dtype=float; squared differences of one of these and the next, summed
     results: jax.Array  # shape=(MAX_TRIALS,), dtype=float; infinite for those not run, or given up
     variances: jax.Array  # shape=(MAX_TRIALS,), dtype=float; of the results; 0 for those not run
-    found: jax.Array  # shape=(), dtype=float; the rate of the best trial; 0 while not known
+    found: jax.Array  # shape=(), dtype=float; the rate that was looked for; 0 while not known
 
 
 def begin() -> SearchState:
@@ -112,13 +112,12 @@ def advance(
     given_up = tries & ~jnp.isfinite(loss) | (is_late & ~(recent[0] <= limit) & ~(recent[1] <= limit))
     trial_ends = (tries & (state.step >= length)) | given_up
     result = jnp.where(given_up, jnp.inf, late.mean)
-    results = state.results.at[state.trial].set(jnp.where(trial_ends, result, state.results[state.trial]))
+    is_this = trial_ends & (jnp.arange(MAX_TRIALS) == state.trial)
+    results = jnp.where(is_this, result, state.results)
     count = jnp.maximum(late.finite, 2).astype(jumps.dtype)
     # A trend adds little to differences of neighbours, which have twice the variance of single losses.
     spread = jumps / (2 * (count - 1) * count)
-    variances = state.variances.at[state.trial].set(
-        jnp.where(trial_ends, spread, state.variances[state.trial])
-    )
+    variances = jnp.where(is_this, spread, state.variances)
     seen = state.seen + 1
     no_time = seen >= jnp.asarray(lengths.all, jnp.int32)
     is_enough = _knows_best(results, variances, state.trial, first)
@@ -160,8 +159,7 @@ def _mean_of_finite(losses: jax.Array) -> jax.Array:
 def _knows_best(results: jax.Array, variances: jax.Array, last: jax.Array, first: Window) -> jax.Array:
     """Whether the trials so far tell at which rate most is learnt; ``first`` are losses before any is."""
     best = jnp.argmin(results)
-    first_variance = variance(first) / jnp.maximum(first.finite, 1).astype(results.dtype)
-    has_learnt = results[best] < first.mean - _ERRORS * jnp.sqrt(variances[best] + first_variance)
+    has_learnt = results[best] < first.mean - _ERRORS * jnp.sqrt(variances[best] + mean_variance(first))
     surely_worse = results[last] > results[best] + _ERRORS * jnp.sqrt(variances[best] + variances[last])
     return has_learnt & ((last >= best + 2) | ((last > best) & surely_worse))
 

@@ -46,6 +46,11 @@ def variance(window: Window) -> jax.Array:
     return window.squares / jnp.maximum(window.finite - 1, 1).astype(window.squares.dtype)
 
 
+def mean_variance(window: Window) -> jax.Array:
+    """Squared standard error of the mean; 0 where fewer than two are known."""
+    return variance(window) / jnp.maximum(window.finite, 1).astype(window.squares.dtype)
+
+
 def rise_limit(mean: jax.Array, variance: jax.Array) -> jax.Array:
     """What the mean of three losses exceeds if they have risen by more than noise explains."""
     return mean + _ERRORS * jnp.sqrt(variance / NEAR)

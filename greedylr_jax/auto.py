@@ -2,7 +2,7 @@
 
 The first part of the training is a search (:mod:`greedylr_jax._search`): the rate rises over ten decades
 until the loss rises, and then a few short trials from the *initial parameters and a fresh optimizer* tell
-which rate below that learns most. The training begins there, at half that rate, with the trend rule
+which is the highest rate that learns most. The training begins there, at half that rate, with the trend rule
 (:mod:`greedylr_jax.trend`). This may raise it to thirty times what was found, as what learns most in a few
 steps is often too low for many, but not above two fifths of the rate that the ramp's loss rose at. In the
 last two fifths of the training the rate falls to zero.
@@ -25,8 +25,8 @@ from jax.typing import ArrayLike
 
 from greedylr_jax import _checks, _search, base, rollback, trend
 
-_BACKOFF = 0.5  # the rate to start with over that of the best trial
-_RISE = 30.0  # the highest rate over that of the best trial
+_BACKOFF = 0.5  # the rate to start with over that which the search found
+_RISE = 30.0  # the highest rate over that which the search found
 _MARGIN = 0.4  # the highest rate over that of the edge
 _LEAST = 1e-4  # the lowest rate over the one to start with
 _WINDOW = 20  # of the trend rule

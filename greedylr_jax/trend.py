@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from greedylr_jax import _checks, base
-from greedylr_jax._window import Window, empty_window, observe
+from greedylr_jax._window import Window, empty_window, mean_variance, observe
 
 
 class TrendState(NamedTuple):
@@ -196,8 +196,7 @@ def trend_rule(settings: TrendSettings) -> base.Rule:
     def update(state: TrendState, value: jax.Array) -> TrendState:
         numbers = TrendSettings(*(jnp.asarray(number, value.dtype) for number in settings))
         window = observe(state.window, value)
-        count = window.finite.astype(value.dtype)
-        error = window.squares / jnp.maximum(count - 1, 1) / jnp.maximum(count, 1)
+        error = mean_variance(window)
         is_full = window.steps >= jnp.asarray(settings.window, jnp.int32)
         rise = window.mean - state.last_mean
         bound = numbers.significance * jnp.sqrt(error + state.last_error)

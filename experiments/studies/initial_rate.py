@@ -111,7 +111,7 @@ def leave(job: Job, runs: pl.DataFrame, title: str) -> None:
         tables={"table": table, "gaps": pl.DataFrame(every)},
         figures=figures,
         sections=[*sections, *_sections(table)],
-        recomputed_by="experiments.studies.initial_rate.summarize and gaps",
+        recomputed_by="experiments.studies.initial_rate.summarize, gaps and explain",
     )
 
 

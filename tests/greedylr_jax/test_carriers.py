@@ -293,6 +293,8 @@ class _Held(NamedTuple):
 
 
 RIGHT_CALL = "tx.update(grads, opt_state, params, value=loss)"
+NO_SHAPE = "greedy_lr: value must be a scalar loss"
+REDUCED = "Reduce it first: tx.update(grads, opt_state, params, value=jnp.mean(losses))."
 NO_SCALAR = f"greedy_lr: value must be a real scalar loss, as in {RIGHT_CALL}"
 
 
@@ -310,14 +312,12 @@ NO_SCALAR = f"greedy_lr: value must be a real scalar loss, as in {RIGHT_CALL}"
         (
             jnp.ones(3),
             ValueError,
-            "greedy_lr: value must be a scalar loss, got shape (3,). Reduce it first: "
-            f"{RIGHT_CALL.replace('loss', 'jnp.mean(losses)')}.",
+            f"{NO_SHAPE}, got shape (3,). {REDUCED}",
         ),
         (
             jnp.ones((1,)),
             ValueError,
-            "greedy_lr: value must be a scalar loss, got shape (1,). Reduce it first: "
-            f"{RIGHT_CALL.replace('loss', 'jnp.mean(losses)')}.",
+            f"{NO_SHAPE}, got shape (1,). {REDUCED}",
         ),
         ("0.5", TypeError, f"{NO_SCALAR}, got '0.5'."),
         (1j, TypeError, f"{NO_SCALAR}, got dtype complex64."),
