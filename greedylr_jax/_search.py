@@ -9,8 +9,8 @@ A state machine over the losses. What it asks for is carried out by who holds th
    edge downwards. Their result is the mean loss of their second half. A trial is given up where its loss
    rises as in the ramp. The search is over when the next trial was worse than the best one by more than
    noise, or the next two were worse at all; and the best is one that has learnt something.
-3. The rate that is found is the highest whose result is as good as the best one up to their noise; where that
-   is the best one itself, the vertex of a parabola through the results around it.
+3. The rate that is found is that of the best trial, or rather the vertex of a parabola through the results
+   around it.
 
 What a ramp alone says depends on its speed and on noise; a trial of thirty steps says within a factor of
 about three what rate trains best, with most networks, and if not, it is too low.
@@ -137,13 +137,18 @@ def advance(
         jumps=jnp.where(goes_back, 0, jumps),
         results=results,
         variances=variances,
-        found=jnp.where(finished, _trial_rate(edge, _choose(results, variances, state.trial)), state.found),
+        found=jnp.where(finished, _trial_rate(edge, _choose(results, state.trial)), state.found),
     ), goes_back
 
 
 def start_limit(first: Window) -> jax.Array:
     """What losses exceed that have risen above the ramp's first; infinite if hardly any is known."""
     return jnp.where(first.finite > 1, rise_limit(first.mean, variance(first)), jnp.inf)
+
+
+def is_lower(mean: jax.Array, error: jax.Array, first: Window) -> jax.Array:
+    """Whether a mean, with its squared standard error, is surely below the first losses of the ramp."""
+    return mean < first.mean - _ERRORS * jnp.sqrt(error + mean_variance(first))
 
 
 def _trial_rate(edge: jax.Array, number: jax.Array) -> jax.Array:
@@ -159,20 +164,16 @@ def _mean_of_finite(losses: jax.Array) -> jax.Array:
 def _knows_best(results: jax.Array, variances: jax.Array, last: jax.Array, first: Window) -> jax.Array:
     """Whether the trials so far tell at which rate most is learnt; ``first`` are losses before any is."""
     best = jnp.argmin(results)
-    has_learnt = results[best] < first.mean - _ERRORS * jnp.sqrt(variances[best] + mean_variance(first))
+    has_learnt = is_lower(results[best], variances[best], first)
     surely_worse = results[last] > results[best] + _ERRORS * jnp.sqrt(variances[best] + variances[last])
     return has_learnt & ((last >= best + 2) | ((last > best) & surely_worse))
 
 
-def _choose(results: jax.Array, variances: jax.Array, last: jax.Array) -> jax.Array:
+def _choose(results: jax.Array, last: jax.Array) -> jax.Array:
     """The number of the trial at whose rate to begin; a fraction between two of them."""
     best = jnp.argmin(results)
-    # A variance that has overflowed would take in what diverged.
-    as_good = jnp.isfinite(results) & (results <= results[best] + jnp.sqrt(variances + variances[best]))
-    highest = jnp.argmax(as_good)
-    chosen = jnp.where(highest < best, highest.astype(results.dtype), _vertex(results, best, last))
     # Nothing was learnt at any rate: the least one does the least harm.
-    return jnp.where(jnp.isfinite(results[best]), chosen, last.astype(results.dtype))
+    return jnp.where(jnp.isfinite(results[best]), _vertex(results, best, last), last.astype(results.dtype))
 
 
 def _vertex(results: jax.Array, best: jax.Array, last: jax.Array) -> jax.Array:

@@ -1,11 +1,11 @@
 """A rule that needs no initial rate: it looks for one, goes back to the start, and trains.
 
 The first part of the training is a search (:mod:`greedylr_jax._search`): the rate rises over ten decades
-until the loss rises, and then a few short trials from the *initial parameters and a fresh optimizer* tell
-which is the highest rate that learns most. The training begins there, at half that rate, with the trend rule
+until the loss rises, and then a few short trials from the *initial parameters and a fresh optimizer* tell at
+which rate most is learnt. The training begins there, at half that rate, with the trend rule
 (:mod:`greedylr_jax.trend`). This may raise it to thirty times what was found, as what learns most in a few
-steps is often too low for many, but not above two fifths of the rate that the ramp's loss rose at. In the
-last two fifths of the training the rate falls to zero.
+steps is often too low for many, but not above two fifths of the rate that the ramp's loss rose at; without
+drift, unless nothing has been learnt yet. In the last two fifths of the training the rate falls to zero.
 
 All along there is one place to go back to: the initial parameters, and later those of the least mean loss.
 If twenty losses in a row are far above what they were there, or not finite, the training goes back, and the
@@ -29,8 +29,8 @@ _BACKOFF = 0.5  # the rate to start with over that which the search found
 _RISE = 30.0  # the highest rate over that which the search found
 _MARGIN = 0.4  # the highest rate over that of the edge
 _LEAST = 1e-4  # the lowest rate over the one to start with
-_WINDOW = 20  # of the trend rule
-_RAISE = 1.4  # by the trend rule
+_WINDOW, _WINDOW_SHARE = 20, 40  # of the trend rule: at least 20, and a fortieth of the steps so far
+_PLATEAU_DRIFT = 1.4  # by the trend rule, as long as the loss is what it was at the start
 _RAMP_STEPS, _RAMP_SHARE, _LEAST_RAMP = 100, 0.06, 30
 _TRIAL_STEPS, _TRIAL_SHARE, _LEAST_TRIAL = 50, 0.03, 10
 _SEARCHED = 0.3  # of the steps, after which no further trial is begun
@@ -116,7 +116,7 @@ def auto_lr(
             rate=base.RateState(_search.ramp_rate(centre, jnp.zeros((), jnp.int32), lengths)),
             step=jnp.zeros((), jnp.int32),
             search=_search.begin(),
-            trend=_trend_rule(jnp.inf).init(jnp.ones((), dtype)),
+            trend=trend.trend_rule(trend.TrendSettings(low=_LEAST, high=jnp.inf)).init(jnp.ones((), dtype)),
             watch=rollback.unwatched(),
             kept=rollback.Kept(jax.tree.map(jnp.array, params), None),
             settles=jnp.zeros((), jnp.int32),
@@ -200,23 +200,33 @@ def _observe(
 
     watch, watch_returns = rollback.watch(state.watch, loss)
     watch_returns &= is_found
-    rule = _trend_rule(_highest_scale(state.search))
+    rule = _trend_rule(state)
     # A return is a loss that is not finite to the rule, upon which it cuts.
     observed_loss = jnp.where(watch_returns, jnp.nan, loss)
     moved = base.select(is_found, rule.update(state.trend, observed_loss), state.trend)
-    window_ends = is_found & (moved.window.steps == 0) & moved.has_last
-    takes = window_ends & rollback.improves(watch, moved.last_mean)
-    single = moved.last_error * jnp.asarray(_WINDOW, loss.dtype)
-    watch = base.select(takes, rollback.watch_from(moved.last_mean, single), watch)
+    last = moved.last
+    window_ends = is_found & (moved.window.steps == 0) & (last.steps > 0)
+    takes = window_ends & rollback.improves(watch, last.value)
+    single = last.error * last.steps.astype(loss.dtype)
+    watch = base.select(takes, rollback.watch_from(last.value, single), watch)
     # At the start the losses are those that the ramp began with.
     at_start = rollback.unwatched()._replace(limit=_search.start_limit(search.first))
     watch = base.select(begins, at_start, base.select(is_found, watch, state.watch))
     return _Numbers(search, moved, watch), search_returns & ~is_found | watch_returns, takes
 
 
-def _trend_rule(high: ArrayLike) -> base.Rule:
-    settings = trend.TrendSettings(low=_LEAST, high=high, window=_WINDOW, raise_factor=_RAISE)
-    return trend.trend_rule(settings)
+def _trend_rule(state: AutoState) -> base.Rule:
+    # No drift where something is learnt: on noise alone it would raise the rate until the network is lost.
+    last = state.trend.last
+    drift = jnp.where(_search.is_lower(last.value, last.error, state.search.first), 1.0, _PLATEAU_DRIFT)
+    return trend.trend_rule(
+        trend.TrendSettings(
+            low=_LEAST,
+            high=_highest_scale(state.search),
+            window=jnp.maximum(_WINDOW, state.step // _WINDOW_SHARE),
+            drift=drift,
+        )
+    )
 
 
 def _highest_scale(search: _search.SearchState) -> jax.Array:

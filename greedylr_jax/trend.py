@@ -1,13 +1,19 @@
 """A rule that asks whether the loss has changed more than its noise explains.
 
-Every ``window`` losses their mean is compared with that of the ``window`` losses before, by Welch's
-statistic
+Every ``window`` losses the mean of all since a moment, the *block*, is compared with that of a stretch
+before it, the *reference*, by Welch's statistic
 
-    z = (mean - last mean) / sqrt(variance / n + last variance / last n).
+    z = (mean - reference mean) / sqrt(variance / n + reference variance / reference n).
 
-Significantly lower: the rate works, and is raised. Significantly higher: it is cut. Neither: no news is good
-news, and the rate is raised a little, so that one that is far too low, whose losses are all noise, does not
-stay so. This optimism halves with every cut, as a rate that was too high once will be so again.
+Significantly lower: the rate works, and is raised. Significantly higher: it is cut. Neither: the rate
+drifts up a little, so that one that is far too low, whose losses are all noise, does not stay so; and the
+block grows by another window, so that a change that is lost in the noise of twenty losses shows in forty, or
+eighty. After a decision the last window is the reference; without one, a block twice as long as its reference
+takes its place.
+
+A raise after which the loss falls about as fast as before it has paid, as the loss falls ever more slowly
+otherwise: the next one is a leap. And with each turn from rising to falling all moves become smaller, as a
+rate that was too high once will be so again.
 
 There is no paper; the test is B. L. Welch, "The Generalization of 'Student's' Problem when Several Different
 Population Variances are Involved", 1947.
@@ -23,16 +29,29 @@ from jax.typing import ArrayLike
 from greedylr_jax import _checks, base
 from greedylr_jax._window import Window, empty_window, mean_variance, observe
 
+_LEAST_BOLDNESS = 0.125
+_PAID = 0.7  # least speed after a raise, over that before, of one that has paid
+
+
+class Mean(NamedTuple):
+    """A mean of losses."""
+
+    steps: jax.Array  # shape=(), dtype=int32; 0: of none
+    value: jax.Array  # shape=(), dtype=float
+    error: jax.Array  # shape=(), dtype=float; squared standard error
+
 
 class TrendState(NamedTuple):
     """State of the trend rule."""
 
     scale: jax.Array  # shape=(), dtype=float; the multiplier, or in a schedule the learning rate
-    optimism: jax.Array  # shape=(), dtype=float; exponent of ``drift``, 1 at the start
-    window: Window  # the losses since the last decision
-    has_last: jax.Array  # shape=(), dtype=bool; whether there is a window before, to compare with
-    last_mean: jax.Array  # shape=(), dtype=float; of that window
-    last_error: jax.Array  # shape=(), dtype=float; squared standard error of that mean
+    boldness: jax.Array  # shape=(), dtype=float; exponent of all factors, 1 at the start
+    rose: jax.Array  # shape=(), dtype=bool; whether the last move was up
+    window: Window  # the losses since the last test
+    block: Window  # the losses since the reference
+    last: Mean  # of the last full window
+    reference: Mean  # what the block is compared with
+    speed: jax.Array  # shape=(), dtype=float; fall of the loss a step before the last raise; 0 after a cut
 
 
 class TrendSettings(NamedTuple):
@@ -42,6 +61,7 @@ class TrendSettings(NamedTuple):
     high: ArrayLike
     window: ArrayLike = 20
     raise_factor: ArrayLike = 1.3
+    leap_factor: ArrayLike = 2.0
     cut_factor: ArrayLike = 0.49
     drift: ArrayLike = 1.1
     fade: ArrayLike = 0.5
@@ -52,6 +72,7 @@ def trend_lr(
     *,
     window: ArrayLike = 20,
     raise_factor: ArrayLike = 1.3,
+    leap_factor: ArrayLike = 2.0,
     cut_factor: ArrayLike = 0.49,
     drift: ArrayLike = 1.1,
     fade: ArrayLike = 0.5,
@@ -63,15 +84,19 @@ def trend_lr(
 ) -> base.GradientTransformationExtraLoss:
     """The trend rule as a gradient transformation, to stand after the optimizer.
 
-    For a training whose initial rate may be too low by any factor: it rises by ``raise_factor`` or ``drift``
-    every ``window`` losses. It is what :func:`greedylr_jax.auto_lr` does after its search.
+    For a training whose initial rate may be too low by any factor: it rises by ``raise_factor``,
+    ``leap_factor`` or ``drift`` every ``window`` losses. It is what :func:`greedylr_jax.auto_lr` does after
+    its search.
 
     Args:
-      window: losses between two decisions, an integer >= 2; may be traced, as may all numbers here.
+      window: losses between two tests, an integer >= 2; may be traced, as may all numbers here.
       raise_factor: of the rate after a significant improvement, >= 1.
+      leap_factor: the same, where the raise before has paid, >= 1.
       cut_factor: of the rate after a significant worsening or a loss that is not finite, in (0, 1).
-      drift: of the rate where nothing is significant, >= 1; 1 leaves it as it is.
-      fade: in [0, 1]: what a cut multiplies the exponent of ``drift`` by; 1 keeps the optimism for good.
+      drift: of the rate where nothing is significant, >= 1; 1 leaves it as it is. Where the loss is noisy it
+        raises even a rate that is too high, until that shows.
+      fade: in [0, 1]: what a cut after a rise multiplies the exponent of all factors by, down to 1/8; 1 keeps
+        them as they are. A loss that is not finite is always cut by ``cut_factor``.
       significance: how many standard errors two means must be apart, >= 0.
       min_scale: lower bound of the multiplier, in (0, 1].
       max_scale: upper bound of the multiplier, >= 1. The rule itself finds out that a rate is too high only
@@ -98,7 +123,7 @@ def trend_lr(
     """
     low = _checks.check_real("min_scale", min_scale, low=0.0, high=1.0, low_open=True)
     high = _checks.check_real("max_scale", max_scale, low=1.0)
-    settings = _check(low, high, window, raise_factor, cut_factor, drift, fade, significance)
+    settings = _check(low, high, window, raise_factor, leap_factor, cut_factor, drift, fade, significance)
     return base.scale_by_rule(trend_rule(settings), every=every, axis_name=axis_name)
 
 
@@ -109,6 +134,7 @@ def trend_lr_schedule(
     max_value: ArrayLike,
     window: ArrayLike = 20,
     raise_factor: ArrayLike = 1.3,
+    leap_factor: ArrayLike = 2.0,
     cut_factor: ArrayLike = 0.49,
     drift: ArrayLike = 1.1,
     fade: ArrayLike = 0.5,
@@ -124,6 +150,7 @@ def trend_lr_schedule(
       max_value: upper bound of the rate, >= ``init_value``.
       window: as in :func:`trend_lr`.
       raise_factor: as in :func:`trend_lr`.
+      leap_factor: as in :func:`trend_lr`.
       cut_factor: as in :func:`trend_lr`.
       drift: as in :func:`trend_lr`.
       fade: as in :func:`trend_lr`.
@@ -152,7 +179,7 @@ def trend_lr_schedule(
     first = _checks.check_real("init_value", init_value, low=0.0, low_open=True, high_open=True)
     _checks.check_order("min_value", low, "init_value", first)
     _checks.check_order("init_value", first, "max_value", high)
-    settings = _check(low, high, window, raise_factor, cut_factor, drift, fade, significance)
+    settings = _check(low, high, window, raise_factor, leap_factor, cut_factor, drift, fade, significance)
     return base.schedule_by_rule(trend_rule(settings), first, every=every, axis_name=axis_name)
 
 
@@ -161,6 +188,7 @@ def _check(
     high: ArrayLike,
     window: ArrayLike,
     raise_factor: ArrayLike,
+    leap_factor: ArrayLike,
     cut_factor: ArrayLike,
     drift: ArrayLike,
     fade: ArrayLike,
@@ -171,6 +199,7 @@ def _check(
         high=high,
         window=_checks.check_integer("window", window, low=2),
         raise_factor=_checks.check_real("raise_factor", raise_factor, low=1.0, high_open=True),
+        leap_factor=_checks.check_real("leap_factor", leap_factor, low=1.0, high_open=True),
         cut_factor=_checks.check_real(
             "cut_factor", cut_factor, low=0.0, high=1.0, low_open=True, high_open=True
         ),
@@ -186,34 +215,55 @@ def trend_rule(settings: TrendSettings) -> base.Rule:
     def init(scale: jax.Array) -> TrendState:
         return TrendState(
             scale=scale,
-            optimism=jnp.ones_like(scale),
+            boldness=jnp.ones_like(scale),
+            rose=jnp.zeros((), bool),
             window=empty_window(),
-            has_last=jnp.zeros((), bool),
-            last_mean=jnp.zeros_like(scale),
-            last_error=jnp.zeros_like(scale),
+            block=empty_window(),
+            last=_mean_of(empty_window()),
+            reference=_mean_of(empty_window()),
+            speed=jnp.zeros_like(scale),
         )
 
     def update(state: TrendState, value: jax.Array) -> TrendState:
         numbers = TrendSettings(*(jnp.asarray(number, value.dtype) for number in settings))
-        window = observe(state.window, value)
-        error = mean_variance(window)
-        is_full = window.steps >= jnp.asarray(settings.window, jnp.int32)
-        rise = window.mean - state.last_mean
-        bound = numbers.significance * jnp.sqrt(error + state.last_error)
+        window, block = observe(state.window, value), observe(state.block, value)
         diverged = ~jnp.isfinite(value)
-        compares = is_full & state.has_last
-        better, worse = compares & (rise < -bound), (compares & (rise > bound)) | diverged
-        factor = jnp.where(compares, numbers.drift**state.optimism, 1)
-        factor = jnp.where(better, numbers.raise_factor, factor)
-        factor = jnp.where(worse, numbers.cut_factor, factor)
+        is_full = window.steps >= jnp.asarray(settings.window, jnp.int32)
+        tests = is_full & (state.reference.steps > 0)
+        mean, reference = _mean_of(block), state.reference
+        rise = mean.value - reference.value
+        bound = numbers.significance * jnp.sqrt(mean.error + reference.error)
+        better, worse = tests & (rise < -bound), (tests & (rise > bound)) | diverged
+        # From the middle of one stretch to that of the other.
+        distance = 0.5 * (mean.steps + reference.steps).astype(value.dtype)
+        speed = -rise / distance
+        has_paid = (state.speed > 0) & (speed >= _PAID * state.speed)
+
+        factor = jnp.where(tests, numbers.drift, 1)
+        factor = jnp.where(better, jnp.where(has_paid, numbers.leap_factor, numbers.raise_factor), factor)
+        factor = jnp.where(worse, numbers.cut_factor, factor) ** jnp.where(diverged, 1, state.boldness)
+        turns = worse & state.rose
+        faded = jnp.maximum(state.boldness * numbers.fade, _LEAST_BOLDNESS)
+
+        decides = better | worse | (is_full & ~tests)
+        doubles = tests & (mean.steps >= 2 * reference.steps)
+        last = base.select(is_full, _mean_of(window), state.last)
+        reference = base.select(decides, last, base.select(doubles, mean, reference))
+        # What came before a divergence is no measure of what comes after.
+        nothing = _mean_of(empty_window())
         return TrendState(
             scale=jnp.clip(state.scale * factor, numbers.low, numbers.high),
-            optimism=jnp.where(worse, state.optimism * numbers.fade, state.optimism),
+            boldness=jnp.where(turns, faded, state.boldness),
+            rose=jnp.where(factor == 1, state.rose, factor > 1),
             window=base.select(is_full | diverged, empty_window(), window),
-            # What came before a divergence is no measure of what comes after.
-            has_last=(state.has_last | is_full) & ~diverged,
-            last_mean=jnp.where(is_full, window.mean, state.last_mean),
-            last_error=jnp.where(is_full, error, state.last_error),
+            block=base.select(decides | doubles, empty_window(), block),
+            last=base.select(diverged, nothing, last),
+            reference=base.select(diverged, nothing, reference),
+            speed=jnp.where(worse, 0, jnp.where(better, speed, state.speed)),
         )
 
     return base.Rule(init, update, name="trend_lr")
+
+
+def _mean_of(window: Window) -> Mean:
+    return Mean(window.steps, window.mean, mean_variance(window))

@@ -83,7 +83,7 @@ def test_after_the_search_the_trend_rule_acts_and_the_rate_falls_to_zero_at_the_
     stages, settles = np.asarray(states.search.stage), np.asarray(states.settles)
     first = np.flatnonzero((stages == _search.FOUND) & (settles == 0))[0]
     highest = max(min(30 * found, 0.4 * edge), found)
-    tx = greedylr_jax.trend_lr(max_scale=highest / (0.5 * found), raise_factor=1.4)
+    tx = greedylr_jax.trend_lr(max_scale=highest / (0.5 * found), drift=1.0)
     state, scales = tx.init(None), []
     for loss in np.asarray(losses[first:]):
         _, state = tx.update(None, state, value=loss)
@@ -91,6 +91,35 @@ def test_after_the_search_the_trend_rule_acts_and_the_rate_falls_to_zero_at_the_
     anneal = np.clip((STEPS - np.arange(first, STEPS)) / (0.4 * STEPS), 0, 1)
     np.testing.assert_allclose(rates[first:], 0.5 * found * np.array(scales) * anneal, rtol=1e-4)
     assert 0 < rates[-1] < 0.03 * rates[first:].max() and np.ptp(scales) > 0
+
+
+def observe_constants(tx, searched, after, steps):
+    """The rates where the loss is ``after`` at each step from ``searched`` on, and noise before."""
+    noise = 1 + 0.01 * np.random.default_rng(0).standard_normal(steps)
+    losses = np.where(np.arange(steps) < searched, noise, noise * after).astype("f4")
+
+    def body(state, loss):
+        state = tx.update(jnp.zeros(2), state, jnp.zeros(2), value=loss)[1]
+        return state, state
+
+    return jax.jit(lambda: jax.lax.scan(body, tx.init(jnp.zeros(2)), losses)[1])()
+
+
+@pytest.mark.parametrize("after", [1.0, 0.5], ids=["nothing learnt", "learnt"])
+def test_the_rate_drifts_up_only_where_nothing_was_learnt(after):
+    tx = auto_lr(optax.identity(), total_steps=1000)
+    states = observe_constants(tx, 310, after, 600)
+    assert (states.search.stage[310:] == _search.FOUND).all()
+    scales = np.asarray(states.trend.scale)
+    # The window during which the loss falls is over at the next, and the drift with it.
+    assert (scales[-1] > 10 * scales[310]) == (after == 1.0)
+    assert (scales[350:] == scales[350]).all() == (after == 0.5)
+
+
+def test_the_windows_of_the_trend_rule_grow_with_the_training():
+    tx = auto_lr(optax.identity(), total_steps=10_000)
+    steps = np.asarray(observe_constants(tx, 0, 1.0, 10_000).trend.window.steps)
+    assert steps[3400:3700].max() < 100 and steps[-260:].max() in range(240, 250)
 
 
 def test_without_a_horizon_the_rate_does_not_fall_by_itself():
