@@ -93,8 +93,8 @@ def test_after_the_search_the_trend_rule_acts_and_the_rate_falls_to_zero_at_the_
     assert 0 < rates[-1] < 0.03 * rates[first:].max() and np.ptp(scales) > 0
 
 
-def observe_constants(tx, searched, after, steps):
-    """The rates where the loss is ``after`` at each step from ``searched`` on, and noise before."""
+def observe_noise(tx, searched, after, steps):
+    """All states where losses are noise around 1, and from step ``searched`` on around ``after``."""
     noise = 1 + 0.01 * np.random.default_rng(0).standard_normal(steps)
     losses = np.where(np.arange(steps) < searched, noise, noise * after).astype("f4")
 
@@ -108,17 +108,17 @@ def observe_constants(tx, searched, after, steps):
 @pytest.mark.parametrize("after", [1.0, 0.5], ids=["nothing learnt", "learnt"])
 def test_the_rate_drifts_up_only_where_nothing_was_learnt(after):
     tx = auto_lr(optax.identity(), total_steps=1000)
-    states = observe_constants(tx, 310, after, 600)
+    states = observe_noise(tx, 310, after, 600)
     assert (states.search.stage[310:] == _search.FOUND).all()
     scales = np.asarray(states.trend.scale)
-    # The window during which the loss falls is over at the next, and the drift with it.
+    # The loss falls as the search ends; the first window behind that tells.
     assert (scales[-1] > 10 * scales[310]) == (after == 1.0)
     assert (scales[350:] == scales[350]).all() == (after == 0.5)
 
 
 def test_the_windows_of_the_trend_rule_grow_with_the_training():
     tx = auto_lr(optax.identity(), total_steps=10_000)
-    steps = np.asarray(observe_constants(tx, 0, 1.0, 10_000).trend.window.steps)
+    steps = np.asarray(observe_noise(tx, 0, 1.0, 10_000).trend.window.steps)
     assert steps[3400:3700].max() < 100 and steps[-260:].max() in range(240, 250)
 
 
