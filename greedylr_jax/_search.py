@@ -8,9 +8,10 @@ A state machine over the losses. What it asks for is carried out by who holds th
 2. *Trials.* Trainings of a few steps at constant rates, half a decade apart, from half a decade below the
    edge downwards. Their result is the mean loss of their second half. A trial is given up where its loss
    rises as in the ramp. The search is over when the next trial was worse than the best one by more than
-   noise, or the next two were worse at all; and the best is one that has learnt something.
+   noise, or the next two were worse at all; and the best is one that has learnt something. It is over, too,
+   when four in a row have left the loss where it was: lower rates will learn no more in these few steps.
 3. The rate that is found is that of the best trial, or rather the vertex of a parabola through the results
-   around it.
+   around it. Where the last four trials tell nothing it is that of their second highest rate.
 
 What a ramp alone says depends on its speed and on noise; a trial of thirty steps says within a factor of
 about three what rate trains best, with most networks, and if not, it is too low.
@@ -28,6 +29,7 @@ RAMP, TRIAL, FOUND = 0, 1, 2  # stages
 LOWEST, HIGHEST = -6.0, 4.0  # decades of the ramp around its centre
 MAX_TRIALS = 20
 _QUIET = 10  # losses of the ramp that tell where it began and how noisy they are
+_FLAT = 4  # trials in a row that change nothing
 _RATIO = 10.0**-0.5  # of the rates of two trials
 _ERRORS = 3.0  # standard errors by which two means surely differ
 
@@ -49,6 +51,7 @@ class SearchState(NamedTuple):
     first: Window  # the ramp's first losses
     recent: jax.Array  # shape=(3,), dtype=float; the last losses, newest first
     edge: jax.Array  # shape=(), dtype=float; the rate at which the ramp ended
+    rose: jax.Array  # shape=(), dtype=bool; whether that was as the loss had risen
     trial: jax.Array  # shape=(), dtype=int32; number of this trial
     late: Window  # losses of this trial's second half
     jumps: jax.Array  # shape=(), dtype=float; squared differences of one of these and the next, summed
@@ -67,6 +70,7 @@ def begin() -> SearchState:
         first=empty_window(),
         recent=jnp.full(NEAR, jnp.inf, dtype),
         edge=jnp.zeros((), dtype),
+        rose=jnp.zeros((), bool),
         trial=jnp.zeros((), jnp.int32),
         late=empty_window(),
         jumps=jnp.zeros((), dtype),
@@ -120,8 +124,10 @@ def advance(
     variances = jnp.where(is_this, spread, state.variances)
     seen = state.seen + 1
     no_time = seen >= jnp.asarray(lengths.all, jnp.int32)
-    is_enough = _knows_best(results, variances, state.trial, first)
+    is_flat = state.rose & _are_flat(results, variances, state.trial, first)
+    is_enough = is_flat | _knows_best(results, variances, state.trial, first)
     finished = trial_ends & (is_enough | no_time | (state.trial >= MAX_TRIALS - 1))
+    chosen = jnp.where(is_flat, (state.trial - (_FLAT - 2)).astype(loss.dtype), _choose(results, state.trial))
 
     stage = jnp.where(ramp_ends, TRIAL, jnp.where(finished, FOUND, state.stage)).astype(jnp.int32)
     goes_back = ramp_ends | trial_ends
@@ -132,18 +138,24 @@ def advance(
         first=first,
         recent=jnp.where(goes_back, jnp.full_like(recent, -jnp.inf), recent),
         edge=edge,
+        rose=state.rose | has_risen,
         trial=state.trial + (trial_ends & ~finished).astype(jnp.int32),
         late=base.select(goes_back, empty_window(), late),
         jumps=jnp.where(goes_back, 0, jumps),
         results=results,
         variances=variances,
-        found=jnp.where(finished, _trial_rate(edge, _choose(results, state.trial)), state.found),
+        found=jnp.where(finished, _trial_rate(edge, chosen), state.found),
     ), goes_back
 
 
 def start_limit(first: Window) -> jax.Array:
     """What losses exceed that have risen above the ramp's first; infinite if hardly any is known."""
     return jnp.where(first.finite > 1, rise_limit(first.mean, variance(first)), jnp.inf)
+
+
+def has_learnt(state: SearchState) -> jax.Array:
+    """Whether a trial has lowered the loss, by more than noise."""
+    return _has_learnt(state.results, state.variances, state.first)
 
 
 def is_lower(mean: jax.Array, error: jax.Array, first: Window) -> jax.Array:
@@ -164,9 +176,23 @@ def _mean_of_finite(losses: jax.Array) -> jax.Array:
 def _knows_best(results: jax.Array, variances: jax.Array, last: jax.Array, first: Window) -> jax.Array:
     """Whether the trials so far tell at which rate most is learnt; ``first`` are losses before any is."""
     best = jnp.argmin(results)
-    has_learnt = is_lower(results[best], variances[best], first)
     surely_worse = results[last] > results[best] + _ERRORS * jnp.sqrt(variances[best] + variances[last])
-    return has_learnt & ((last >= best + 2) | ((last > best) & surely_worse))
+    enough = (last >= best + 2) | ((last > best) & surely_worse)
+    return enough & _has_learnt(results, variances, first)
+
+
+def _has_learnt(results: jax.Array, variances: jax.Array, first: Window) -> jax.Array:
+    best = jnp.argmin(results)
+    return is_lower(results[best], variances[best], first)
+
+
+def _are_flat(results: jax.Array, variances: jax.Array, last: jax.Array, first: Window) -> jax.Array:
+    """Whether the last few trials have left the loss where it was, and none has learnt anything."""
+    number = jnp.arange(MAX_TRIALS)
+    bound = _ERRORS * jnp.sqrt(variances + mean_variance(first))
+    is_flat = jnp.abs(results - first.mean) <= bound
+    is_recent = (number <= last) & (number > last - _FLAT)
+    return (jnp.sum(is_flat & is_recent) == _FLAT) & ~_has_learnt(results, variances, first)
 
 
 def _choose(results: jax.Array, last: jax.Array) -> jax.Array:

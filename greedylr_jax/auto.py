@@ -4,8 +4,9 @@ The first part of the training is a search (:mod:`greedylr_jax._search`): the ra
 until the loss rises, and then a few short trials from the *initial parameters and a fresh optimizer* tell at
 which rate most is learnt. The training begins there, at half that rate, with the trend rule
 (:mod:`greedylr_jax.trend`). This may raise it to thirty times what was found, as what learns most in a few
-steps is often too low for many, but not above two fifths of the rate that the ramp's loss rose at; without
-drift, unless nothing has been learnt yet. In the last two fifths of the training the rate falls to zero.
+steps is often too low for many, but not above two fifths of the rate that the ramp's loss rose at, or all of
+it where no trial learnt anything; without drift, unless nothing has been learnt yet. In the last two fifths
+of the training the rate falls to zero.
 
 All along there is one place to go back to: the initial parameters, and later those of the least mean loss.
 If twenty losses in a row are far above what they were there, or not finite, the training goes back, and the
@@ -27,7 +28,7 @@ from greedylr_jax import _checks, _search, base, rollback, trend
 
 _BACKOFF = 0.5  # the rate to start with over that which the search found
 _RISE = 30.0  # the highest rate over that which the search found
-_MARGIN = 0.4  # the highest rate over that of the edge
+_MARGIN = 0.4  # the highest rate over that of the edge, where a trial has learnt something
 _LEAST = 1e-4  # the lowest rate over the one to start with
 _WINDOW, _WINDOW_SHARE = 20, 40  # of the trend rule: at least 20, and a fortieth of the steps so far
 _PLATEAU_DRIFT = 1.4  # by the trend rule, as long as the loss is what it was at the start
@@ -232,7 +233,8 @@ def _trend_rule(state: AutoState) -> base.Rule:
 def _highest_scale(search: _search.SearchState) -> jax.Array:
     """What the trend rule may multiply the first rate by."""
     # Where the loss never rose the edge is the end of the ramp, beyond which nothing is known.
-    highest = jnp.maximum(jnp.minimum(_RISE * search.found, _MARGIN * search.edge), search.found)
+    margin = jnp.where(_search.has_learnt(search), _MARGIN, 1.0)
+    highest = jnp.maximum(jnp.minimum(_RISE * search.found, margin * search.edge), search.found)
     first = _BACKOFF * search.found
     return jnp.where(first > 0, highest / jnp.where(first > 0, first, 1), jnp.inf)
 

@@ -116,6 +116,24 @@ def test_the_rate_drifts_up_only_where_nothing_was_learnt(after):
     assert (scales[350:] == scales[350]).all() == (after == 0.5)
 
 
+@pytest.mark.parametrize(("result", "highest"), [(1.0, 1.0), (0.5, 0.4)], ids=["nothing learnt", "learnt"])
+def test_the_rate_rises_to_the_edge_where_no_trial_learnt_and_stays_below_it_otherwise(result, highest):
+    tx = auto_lr(optax.identity(), ramp_steps=40, trial_steps=10)
+    noise = 0.01 * np.random.default_rng(0).standard_normal(600).astype("f4")
+
+    def body(state, noise):
+        level = jnp.where(state.step < 30, 1.0, jnp.where(state.search.stage == _search.RAMP, 3.0, 1.0))
+        trial = (state.search.stage == _search.TRIAL) & (state.search.trial == 1)
+        level = jnp.where(trial, result, level)
+        state = tx.update(jnp.zeros(2), state, jnp.zeros(2), value=level + noise)[1]
+        return state, state
+
+    states = jax.jit(lambda: jax.lax.scan(body, tx.init(jnp.zeros(2)), noise)[1])()
+    assert states.search.stage[-1] == _search.FOUND
+    rates = np.asarray(states.rate.learning_rate)
+    np.testing.assert_allclose(rates[-1], highest * states.search.edge[-1], rtol=1e-5)
+
+
 def test_the_windows_of_the_trend_rule_grow_with_the_training():
     tx = auto_lr(optax.identity(), total_steps=10_000)
     steps = np.asarray(observe_noise(tx, 0, 1.0, 10_000).trend.window.steps)

@@ -97,6 +97,41 @@ def test_the_search_is_over_when_what_follows_the_best_is_worse(results, error, 
 
 
 @pytest.mark.parametrize(
+    ("results", "error", "flat"),
+    [
+        ((1.0, 0.9, 1.1, 1.0), 0.01, True),
+        ((1.0, 0.9, 1.1), 0.01, False),  # one too few
+        ((np.inf, 1.0, 0.9, 1.1, 1.0), 0.01, True),
+        ((1.0, np.inf, 0.9, 1.1, 1.0), 0.01, False),
+        ((1.0, 0.9, 1.32, 1.0), 0.01, False),  # 3.2 standard errors above: that rate was too high
+        ((1.0, 0.9, 1.32, 1.0), 0.05, True),  # 2.9
+        ((0.6, 1.0, 0.9, 1.1, 1.0), 0.01, False),  # something was learnt before
+        ((5.0, 1.0, 0.9, 1.1, 1.0), 0.01, True),
+    ],
+)
+def test_trials_are_flat_where_four_in_a_row_leave_the_loss_where_it_was(results, error, flat):
+    squares = known(*(error**2 for _ in results), filler=0.0)
+    last = jnp.int32(len(results) - 1)
+    assert bool(_search._are_flat(known(*results, filler=np.inf), squares, last, FIRST)) is flat
+
+
+@pytest.mark.parametrize("edge", [1e-3, 0.2])
+def test_where_trials_are_too_short_to_learn_anything_lower_rates_are_not_tried(edge):
+    states, _, _ = search(lambda rate: jnp.where(rate > edge, -1.0, 0.0))
+    results = np.asarray(states.results[-1])
+    flat = np.isfinite(results)
+    assert flat.sum() == 4 and states.trial[-1] == np.flatnonzero(flat)[-1]
+    highest = states.edge[-1] * 10.0 ** (-0.5 * (np.flatnonzero(flat)[0] + 1))
+    assert edge / 10 < highest <= edge
+    np.testing.assert_allclose(states.found[-1], highest * 10**-0.5, rtol=1e-5)
+
+
+def test_where_the_loss_has_not_risen_flat_trials_tell_nothing():
+    states, _, _ = search(lambda rate: 0 * rate, steps=600)
+    assert states.trial[-1] == _search.MAX_TRIALS - 1 and states.stage[-1] == _search.FOUND
+
+
+@pytest.mark.parametrize(
     ("results", "chosen"),
     [
         ((0.9, 0.5, 0.4, 0.5), 2.0),  # a symmetric parabola
