@@ -97,9 +97,10 @@ def leave(job: Job, runs: pl.DataFrame, title: str) -> None:
     _print(table, job.console)
     headers, cells = _gap_cells(every)
     print_table(job.console, _GAPS, headers, cells, left=2)
-    job.console.print(verdict(every))
+    verdict_text = verdict(every)
+    job.console.print(verdict_text)
     figures = {"initial_rate": draw(table, title)}
-    sections = [html.Section(_GAPS, verdict(every), [html.Table(headers, cells)])]
+    sections = [html.Section(_GAPS, verdict_text, [html.Table(headers, cells)])]
     if failures := [gap for gap in every if gap.worst > TOLERANCE]:
         figures["where_it_fails"] = draw_failures(runs, failures)
         reasons = explain(runs, failures)
@@ -199,12 +200,19 @@ def gaps(runs: pl.DataFrame) -> list[Gap]:
                 measure=best,
                 best=measure["accuracy"][-1],
                 worst=measure["accuracy"][-1] - ours["accuracy"][0],
-                loss=ours["test_loss"].max() / measure["test_loss"].min(),
+                loss=_ratio(ours["test_loss"].max(), measure["test_loss"].min()),
                 middle=float(below.mean()),
                 **dict(zip(("middle_low", "middle_high"), confidence_interval(below), strict=True)),
             )
         )
     return result
+
+
+def _ratio(loss: float, least: float) -> float:
+    """How many times ``least`` a loss is, none of them negative; infinite above a loss of 0."""
+    if least > 0:
+        return loss / least
+    return 1.0 if loss == least else float("inf")
 
 
 def verdict(every: list[Gap]) -> str:

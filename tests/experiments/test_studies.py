@@ -313,6 +313,14 @@ def test_a_loss_that_is_not_finite_is_the_greatest():
     assert gap.loss == math.inf
 
 
+@pytest.mark.parametrize(("ours", "ratio"), [(0.0, 1.0), (0.1, math.inf)])
+def test_a_least_loss_of_zero_is_no_divisor(ours, ratio):
+    losses = {("digits", "auto"): (ours, 0.0), ("digits", "cosine"): (0.0, 1.0)}
+    runs = rate_runs({("digits", "cosine"): (0.5, 0.9), ("digits", "auto"): (0.9, 0.9)}, losses)
+    (gap,) = initial_rate.gaps(runs)
+    assert gap.loss == ratio
+
+
 def test_where_auto_lr_falls_short_its_histories_are_drawn():
     runs = rate_runs({("digits-mlp", "cosine"): (0.5, 0.9), ("digits-mlp", "auto"): (0.9, 0.8)})
     (failure,) = initial_rate.gaps(runs)

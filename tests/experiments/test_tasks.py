@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 from flax import nnx
 
 from experiments.errors import UsageError
-from experiments.tasks import TASKS, detection, functions, make_task, seq2seq
+from experiments.tasks import TASKS, detection, functions, make_task, question_answering, seq2seq
 from experiments.tasks.base import CLASSIFICATION
 from experiments.tasks.segmentation import _mean_iou
 from experiments.tasks.transformer import Transformer, causal_mask, padding_mask
@@ -141,6 +141,17 @@ def test_a_decoder_does_not_see_what_comes_after():
 
 BOXES = jnp.array([[0.0, 0, 8, 8], [10, 12, 26, 28], [-1, -1, -1, -1]])
 LABELS = jnp.array([3, 7, -1])
+
+
+@pytest.mark.parametrize("bias", [0.0, 1e13])
+def test_a_span_that_nothing_points_at_costs_the_logarithm_of_the_words_there_are(bias):
+    """However large the scores are that all words share, as those of a network that has diverged."""
+    finder = question_answering.SpanFinder(rngs=nnx.Rngs(0))
+    finder.span.kernel[...], finder.span.bias[...] = jnp.zeros((48, 2)), jnp.full(2, bias)
+    tokens = jnp.zeros((2, 48), jnp.int32).at[0, :10].set(7).at[1, :20].set(7)
+    batch = {"input": tokens, "span": jnp.array([[3, 4], [3, 4]])}
+    loss = question_answering._loss(finder, batch)
+    np.testing.assert_allclose(loss, (np.log(10) + np.log(20)) / 2, rtol=1e-5)
 
 
 def perfect_outputs():
