@@ -125,6 +125,17 @@ def test_words_that_are_padding_count_neither_in_loss_nor_in_accuracy():
     np.testing.assert_allclose(seq2seq.OBJECTIVE.loss(Constant(logits), batch), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("bias", [0.0, 1e13])
+def test_a_span_that_nothing_points_at_costs_the_logarithm_of_the_words_there_are(bias):
+    """However large the scores are that all words share, as those of a network that has diverged."""
+    finder = question_answering.SpanFinder(rngs=nnx.Rngs(0))
+    finder.span.kernel[...], finder.span.bias[...] = jnp.zeros((48, 2)), jnp.full(2, bias)
+    tokens = jnp.zeros((2, 48), jnp.int32).at[0, :10].set(7).at[1, :20].set(7)
+    batch = {"input": tokens, "span": jnp.array([[3, 4], [3, 4]])}
+    loss = question_answering._loss(finder, batch)
+    np.testing.assert_allclose(loss, (np.log(10) + np.log(20)) / 2, rtol=1e-5)
+
+
 def test_a_decoder_does_not_see_what_comes_after():
     model = Transformer(11, 6, 8, 1, cross=True, rngs=nnx.Rngs(0))
     tokens = jnp.array([[1, 2, 3, 4, 5, 6]])
@@ -141,17 +152,6 @@ def test_a_decoder_does_not_see_what_comes_after():
 
 BOXES = jnp.array([[0.0, 0, 8, 8], [10, 12, 26, 28], [-1, -1, -1, -1]])
 LABELS = jnp.array([3, 7, -1])
-
-
-@pytest.mark.parametrize("bias", [0.0, 1e13])
-def test_a_span_that_nothing_points_at_costs_the_logarithm_of_the_words_there_are(bias):
-    """However large the scores are that all words share, as those of a network that has diverged."""
-    finder = question_answering.SpanFinder(rngs=nnx.Rngs(0))
-    finder.span.kernel[...], finder.span.bias[...] = jnp.zeros((48, 2)), jnp.full(2, bias)
-    tokens = jnp.zeros((2, 48), jnp.int32).at[0, :10].set(7).at[1, :20].set(7)
-    batch = {"input": tokens, "span": jnp.array([[3, 4], [3, 4]])}
-    loss = question_answering._loss(finder, batch)
-    np.testing.assert_allclose(loss, (np.log(10) + np.log(20)) / 2, rtol=1e-5)
 
 
 def perfect_outputs():
