@@ -153,9 +153,10 @@ def start_limit(first: Window) -> jax.Array:
     return jnp.where(first.finite > 1, rise_limit(first.mean, variance(first)), jnp.inf)
 
 
-def has_learnt(state: SearchState) -> jax.Array:
-    """Whether a trial has lowered the loss, by more than noise."""
-    return _has_learnt(state.results, state.variances, state.first)
+def has_learnt(results: jax.Array, variances: jax.Array, first: Window) -> jax.Array:
+    """Whether the best trial has lowered the loss; ``first`` are losses before any is."""
+    best = jnp.argmin(results)
+    return is_lower(results[best], variances[best], first)
 
 
 def is_lower(mean: jax.Array, error: jax.Array, first: Window) -> jax.Array:
@@ -174,16 +175,11 @@ def _mean_of_finite(losses: jax.Array) -> jax.Array:
 
 
 def _knows_best(results: jax.Array, variances: jax.Array, last: jax.Array, first: Window) -> jax.Array:
-    """Whether the trials so far tell at which rate most is learnt; ``first`` are losses before any is."""
+    """Whether the trials so far tell at which rate most is learnt."""
     best = jnp.argmin(results)
     surely_worse = results[last] > results[best] + _ERRORS * jnp.sqrt(variances[best] + variances[last])
     enough = (last >= best + 2) | ((last > best) & surely_worse)
-    return enough & _has_learnt(results, variances, first)
-
-
-def _has_learnt(results: jax.Array, variances: jax.Array, first: Window) -> jax.Array:
-    best = jnp.argmin(results)
-    return is_lower(results[best], variances[best], first)
+    return enough & has_learnt(results, variances, first)
 
 
 def _are_flat(results: jax.Array, variances: jax.Array, last: jax.Array, first: Window) -> jax.Array:
@@ -192,7 +188,7 @@ def _are_flat(results: jax.Array, variances: jax.Array, last: jax.Array, first: 
     bound = _ERRORS * jnp.sqrt(variances + mean_variance(first))
     is_flat = jnp.abs(results - first.mean) <= bound
     is_recent = (number <= last) & (number > last - _FLAT)
-    return (jnp.sum(is_flat & is_recent) == _FLAT) & ~_has_learnt(results, variances, first)
+    return (jnp.sum(is_flat & is_recent) == _FLAT) & ~has_learnt(results, variances, first)
 
 
 def _choose(results: jax.Array, last: jax.Array) -> jax.Array:

@@ -233,7 +233,8 @@ def _trend_rule(state: AutoState) -> base.Rule:
 def _highest_scale(search: _search.SearchState) -> jax.Array:
     """What the trend rule may multiply the first rate by."""
     # Where the loss never rose the edge is the end of the ramp, beyond which nothing is known.
-    margin = jnp.where(_search.has_learnt(search), _MARGIN, 1.0)
+    has_learnt = _search.has_learnt(search.results, search.variances, search.first)
+    margin = jnp.where(has_learnt, _MARGIN, 1.0)
     highest = jnp.maximum(jnp.minimum(_RISE * search.found, margin * search.edge), search.found)
     first = _BACKOFF * search.found
     return jnp.where(first > 0, highest / jnp.where(first > 0, first, 1), jnp.inf)

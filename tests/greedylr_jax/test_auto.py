@@ -93,22 +93,21 @@ def test_after_the_search_the_trend_rule_acts_and_the_rate_falls_to_zero_at_the_
     assert 0 < rates[-1] < 0.03 * rates[first:].max() and np.ptp(scales) > 0
 
 
-def observe_noise(tx, searched, after, steps):
-    """All states where losses are noise around 1, and from step ``searched`` on around ``after``."""
-    noise = 1 + 0.01 * np.random.default_rng(0).standard_normal(steps)
-    losses = np.where(np.arange(steps) < searched, noise, noise * after).astype("f4")
+def observe_noise(tx, level, steps):
+    """All states where losses are noise around ``level``, a function of the state."""
+    noise = 1 + 0.01 * np.random.default_rng(0).standard_normal(steps).astype("f4")
 
-    def body(state, loss):
-        state = tx.update(jnp.zeros(2), state, jnp.zeros(2), value=loss)[1]
+    def body(state, noise):
+        state = tx.update(jnp.zeros(2), state, jnp.zeros(2), value=level(state) * noise)[1]
         return state, state
 
-    return jax.jit(lambda: jax.lax.scan(body, tx.init(jnp.zeros(2)), losses)[1])()
+    return jax.jit(lambda: jax.lax.scan(body, tx.init(jnp.zeros(2)), noise)[1])()
 
 
 @pytest.mark.parametrize("after", [1.0, 0.5], ids=["nothing learnt", "learnt"])
 def test_the_rate_drifts_up_only_where_nothing_was_learnt(after):
     tx = auto_lr(optax.identity(), total_steps=1000)
-    states = observe_noise(tx, 310, after, 600)
+    states = observe_noise(tx, lambda state: jnp.where(state.step < 310, 1.0, after), 600)
     assert (states.search.stage[310:] == _search.FOUND).all()
     scales = np.asarray(states.trend.scale)
     # The loss falls as the search ends; the first window behind that tells.
@@ -119,16 +118,13 @@ def test_the_rate_drifts_up_only_where_nothing_was_learnt(after):
 @pytest.mark.parametrize(("result", "highest"), [(1.0, 1.0), (0.5, 0.4)], ids=["nothing learnt", "learnt"])
 def test_the_rate_rises_to_the_edge_where_no_trial_learnt_and_stays_below_it_otherwise(result, highest):
     tx = auto_lr(optax.identity(), ramp_steps=40, trial_steps=10)
-    noise = 0.01 * np.random.default_rng(0).standard_normal(600).astype("f4")
 
-    def body(state, noise):
-        level = jnp.where(state.step < 30, 1.0, jnp.where(state.search.stage == _search.RAMP, 3.0, 1.0))
-        trial = (state.search.stage == _search.TRIAL) & (state.search.trial == 1)
-        level = jnp.where(trial, result, level)
-        state = tx.update(jnp.zeros(2), state, jnp.zeros(2), value=level + noise)[1]
-        return state, state
+    def level(state):
+        rises = (state.search.stage == _search.RAMP) & (state.step >= 30)
+        is_second_trial = (state.search.stage == _search.TRIAL) & (state.search.trial == 1)
+        return jnp.where(rises, 3.0, jnp.where(is_second_trial, result, 1.0))
 
-    states = jax.jit(lambda: jax.lax.scan(body, tx.init(jnp.zeros(2)), noise)[1])()
+    states = observe_noise(tx, level, 600)
     assert states.search.stage[-1] == _search.FOUND
     rates = np.asarray(states.rate.learning_rate)
     np.testing.assert_allclose(rates[-1], highest * states.search.edge[-1], rtol=1e-5)
@@ -136,7 +132,7 @@ def test_the_rate_rises_to_the_edge_where_no_trial_learnt_and_stays_below_it_oth
 
 def test_the_windows_of_the_trend_rule_grow_with_the_training():
     tx = auto_lr(optax.identity(), total_steps=10_000)
-    steps = np.asarray(observe_noise(tx, 0, 1.0, 10_000).trend.window.steps)
+    steps = np.asarray(observe_noise(tx, lambda state: 1.0, 10_000).trend.window.steps)
     assert steps[3400:3700].max() < 100 and steps[-260:].max() in range(240, 250)
 
 
