@@ -1,5 +1,8 @@
 """The progress bar of long work."""
 
+# Here for its effect: while it is imported the import statement is another one, which raises an error in a
+# thread that imports something at that moment, as that of a bar does whenever it draws.
+import tensorflow_datasets as _  # noqa: F401
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -34,8 +34,8 @@ class Sizes(NamedTuple):
 PRESETS: dict[str, Sizes] = {
     # A pass through everything, as in the tests; its weights are worth nothing.
     "tiny": Sizes(3, 18, 2, 2, 1e-3, 60, {"image": 60}, 2),
-    "quick": Sizes(12, 120, 4, 40, 3e-4, 300, {"image": 600}, 3),
-    "full": Sizes(12, 640, 10, 300, 1e-4, 600, {"image": 3000, "detection": 900, "language": 900}, 5),
+    "quick": Sizes(12, 120, 4, 40, 1e-3, 300, {"image": 600}, 3),
+    "full": Sizes(12, 640, 10, 300, 3e-4, 600, {"image": 3000, "detection": 900, "language": 900}, 5),
 }
 Preset = Annotated[str, typer.Option(help=f"How much work: {', '.join(PRESETS)}.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Drop unfinished work instead of going on with it.")]

@@ -2,12 +2,22 @@
 rate.
 
 Paper: X. Dong et al., "To Raise or Not To Raise: The Autonomous Learning Rate Question", Section 3.4 and
-Figure 2: two convolutions, each followed by a maximum over two, two LSTMs, two dense layers; 79,043
-parameters. Weights are a flat dict of arrays, by the names and in the layout of the published file.
+Figure 2: convolutions, each followed by a maximum over neighbours, LSTMs, two dense layers. There are two
+such networks:
+
+* :data:`PUBLISHED`, that of the paper, which its authors' weights are of: two convolutions and two LSTMs,
+  79,043 parameters. A decision takes the time of ten training steps of a network of a few thousand.
+* :data:`SMALL`, which ours are of: one of each, 9,315 parameters. Its convolution moves on by four rows and
+  its maximum is over five, so that the LSTM takes 15 steps in place of 72, five for each cycle. A decision
+  takes less than one such training step.
+
+Weights are a flat dict of arrays, by the names and in the layout of the published file; which network they
+are of shows in the names.
 """
 
 import functools
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,25 +29,45 @@ from greedylr_jax.arc.features import ROWS
 ACTIONS = ("raise", "keep", "lower")
 Weights = Mapping[str, ArrayLike]
 
-_KERNEL, _FILTERS, _UNITS, _HIDDEN = 5, (32, 64), 64, 32
-# Where each array of the published file lies in the module, and its shape.
-_ARRAYS: dict[str, tuple[str, str, tuple[int, ...]]] = {
-    "conv1d/kernel": ("conv_1", "kernel", (_KERNEL, 3, _FILTERS[0])),
-    "conv1d/bias": ("conv_1", "bias", (_FILTERS[0],)),
-    "conv1d_1/kernel": ("conv_2", "kernel", (_KERNEL, *_FILTERS)),
-    "conv1d_1/bias": ("conv_2", "bias", (_FILTERS[1],)),
-    "lstm/kernel": ("lstm_1", "kernel", (_FILTERS[1], 4 * _UNITS)),
-    "lstm/recurrent_kernel": ("lstm_1", "recurrent_kernel", (_UNITS, 4 * _UNITS)),
-    "lstm/bias": ("lstm_1", "bias", (4 * _UNITS,)),
-    "lstm_1/kernel": ("lstm_2", "kernel", (_UNITS, 4 * _UNITS)),
-    "lstm_1/recurrent_kernel": ("lstm_2", "recurrent_kernel", (_UNITS, 4 * _UNITS)),
-    "lstm_1/bias": ("lstm_2", "bias", (4 * _UNITS,)),
-    "dense/kernel": ("dense_1", "kernel", (_UNITS, _HIDDEN)),
-    "dense/bias": ("dense_1", "bias", (_HIDDEN,)),
-    "dense_1/kernel": ("dense_2", "kernel", (_HIDDEN, len(ACTIONS))),
-    "dense_1/bias": ("dense_2", "bias", (len(ACTIONS),)),
-}
-SHAPES: dict[str, tuple[int, ...]] = {name: shape for name, (_, _, shape) in _ARRAYS.items()}
+
+class Architecture(NamedTuple):
+    """The sizes of a network; each convolution is followed by ReLU, and the first dense layer is, too."""
+
+    width: int  # rows that a convolution sees at a time
+    stride: int  # rows from there to the next that it sees: 1, or the width
+    pool: int  # neighbours after a convolution, of which the greatest is taken
+    filters: tuple[int, ...]  # of each convolution
+    units: tuple[int, ...]  # of each LSTM
+    hidden: int  # of the first dense layer
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each array of its weights."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        channels = 3
+        for name, filters in zip(_names("conv1d", self.filters), self.filters, strict=True):
+            shapes |= {f"{name}/kernel": (self.width, channels, filters), f"{name}/bias": (filters,)}
+            channels = filters
+        for name, units in zip(_names("lstm", self.units), self.units, strict=True):
+            own = {
+                "kernel": (channels, 4 * units),
+                "recurrent_kernel": (units, 4 * units),
+                "bias": (4 * units,),
+            }
+            shapes |= {f"{name}/{array}": shape for array, shape in own.items()}
+            channels = units
+        for name, units in (("dense", self.hidden), ("dense_1", len(ACTIONS))):
+            shapes |= {f"{name}/kernel": (channels, units), f"{name}/bias": (units,)}
+            channels = units
+        return shapes
+
+
+PUBLISHED = Architecture(width=5, stride=1, pool=2, filters=(32, 64), units=(64, 64), hidden=32)
+SMALL = Architecture(width=4, stride=4, pool=5, filters=(32,), units=(32,), hidden=16)
+
+
+def _names(layer: str, sizes: tuple[int, ...]) -> list[str]:
+    """What Keras calls layers of a kind: ``lstm``, ``lstm_1``, ..."""
+    return [layer if number == 0 else f"{layer}_{number}" for number in range(len(sizes))]
 
 
 class Lstm(nnx.Module):
@@ -69,86 +99,119 @@ class Lstm(nnx.Module):
 
 
 class ArcNetwork(nnx.Module):
-    """The network of Figure 2."""
+    """Convolutions, LSTMs and two dense layers, which are called as in the published file."""
 
-    def __init__(self, *, rngs: nnx.Rngs):
-        conv = {
-            "padding": "VALID",
-            "kernel_init": nnx.initializers.glorot_uniform(),
-            "conv_general_dilated": _valid_convolution,
-            "rngs": rngs,
-        }
-        self.conv_1 = nnx.Conv(3, _FILTERS[0], (_KERNEL,), **conv)
-        self.conv_2 = nnx.Conv(*_FILTERS, (_KERNEL,), **conv)
-        self.lstm_1 = Lstm(_FILTERS[1], _UNITS, rngs=rngs)
-        self.lstm_2 = Lstm(_UNITS, _UNITS, rngs=rngs)
-        dense = {"kernel_init": nnx.initializers.glorot_uniform(), "rngs": rngs}
-        self.dense_1 = nnx.Linear(_UNITS, _HIDDEN, **dense)
-        self.dense_2 = nnx.Linear(_HIDDEN, len(ACTIONS), **dense)
+    def __init__(self, architecture: Architecture, *, rngs: nnx.Rngs):
+        self.architecture = architecture
+        glorot = nnx.initializers.glorot_uniform()
+        for layer, arrays in _by_layer(architecture.shapes()).items():
+            *width, inputs, outputs = arrays["kernel"]
+            if layer.startswith("conv1d"):
+                made = nnx.Conv(
+                    inputs,
+                    outputs,
+                    width,
+                    architecture.stride,
+                    padding="VALID",
+                    kernel_init=glorot,
+                    conv_general_dilated=_valid_convolution,
+                    rngs=rngs,
+                )
+            elif layer.startswith("lstm"):
+                made = Lstm(inputs, outputs // 4, rngs=rngs)
+            else:
+                made = nnx.Linear(inputs, outputs, kernel_init=glorot, rngs=rngs)
+            setattr(self, layer, made)
 
     def __call__(self, features: jax.Array) -> jax.Array:
         """Logits of the three actions, shape (..., 3), of features of shape (..., 300, 3)."""
-        hidden = _pairwise_maximum(nnx.relu(self.conv_1(features)))
-        hidden = _pairwise_maximum(nnx.relu(self.conv_2(hidden)))
-        last = self.lstm_2(self.lstm_1(hidden))[..., -1, :]
-        return self.dense_2(nnx.relu(self.dense_1(last)))
+        hidden = features
+        for name in _names("conv1d", self.architecture.filters):
+            hidden = _pooled_maximum(nnx.relu(getattr(self, name)(hidden)), self.architecture.pool)
+        for name in _names("lstm", self.architecture.units):
+            hidden = getattr(self, name)(hidden)
+        return self.dense_1(nnx.relu(self.dense(hidden[..., -1, :])))
 
 
-def _valid_convolution(sequence: jax.Array, kernel: jax.Array, *args: object, **kwargs: object) -> jax.Array:
-    """A convolution of stride 1 without padding, as one matrix product.
+def _by_layer(arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """From arrays by names such as ``"lstm/kernel"`` to those of each layer."""
+    layers: dict[str, dict[str, Any]] = {}
+    for name, array in arrays.items():
+        layer, own = name.split("/")
+        layers.setdefault(layer, {})[own] = array
+    return layers
+
+
+def _valid_convolution(
+    sequence: jax.Array, kernel: jax.Array, strides: tuple[int], *args: object, **kwargs: object
+) -> jax.Array:
+    """A convolution without padding, as one matrix product; its stride is 1 or its width.
 
     XLA's own convolutions are several times slower than the product in a loop on a CPU.
     """
     width, channels, filters = kernel.shape
-    length = sequence.shape[-2] - width + 1
-    windows = [sequence[..., start : start + length, :] for start in range(width)]
-    return jnp.concatenate(windows, axis=-1) @ kernel.reshape(width * channels, filters)
+    if strides == (1,):
+        length = sequence.shape[-2] - width + 1
+        windows = [sequence[..., start : start + length, :] for start in range(width)]
+        seen = jnp.concatenate(windows, axis=-1)
+    else:
+        seen = sequence.reshape(*sequence.shape[:-2], -1, width * channels)
+    return seen @ kernel.reshape(width * channels, filters)
 
 
-def _pairwise_maximum(sequence: jax.Array) -> jax.Array:
-    """The maximum of each two neighbours, shape (..., length // 2, channels)."""
-    return jnp.maximum(sequence[..., ::2, :], sequence[..., 1::2, :])
+def _pooled_maximum(sequence: jax.Array, pool: int) -> jax.Array:
+    """The maximum of each ``pool`` neighbours, shape (..., length // pool, channels)."""
+    return functools.reduce(jnp.maximum, [sequence[..., start::pool, :] for start in range(pool)])
 
 
 @functools.cache
-def _graph() -> nnx.GraphDef:
-    return nnx.split(nnx.eval_shape(lambda: ArcNetwork(rngs=nnx.Rngs(0))), nnx.Param)[0]
+def _graph(architecture: Architecture) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: ArcNetwork(architecture, rngs=nnx.Rngs(0))), nnx.Param)[0]
 
 
-def initial_weights(key: jax.Array) -> dict[str, jax.Array]:
+def initial_weights(key: jax.Array, architecture: Architecture = SMALL) -> dict[str, jax.Array]:
     """Weights to start training from, as Keras draws them.
 
     Args:
       key: of the random numbers.
+      architecture: of which network, :data:`SMALL` or :data:`PUBLISHED`.
 
     Examples:
       >>> sum(array.size for array in initial_weights(jax.random.key(0)).values())
+      9315
+      >>> sum(array.size for array in initial_weights(jax.random.key(0), PUBLISHED).values())
       79043
     """
-    network = ArcNetwork(rngs=nnx.Rngs(key))
-    return {name: getattr(getattr(network, layer), array)[...] for name, (layer, array, _) in _ARRAYS.items()}
+    network = ArcNetwork(architecture, rngs=nnx.Rngs(key))
+    names = {name: name.split("/") for name in architecture.shapes()}
+    return {name: getattr(getattr(network, layer), array)[...] for name, (layer, array) in names.items()}
+
+
+def architecture_of(weights: Weights) -> Architecture:
+    """The network that weights are of, by their names alone."""
+    larger = PUBLISHED.shapes().keys() - SMALL.shapes().keys()
+    return PUBLISHED if weights.keys() & larger else SMALL
 
 
 def check_weights(weights: Weights) -> dict[str, jax.Array]:
     """Returns the weights as float32 arrays, or raises ``ValueError`` that names what does not fit."""
-    if missing := SHAPES.keys() - weights.keys():
-        raise ValueError(f"weights lack {sorted(missing)}; they must hold {sorted(SHAPES)}.")
-    if unknown := weights.keys() - SHAPES.keys():
-        raise ValueError(f"weights hold unknown arrays {sorted(unknown)}; they must be {sorted(SHAPES)}.")
-    for name, shape in SHAPES.items():
+    shapes = architecture_of(weights).shapes()
+    if missing := shapes.keys() - weights.keys():
+        raise ValueError(f"weights lack {sorted(missing)}; they must hold {sorted(shapes)}.")
+    if unknown := weights.keys() - shapes.keys():
+        raise ValueError(f"weights hold unknown arrays {sorted(unknown)}; they must be {sorted(shapes)}.")
+    for name, shape in shapes.items():
         if jnp.shape(weights[name]) != shape:
             raise ValueError(f"weights[{name!r}] must have shape {shape}, got {jnp.shape(weights[name])}.")
-    return {name: jnp.asarray(weights[name], jnp.float32) for name in SHAPES}
+    return {name: jnp.asarray(weights[name], jnp.float32) for name in shapes}
 
 
 def action_logits(weights: Weights, features: ArrayLike) -> jax.Array:
     """The logits of the three actions, for training; arguments as for :func:`action_probabilities`."""
-    state: dict[str, dict[str, jax.Array]] = {}
-    for name, (layer, array, _) in _ARRAYS.items():
-        state.setdefault(layer, {})[array] = weights[name]
+    network = nnx.merge(_graph(architecture_of(weights)), nnx.State(_by_layer(weights)))
     # Accelerators multiply float32 in less unless they are told; a decision hangs on the difference.
     with jax.default_matmul_precision("highest"):
-        return nnx.merge(_graph(), nnx.State(state))(jnp.asarray(features, jnp.float32))
+        return network(jnp.asarray(features, jnp.float32))
 
 
 def action_probabilities(weights: Weights, features: ArrayLike) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from greedylr_jax.arc.network import SHAPES, check_weights
+from greedylr_jax.arc.network import PUBLISHED, check_weights
 
 _OURS = "arc.safetensors"
 
@@ -75,7 +75,7 @@ def load_keras_weights(path: str | Path) -> dict[str, jax.Array]:
                 # As in "model_weights/lstm/lstm_cell/recurrent_kernel:0".
                 parts = name.removesuffix(":0").split("/")
                 for layer in dict.fromkeys(parts[:-1]):
-                    if f"{layer}/{parts[-1]}" in SHAPES:
+                    if f"{layer}/{parts[-1]}" in PUBLISHED.shapes():
                         found[f"{layer}/{parts[-1]}"] = jnp.asarray(item[()])
 
         file.visititems(visit)

@@ -21,7 +21,7 @@ def weights_for(action):
     """A network that always does the same."""
     weights = initial_weights(jax.random.key(0))
     bias = jnp.zeros(3).at[ACTIONS.index(action)].set(10.0)
-    return weights | {"dense_1/kernel": jnp.zeros((32, 3)), "dense_1/bias": bias}
+    return weights | {"dense_1/kernel": jnp.zeros_like(weights["dense_1/kernel"]), "dense_1/bias": bias}
 
 
 def lively_weights(seed=0):

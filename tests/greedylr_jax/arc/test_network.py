@@ -16,20 +16,21 @@ from greedylr_jax.arc import (
     load_keras_weights,
     load_weights,
 )
+from greedylr_jax.arc.network import PUBLISHED, SMALL
 from tests.greedylr_jax.arc import numpy_network
 from tests.reference_data import reference_file
 
 
-@pytest.fixture(scope="module")
-def weights():
+@pytest.fixture(scope="module", params=[PUBLISHED, SMALL], ids=["published", "small"])
+def weights(request):
     """Random weights, biases among them, larger than a fresh network's so that probabilities differ."""
     rng = np.random.default_rng(0)
-    fresh = initial_weights(jax.random.key(0))
+    fresh = initial_weights(jax.random.key(0), request.param)
     return {name: np.asarray(array) + 0.2 * rng.standard_normal(array.shape).astype(np.float32)
             for name, array in fresh.items()}  # fmt: skip
 
 
-def test_the_network_is_the_one_of_the_paper_written_out(weights):
+def test_the_network_is_the_same_written_out(weights):
     features = np.random.default_rng(1).standard_normal((4, 300, 3)).astype(np.float32)
     got = action_probabilities(weights, features)
     expected = np.array([numpy_network.probabilities(weights, each) for each in features])
@@ -66,7 +67,7 @@ def test_weights_that_do_not_fit_are_named(weights, tmp_path):
         action_probabilities({k: v for k, v in weights.items() if k != "dense/bias"}, np.zeros((300, 3)))
     with pytest.raises(ValueError, match=r"unknown arrays \['more'\]"):
         action_probabilities(weights | {"more": np.zeros(1)}, np.zeros((300, 3)))
-    with pytest.raises(ValueError, match=r"weights\['dense/bias'\] must have shape \(32,\), got \(3,\)"):
+    with pytest.raises(ValueError, match=r"weights\['dense/bias'\] must have shape \((32|16),\), got \(3,\)"):
         action_probabilities(weights | {"dense/bias": np.zeros(3)}, np.zeros((300, 3)))
     with pytest.raises(ValueError, match=r"features must have shape \(..., 300, 3\), got \(3, 300\)"):
         action_probabilities(weights, np.zeros((3, 300)))
