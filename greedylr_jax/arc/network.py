@@ -9,7 +9,7 @@ such networks:
   79,043 parameters. A decision takes the time of ten training steps of a network of a few thousand.
 * :data:`SMALL`, which ours are of: one of each, 9,315 parameters. Its convolution moves on by four rows and
   its maximum is over five, so that the LSTM takes 15 steps in place of 72, five for each cycle. A decision
-  takes less than one such training step.
+  takes a tenth of that time.
 
 Weights are a flat dict of arrays, by the names and in the layout of the published file; which network they
 are of shows in the names.

@@ -29,7 +29,7 @@ def load_weights(path: str | Path | None = None) -> dict[str, jax.Array]:
 
     Examples:
       >>> sum(array.size for array in load_weights().values())
-      79043
+      9315
       >>> import tempfile, jax, safetensors.numpy
       >>> from greedylr_jax.arc import initial_weights
       >>> with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:

@@ -90,9 +90,9 @@ def test_our_weights_raise_after_a_slow_start_and_lower_where_the_loss_rises():
         return np.asarray(action_probabilities(weights, batch_features(rising, validation, rates)))
 
     assert ACTIONS[np.argmax(action_probabilities(weights, slow))] == "raise"
-    # The figures of the model card: the loss alone leaves them undecided.
-    np.testing.assert_allclose(probabilities([[1, 1], [1.5, 2], [3, 5]]), [0.00, 0.15, 0.85], atol=0.005)
-    np.testing.assert_allclose(probabilities([[], [], []]), [0.30, 0.37, 0.33], atol=0.005)
+    # The figures of the model card, with validation losses and without.
+    np.testing.assert_allclose(probabilities([[1, 1], [1.5, 2], [3, 5]]), [0.00, 0.09, 0.91], atol=0.005)
+    np.testing.assert_allclose(probabilities([[], [], []]), [0.01, 0.04, 0.95], atol=0.005)
 
 
 def test_our_weights_have_a_model_card():
