@@ -131,7 +131,7 @@ def plot_range_test(result: RangeTestResult, *, title: str | None = None) -> "Fi
         low, high = np.nanmin(smoothed), np.nanmax(smoothed)
         margin = 0.25 * (high - low) or 1.0
         axes.set_ylim(low - margin, high + margin)
-    if not np.allclose(np.diff(rates), rates[1] - rates[0]):
+    if not np.allclose(rates, np.linspace(rates[0], rates[-1], len(rates))):  # as a linear ramp's are
         axes.set_xscale("log")
     axes.set_xlabel("learning rate")
     axes.set_ylabel("loss")

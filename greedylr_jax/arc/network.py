@@ -16,6 +16,7 @@ are of shows in the names.
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from greedylr_jax.arc.features import ROWS
 
 ACTIONS = ("raise", "keep", "lower")
 Weights = Mapping[str, ArrayLike]
+_FEW = 16  # values that one result of a convolution is made of
 
 
 class Architecture(NamedTuple):
@@ -82,19 +84,19 @@ class Lstm(nnx.Module):
 
     def __call__(self, sequence: jax.Array) -> jax.Array:
         """All outputs, shape (..., length, units), of a sequence of shape (..., length, inputs)."""
-        # What does not depend on the state is one product for the whole sequence.
-        projected = jnp.moveaxis(sequence @ self.kernel[...] + self.bias[...], -2, 0)
-        recurrent_kernel = self.recurrent_kernel[...]
+        kernel = jnp.concatenate([self.kernel[...], self.recurrent_kernel[...]])
+        bias = self.bias[...]
 
         def step(carry: tuple[jax.Array, jax.Array], inputs: jax.Array) -> tuple[tuple, jax.Array]:
             output, cell = carry
-            enter, forget, candidate, leave = jnp.split(inputs + output @ recurrent_kernel, 4, axis=-1)
+            gates = jnp.concatenate([inputs, output], axis=-1) @ kernel + bias
+            enter, forget, candidate, leave = jnp.split(gates, 4, axis=-1)
             cell = jax.nn.sigmoid(forget) * cell + jax.nn.sigmoid(enter) * jnp.tanh(candidate)
             output = jax.nn.sigmoid(leave) * jnp.tanh(cell)
             return (output, cell), output
 
-        start = jnp.zeros((*sequence.shape[:-2], recurrent_kernel.shape[0]), projected.dtype)
-        _, outputs = jax.lax.scan(step, (start, start), projected)
+        start = jnp.zeros((*sequence.shape[:-2], len(bias) // 4), sequence.dtype)
+        _, outputs = jax.lax.scan(step, (start, start), jnp.moveaxis(sequence, -2, 0))
         return jnp.moveaxis(outputs, 0, -2)
 
 
@@ -145,9 +147,11 @@ def _by_layer(arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _valid_convolution(
     sequence: jax.Array, kernel: jax.Array, strides: tuple[int], *args: object, **kwargs: object
 ) -> jax.Array:
-    """A convolution without padding, as one matrix product; its stride is 1 or its width.
+    """A convolution without padding, whose stride is 1 or its width.
 
-    XLA's own convolutions are several times slower than the product in a loop on a CPU.
+    It is one matrix product, as XLA's own convolutions are several times slower in a loop on a CPU. For a
+    single small sequence it is a sum: XLA gives products of matrices to several threads, and to wake them
+    takes longer than the sum.
     """
     width, channels, filters = kernel.shape
     if strides == (1,):
@@ -156,7 +160,11 @@ def _valid_convolution(
         seen = jnp.concatenate(windows, axis=-1)
     else:
         seen = sequence.reshape(*sequence.shape[:-2], -1, width * channels)
-    return seen @ kernel.reshape(width * channels, filters)
+    flat = kernel.reshape(width * channels, filters)
+    is_single = math.prod(seen.shape[:-2]) == 1
+    if is_single and len(flat) <= _FEW:
+        return sum(seen[..., place, None] * flat[place] for place in range(len(flat)))
+    return seen @ flat
 
 
 def _pooled_maximum(sequence: jax.Array, pool: int) -> jax.Array:

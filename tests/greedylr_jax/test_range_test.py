@@ -90,6 +90,9 @@ def test_the_picture_shows_curve_and_suggestions(tmp_path):
     np.testing.assert_allclose(drawn, [suggest_best(result), suggest_steepest(result)])
     linear = plot_range_test(range_test(loss_fn, START, BATCHES, max_value=1.0, ramp="linear"))
     assert linear.axes[0].get_xscale() == "linear"
+    # Also where a rate's rounding is a good part of the step to the next.
+    rates = jnp.linspace(1e-3, 1.0, 10_000)
+    assert plot_range_test(RangeTestResult(rates, rates, rates)).axes[0].get_xscale() == "linear"
     figure.savefig(tmp_path / "range.png")
 
 
