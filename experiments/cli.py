@@ -3,9 +3,10 @@
 import importlib
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from experiments.arc import commands as arc_commands
 from experiments.errors import UsageError
@@ -13,7 +14,21 @@ from experiments.options import at_least, make_console, names, one_of, rates
 
 BENCHMARKS = ("arc", "overhead", "peers", "probing", "sweep")
 MIN_STEPS = 20  # the first stage of the table is 10% of the steps, and its loss a mean over 5%
+
+
+class _Interruptible(typer.core.TyperGroup):
+    """Says how an interrupted command goes on, as Typer ends at an interrupt without a word."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("interrupted: the same command goes on where this one stopped", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
+    cls=_Interruptible,
     help="Honest tests of learning-rate rules: same seeds, same batches, several initial rates.",
     add_completion=False,
     no_args_is_help=True,
@@ -121,6 +136,3 @@ def main() -> None:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on where this one stopped", file=sys.stderr)
-        sys.exit(130)

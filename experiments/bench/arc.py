@@ -19,9 +19,8 @@ from greedylr_jax.arc import arc
 TASKS = ("digits-mlp", "mnist1d-mlp", "digits", "digits-vit", "digits-resnet", "language-lstm")
 CYCLE = 100  # steps between two decisions
 _STEPS = 2 * CYCLE  # of a turn of training
-_CYCLES = (
-    20  # of a turn of ARC: what it looks at then lies in the caches, as between steps of a small network
-)
+# Cycles of a turn of ARC: so many that what it looks at lies in the caches, as beside a small network.
+_CYCLES = 20
 
 
 def run(console: Console, out: Path, repeats: int) -> dict[str, Any]:
