@@ -24,14 +24,9 @@ def weights_for(action):
     return weights | {"dense_1/kernel": jnp.zeros_like(weights["dense_1/kernel"]), "dense_1/bias": bias}
 
 
-def lively_weights(seed=0):
+def lively_weights():
     """A network whose decisions differ from cycle to cycle."""
-    keys = jax.random.split(jax.random.key(seed), 20)
-    fresh = initial_weights(keys[0])
-    return {
-        name: array + 0.3 * jax.random.normal(key, array.shape)
-        for (name, array), key in zip(fresh.items(), keys[1:], strict=False)
-    }
+    return {name: 4.0 * array for name, array in initial_weights(jax.random.key(0)).items()}
 
 
 @functools.partial(jax.jit, static_argnames=("validation", "passes"))
@@ -71,7 +66,7 @@ def test_the_rate_changes_at_the_end_of_each_cycle(action, multiplier):
     assert MULTIPLIERS[ACTIONS.index(action)] == multiplier
 
 
-@pytest.mark.parametrize("validation", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("validation", [True, False])
 def test_decisions_are_those_of_whole_histories(validation):
     rng = np.random.default_rng(3)
     cycles, weights = CYCLES, lively_weights()
@@ -91,7 +86,7 @@ def test_decisions_are_those_of_whole_histories(validation):
         features = batch_features([losses[block] for block in blocks], seen, ends)
         taken.append(int(np.argmax(action_probabilities(weights, features))))
         rate = np.float32(rate * np.float32(MULTIPLIERS[taken[-1]]))
-    assert len(set(taken)) > 1
+    assert set(taken) == {0, 1, 2}
     np.testing.assert_array_equal(actions[STEPS - 1 :: STEPS], taken)
     np.testing.assert_allclose(rates[-1], rate, rtol=1e-6)
 
@@ -99,7 +94,7 @@ def test_decisions_are_those_of_whole_histories(validation):
 def test_without_validation_losses_the_network_sees_zeros():
     losses = np.random.default_rng(0).uniform(1, 2, 6 * STEPS)
     given = np.full(6 * STEPS, np.nan)
-    given[3] = 0.7
+    given[2 :: STEPS], given[4 :: STEPS] = 0.7, 0.4
     weights = lively_weights()
     blind, _, _ = run(weights, losses, given, validation=False)
     absent, _, _ = run(weights, losses)
@@ -107,7 +102,7 @@ def test_without_validation_losses_the_network_sees_zeros():
     seeing, _, _ = run(weights, losses, given)
     np.testing.assert_array_equal(absent, blind)
     np.testing.assert_array_equal(none, blind)
-    assert seeing.shape == blind.shape
+    assert (seeing != blind).any()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
