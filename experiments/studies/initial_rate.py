@@ -59,7 +59,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "question-answering",
         ),
         "schedules": (MEASURE, OURS),
-        "steps": 500,
+        "steps": 1000,
         "seeds": 5,
     },
 }
