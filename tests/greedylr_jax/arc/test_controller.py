@@ -94,7 +94,7 @@ def test_decisions_are_those_of_whole_histories(validation):
 def test_without_validation_losses_the_network_sees_zeros():
     losses = np.random.default_rng(0).uniform(1, 2, 6 * STEPS)
     given = np.full(6 * STEPS, np.nan)
-    given[2 :: STEPS], given[4 :: STEPS] = 0.7, 0.4
+    given[2::STEPS], given[4::STEPS] = 0.7, 0.4
     weights = lively_weights()
     blind, _, _ = run(weights, losses, given, validation=False)
     absent, _, _ = run(weights, losses)
