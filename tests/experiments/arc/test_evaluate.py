@@ -135,7 +135,7 @@ def test_the_whole_pipeline_runs_from_one_command(tmp_path):
     command = [sys.executable, "-m", "experiments", "arc", "all", "--preset", "tiny", "--out"]
     root = Path(__file__).parents[3]
     ended = subprocess.run(
-        [*command, str(tmp_path)], env=environment, cwd=root, capture_output=True, text=True, timeout=600,
+        [*command, str(tmp_path)], env=environment, cwd=root, capture_output=True, text=True, timeout=180,
         check=False,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
@@ -162,7 +162,7 @@ def test_the_whole_pipeline_runs_from_one_command(tmp_path):
     if HAS_BROWSER:
         open_and_click(tmp_path / "evaluation/report.html")
     again = subprocess.run(
-        [*command, str(tmp_path)], env=environment, cwd=root, capture_output=True, text=True, timeout=600,
+        [*command, str(tmp_path)], env=environment, cwd=root, capture_output=True, text=True, timeout=60,
         check=False,
     )  # fmt: skip
     assert again.returncode == 0 and not again.stdout  # nothing is left to do
