@@ -24,6 +24,8 @@ Departures from the published implementation, on purpose:
 * An increase multiplies by the reciprocal of the factor, see ``_inverse``.
 """
 
+import functools
+import itertools
 from collections.abc import Hashable
 from typing import Literal, NamedTuple
 
@@ -34,14 +36,22 @@ from jax.typing import ArrayLike
 
 from greedylr_jax import _checks, base
 
+_CHANGED = _checks.INT32_MAX  # of a streak, see GreedyLRState
+
 
 class GreedyLRState(NamedTuple):
-    """State of the GreedyLR rule. The names of the counts are those of Algorithm 1."""
+    """State of the GreedyLR rule. The names of the counts are those of Algorithm 1.
+
+    Of ``num_good`` and ``num_bad`` one is always zero, so one number stands for both. Where a change of rate
+    restarts the counts it says so, and counts as zero from then on: so the best value and the scale follow
+    from it alone, and XLA updates all three in place. On a small problem each scalar that has to be copied
+    shows in the time of a step.
+    """
 
     scale: jax.Array  # shape=(), dtype=float; the multiplier, or in a schedule the learning rate
     best_value: jax.Array  # shape=(), dtype=float; best (smoothed) value so far
-    num_good: jax.Array  # shape=(), dtype=int32; improvements in a row
-    num_bad: jax.Array  # shape=(), dtype=int32; observations without improvement in a row
+    streak: jax.Array  # shape=(), dtype=int32; improvements in a row; below zero: observations without one;
+    # _CHANGED or its negative: the rate was to be raised or cut, and the counts are zero again
     cooldown_count: jax.Array  # shape=(), dtype=int32
     warmup_count: jax.Array  # shape=(), dtype=int32
     reset_countdown: jax.Array  # shape=(), dtype=int32; decreases at the minimum until a reset
@@ -51,6 +61,22 @@ class GreedyLRState(NamedTuple):
     history_count: (
         jax.Array
     )  # shape=(), dtype=int32; values entered, modulo the window once full; 0: none counts
+
+    @property
+    def num_good(self) -> jax.Array:
+        """Improvements in a row; shape=(), dtype=int32."""
+        return jnp.maximum(_counted(self.streak), 0)
+
+    @property
+    def num_bad(self) -> jax.Array:
+        """Observations without improvement in a row; shape=(), dtype=int32."""
+        return jnp.maximum(-_counted(self.streak), 0)
+
+    def readings(self) -> dict[str, jax.Array]:
+        """What :func:`greedylr_jax.metrics` shows: the counts in place of the streak."""
+        readings = self._asdict()
+        del readings["streak"]
+        return readings | {"num_good": self.num_good, "num_bad": self.num_bad}
 
 
 class _Settings(NamedTuple):
@@ -355,8 +381,7 @@ def _initial_state(settings: _Settings, scale: jax.Array) -> GreedyLRState:
     return GreedyLRState(
         scale=scale,
         best_value=jnp.full((), settings.sign * jnp.inf, dtype),
-        num_good=zero(),
-        num_bad=zero(),
+        streak=zero(),
         cooldown_count=zero(),
         warmup_count=zero(),
         reset_countdown=jnp.array(0 if settings.reset_at_min is None else settings.reset_at_min, jnp.int32),
@@ -376,7 +401,9 @@ def _restarted(settings: _Settings, state: GreedyLRState) -> GreedyLRState:
     return _initial_state(settings, state.initial_scale)._replace(history=state.history)
 
 
-def _smooth(state: GreedyLRState, value: jax.Array) -> tuple[GreedyLRState, jax.Array, jax.Array]:
+def _smooth(
+    settings: _Settings, state: GreedyLRState, value: jax.Array
+) -> tuple[GreedyLRState, jax.Array, jax.Array]:
     """Enters a value into the window (line 4).
 
     Returns:
@@ -384,35 +411,55 @@ def _smooth(state: GreedyLRState, value: jax.Array) -> tuple[GreedyLRState, jax.
       huge losses may overflow).
     """
     usable = jnp.isfinite(value)
-    window = state.history.size
+    window = settings.window
     if window == 1:  # no smoothing; the slot is there because checkpoints take no empty arrays
         return state, value, usable
     # While the ring fills the count is its length; once full it runs from `window` to `2 * window - 1`,
     # so that one number tells both the length and the slot of the next value, and never overflows.
     count = state.history_count
     slot = jnp.where(count < window, count, count - window)
-    # A masked write fuses with what follows; a scatter would not, least of all under vmap.
-    here = usable & (jax.lax.iota(jnp.int32, window) == slot)
-    kept = jnp.where(count == 0, 0, state.history)  # a reset leaves the ring to be emptied here
-    history = jnp.where(here, value, kept)
+    oldest = jax.lax.dynamic_index_in_dim(state.history, slot, keepdims=False)
+    entered = jnp.where(usable, value, oldest)
+    history = jax.lax.dynamic_update_index_in_dim(state.history, entered, slot, 0)
     count = count + usable.astype(jnp.int32)
     count = jnp.where(count == 2 * window, window, count)
     length = jnp.clip(count, 1, window)  # 1: nothing but non-finite values so far
-    mean = jnp.sum(history) / length.astype(history.dtype)
+    may_restart = settings.reset_at_min is not None or settings.reset_after is not None
+    # A restart leaves what is in the ring.
+    counted = jnp.where(jnp.arange(window) < length, history, 0) if may_restart else history
+    mean = _sum(counted) / length.astype(history.dtype)
     state = state._replace(history=history, history_count=count)
     return state, mean, usable & jnp.isfinite(mean)
+
+
+def _sum(values: jax.Array) -> jax.Array:
+    """The sum of a vector; of a short one by lanes, which are added side by side.
+
+    In ``jnp.sum`` on a CPU each addition waits for the one before, which for a window of fifty losses takes
+    as long as a quarter of an optimizer's step of a hundred parameters.
+    """
+    size, lanes = values.size, 8
+    if not lanes <= size <= 128:  # longer ones would be long programs
+        return jnp.sum(values)
+    whole = size - size % lanes
+    rows = [values[start : start + lanes] for start in range(0, whole, lanes)]
+    terms = [*functools.reduce(jnp.add, rows), *values[whole:]]
+    while len(terms) > 1:
+        pairs = list(itertools.zip_longest(terms[::2], terms[1::2]))
+        terms = [left if right is None else left + right for left, right in pairs]
+    return terms[0]
 
 
 def _improves(settings: _Settings, state: GreedyLRState, mean: jax.Array) -> jax.Array:
     """Whether ``mean`` beats the best value by more than the threshold (line 6)."""
     best = settings.sign * state.best_value
+    # Before the first improvement the best value is infinite, and every finite value beats it.
     if settings.relative:
         known = jnp.where(jnp.isfinite(best), best, 0)
         bound = known * jnp.where(known < 0, 1 + settings.threshold, 1 - settings.threshold)
+        bound = jnp.where(jnp.isfinite(best), bound, best)
     else:
         bound = best - settings.threshold
-    # Before the first improvement the best value is infinite, and every finite value beats it.
-    bound = jnp.where(jnp.isfinite(best), bound, best)
     return settings.sign * mean < bound
 
 
@@ -428,6 +475,17 @@ def _inverse(factor: ArrayLike) -> ArrayLike:
 
 def _increment(count: jax.Array) -> jax.Array:
     return jnp.minimum(count, _checks.INT32_MAX - 1) + 1
+
+
+def _counted(streak: jax.Array) -> jax.Array:
+    """The streak as the counts know it."""
+    return jnp.where(jnp.abs(streak) == _CHANGED, 0, streak)
+
+
+def _prolong(streak: jax.Array, better: jax.Array) -> jax.Array:
+    """Counts an observation as an improvement or as none (lines 6-13); either ends the other's count."""
+    longest = _CHANGED - 2
+    return jnp.where(better, jnp.clip(streak, 0, longest) + 1, jnp.clip(streak, -longest, 0) - 1)
 
 
 def _is_zero(value: ArrayLike) -> bool:
@@ -453,30 +511,24 @@ def _count_down(settings: _Settings, state: GreedyLRState) -> tuple[GreedyLRStat
 
 def _reference_step(settings: _Settings, state: GreedyLRState, value: jax.Array) -> GreedyLRState:
     """One observation by the published implementation."""
-    state, mean, usable = _smooth(state, value)
+    state, mean, usable = _smooth(settings, state, value)
 
     state, holding = _count_down(settings, state)
     deciding = jnp.logical_not(holding)
     better = deciding & usable & _improves(settings, state, mean)
-    worse = deciding & ~better
-    best_value = jnp.where(better, mean, state.best_value)
-    num_good = jnp.where(better, _increment(state.num_good), 0)
-    num_bad = jnp.where(worse, _increment(state.num_bad), 0)
+    streak = jnp.where(deciding, _prolong(_counted(state.streak), better), 0)
+    streak = jnp.where(streak > settings.patience, _CHANGED, streak)
+    streak = jnp.where(streak < -settings.patience, -_CHANGED, streak)
+    best_value = jnp.where(streak > 0, mean, state.best_value)
 
-    increase = num_good > settings.patience
-    decrease = num_bad > settings.patience
+    increase, decrease = streak == _CHANGED, streak == -_CHANGED
     raised = jnp.minimum(state.scale * _inverse(settings.factor), settings.max_scale)
     lowered = jnp.maximum(state.scale * settings.factor, settings.min_scale)
     take_raised = increase & (raised - state.scale > settings.eps)
     take_lowered = decrease & (state.scale - lowered > settings.eps)
     scale = jnp.where(take_raised, raised, jnp.where(take_lowered, lowered, state.scale))
 
-    stepped = state._replace(
-        scale=scale,
-        best_value=best_value,
-        num_good=jnp.where(increase, 0, num_good),
-        num_bad=jnp.where(decrease, 0, num_bad),
-    )
+    stepped = state._replace(scale=scale, best_value=best_value, streak=streak)
     if settings.reset_after is not None:
         stepped = stepped._replace(num_observations=_increment(state.num_observations))
     if not _is_zero(settings.cooldown):
@@ -501,31 +553,29 @@ def _reference_step(settings: _Settings, state: GreedyLRState, value: jax.Array)
 
 def _paper_step(settings: _Settings, state: GreedyLRState, value: jax.Array) -> GreedyLRState:
     """One epoch of Algorithm 1, lines 3 to 40."""
-    state, mean, usable = _smooth(state, value)  # line 4
+    state, mean, usable = _smooth(settings, state, value)  # line 4
 
     better = usable & _improves(settings, state, mean)  # lines 6-13
     best_value = jnp.where(better, mean, state.best_value)
-    num_good = jnp.where(better, _increment(state.num_good), 0)
-    num_bad = jnp.where(better, 0, _increment(state.num_bad))
+    streak = _prolong(state.streak, better)
 
     cooling = state.cooldown_count < settings.cooldown  # lines 14-19
     cooldown_count = jnp.where(cooling, state.cooldown_count + 1, 0)
-    num_good = jnp.where(cooling, 0, num_good)
+    streak = jnp.where(cooling, jnp.minimum(streak, 0), streak)  # num_good = 0
 
     warming = state.warmup_count < settings.warmup  # lines 20-25
     warmup_count = jnp.where(warming, state.warmup_count + 1, 0)
-    num_bad = jnp.where(warming, 0, num_bad)
+    streak = jnp.where(warming, jnp.maximum(streak, 0), streak)  # num_bad = 0
 
     scale = state.scale
     raised = scale * _inverse(settings.factor)
-    scale = jnp.where(num_good > settings.patience, raised, scale)  # lines 26-28
-    scale = jnp.where(num_bad > settings.patience, scale * settings.factor, scale)  # lines 29-31
+    scale = jnp.where(streak > settings.patience, raised, scale)  # lines 26-28
+    scale = jnp.where(streak < -settings.patience, scale * settings.factor, scale)  # lines 29-31
 
     stepped = state._replace(
         scale=scale,
         best_value=best_value,
-        num_good=num_good,
-        num_bad=num_bad,
+        streak=streak,
         cooldown_count=cooldown_count,
         warmup_count=warmup_count,
         num_observations=_increment(state.num_observations),

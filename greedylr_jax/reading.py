@@ -227,7 +227,8 @@ def _scalars(state: base.RuleState | base.RuleScheduleState | base.RateState) ->
     fields = {"scale": _scale(state)}
     if isinstance(state, base.RuleScheduleState):
         fields["learning_rate"] = jnp.asarray(state.carried.rule.scale)
-    for name, field in _carried(state).rule._asdict().items():
+    rule = _carried(state).rule
+    for name, field in (rule.readings() if hasattr(rule, "readings") else rule._asdict()).items():
         if name not in fields and not isinstance(field, tuple) and jnp.shape(field) == ():
             fields[name] = jnp.asarray(field)
     return fields

@@ -252,6 +252,16 @@ def test_shifting_losses_changes_nothing_with_an_absolute_threshold(settings):
     np.testing.assert_array_equal(scales(greedy_lr(**options), losses(200) + 1024), expected)
 
 
+@pytest.mark.parametrize("window", [2, 7, 8, 9, 15, 16, 17, 50, 127, 128, 129, 300])
+def test_the_mean_is_that_of_the_last_losses_whatever_the_window(window):
+    values = np.arange(3 * window, 0, -1, dtype=np.float32) ** 2  # integers, whose sums are exact
+    tx = greedy_lr(window=window)
+    state, _ = jax.lax.scan(
+        lambda state, loss: (tx.update(None, state, value=loss)[1], None), tx.init(None), values
+    )
+    assert state.rule.best_value == np.float32(values[-window:].sum() / np.float32(window))
+
+
 def test_the_mean_recovers_from_a_bad_loss_at_once():
     """A running sum, as the published implementation keeps it, would stay NaN for ever."""
     values = np.array([4.0, np.nan, 3.0, 2.0, 1.0, np.inf, 0.5], np.float32)
@@ -282,17 +292,21 @@ def test_a_rate_without_a_floor_can_rise_again():
     assert got[-1] == 10
 
 
-def test_counts_saturate():
+@pytest.mark.parametrize("algorithm", ["reference", "paper"])
+@pytest.mark.parametrize("value", [1.0, -1.0])
+def test_counts_saturate(algorithm, value):
     huge = 2**31 - 1
-    for algorithm in ("reference", "paper"):
-        tx = greedy_lr(patience=huge, window=None, algorithm=algorithm, reset_after=huge)
-        state = tx.init(None)
-        rule = state.rule._replace(num_bad=jnp.int32(huge - 1), num_observations=jnp.int32(huge - 1))
-        state = state._replace(rule=rule._replace(best_value=jnp.float32(0.0)))
-        for _ in range(3):
-            _, state = tx.update(None, state, value=1.0)
-        assert state.rule.num_bad == state.rule.num_observations == huge
-        assert get_scale(state) == 1
+    tx = greedy_lr(patience=huge, window=None, algorithm=algorithm, reset_after=huge)
+    state = tx.init(None)
+    sign = -1 if value > 0 else 1
+    rule = state.rule._replace(streak=jnp.int32(sign * (huge - 2)), num_observations=jnp.int32(huge - 1))
+    state = state._replace(rule=rule._replace(best_value=jnp.float32(0.0)))
+    for step in range(3):
+        _, state = tx.update(None, state, value=value * (step + 1))
+    assert state.rule.num_observations == huge
+    assert state.rule.num_bad == (huge - 1 if value > 0 else 0)
+    assert state.rule.num_good == (huge - 1 if value < 0 else 0)
+    assert get_scale(state) == 1
 
 
 @pytest.mark.parametrize("value", [1e-45, 1e-39, 3.4e38, -3.4e38, 0.0, -0.0])
