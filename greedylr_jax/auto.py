@@ -3,10 +3,17 @@
 The first part of the training is a search (:mod:`greedylr_jax._search`): the rate rises over ten decades
 until the loss rises, and then a few short trials from the *initial parameters and a fresh optimizer* tell at
 which rate most is learnt. The training begins there, at half that rate, with the trend rule
-(:mod:`greedylr_jax.trend`). This may raise it to thirty times what was found, as what learns most in a few
-steps is often too low for many, but not above two fifths of the rate that the ramp's loss rose at, or all of
-it where no trial learnt anything; without drift, unless nothing has been learnt yet. In the last two fifths
-of the training the rate falls to zero.
+(:mod:`greedylr_jax.trend`). This may raise it to what was found, and to thirty times that, as what learns
+most in a few steps is often too low for many, while the training leads on away from the initial parameters;
+but not above two fifths of the rate that the ramp's loss rose at, or all of it where no trial learnt
+anything; without drift, unless nothing has been learnt yet. In the last two fifths of the training the rate
+falls to zero.
+
+Whether it leads on is told by the *pull*, the product <g, p - p0> of the gradient at the parameters p with
+the way from the initial ones, which is the slope of the loss along this way. Below zero a longer way would
+have been better; above zero steps are too long for what they are worth, even if the loss still falls. It
+limits the rise beyond the rate that was found only, as the search is right to within a factor of three, or
+too low.
 
 All along there is one place to go back to: the initial parameters, and later those of the least mean loss.
 If twenty losses in a row are far above what they were there, or not finite, the training goes back, and the
@@ -25,9 +32,12 @@ import optax
 from jax.typing import ArrayLike
 
 from greedylr_jax import _checks, _search, base, rollback, trend
+from greedylr_jax._window import Window, empty_window, observe
 
 _BACKOFF = 0.5  # the rate to start with over that which the search found
-_RISE = 30.0  # the highest rate over that which the search found
+_TRUSTED = 1.0  # the highest rate over that which the search found, where the training leads back
+_RISE = 30.0  # the same, where it leads on
+_ASKED = 4  # steps from one pull to the next
 _MARGIN = 0.4  # the highest rate over that of the edge, where a trial has learnt something
 _LEAST = 1e-4  # the lowest rate over the one to start with
 _WINDOW, _WINDOW_SHARE = 20, 40  # of the trend rule: at least 20, and a fortieth of the steps so far
@@ -47,6 +57,8 @@ class AutoState(NamedTuple):
     trend: trend.TrendState
     watch: rollback.Watch
     kept: rollback.Kept  # the parameters to go back to
+    origin: optax.Params  # the initial parameters, rounded to 16 bits: they only tell a direction
+    pulls: Window  # since the trend rule's last test
     settles: jax.Array  # shape=(), dtype=int32; further steps that the way back may take
     num_returns: jax.Array  # shape=(), dtype=int32; those of the search not counted
     inner_state: optax.OptState
@@ -79,9 +91,10 @@ def auto_lr(
 
     Returns:
       A :class:`greedylr_jax.GradientTransformationExtraLoss`; ``update`` needs ``params`` and ``value``. Its
-      state has one copy of the parameters. Some updates lead back to earlier parameters; where one addition
-      cannot reach them to the last bit, further ones do, whose gradients are not used. Keep what changes
-      updates (weight decay, clipping) in ``inner`` and not behind it. Parameters must all be seen: not inside
+      state has one copy of the parameters, and one in 16 bits. Some updates lead back to earlier parameters;
+      where one addition cannot reach them to the last bit, further ones do, whose gradients are not used.
+      Keep what changes updates (weight decay, clipping) in ``inner`` and not behind it. What ``update`` is
+      given are the gradients of the loss, up to a factor. Parameters must all be seen: not inside
       ``optax.masked`` or ``optax.partition``. What is not a parameter, such as the statistics of a batch
       normalisation, does not go back.
 
@@ -120,6 +133,8 @@ def auto_lr(
             trend=trend.trend_rule(trend.TrendSettings(low=_LEAST, high=jnp.inf)).init(jnp.ones((), dtype)),
             watch=rollback.unwatched(),
             kept=rollback.Kept(jax.tree.map(jnp.array, params), None),
+            origin=jax.tree.map(_rounded, params),
+            pulls=empty_window(),
             settles=jnp.zeros((), jnp.int32),
             num_returns=jnp.zeros((), jnp.int32),
             inner_state=inner.init(params),
@@ -139,9 +154,10 @@ def auto_lr(
         extra_args |= {"value": loss if value is None else value, "has_value": has_value}
         direction, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
 
+        pulls = _observe_pull(state, updates, params, axis_name)
         # Whether this step is still one of the way back shows in the parameters: it is taken as a good one,
         # and dropped below where it is not.
-        numbers, goes_back, takes = _observe(state, loss, centre, lengths)
+        numbers, goes_back, takes = _observe(state, pulls, loss, centre, lengths)
         learning_rate = jnp.where(
             numbers.search.stage == _search.FOUND,
             _BACKOFF * numbers.search.found * numbers.trend.scale * _anneal(state.step, total_steps),
@@ -169,6 +185,7 @@ def auto_lr(
             rate=base.RateState(jnp.where(returns, state.rate.learning_rate, learning_rate)),
             step=jnp.where(observed, optax.safe_increment(state.step), state.step),
             kept=kept,
+            origin=state.origin,
             settles=jnp.where(returns, left, 0).astype(jnp.int32),
             num_returns=state.num_returns + (begins & ~searches).astype(jnp.int32),
             inner_state=inner_state,
@@ -184,16 +201,20 @@ class _Numbers(NamedTuple):
     search: _search.SearchState
     trend: trend.TrendState
     watch: rollback.Watch
+    pulls: Window
 
 
 def _numbers(state: AutoState) -> _Numbers:
-    return _Numbers(state.search, state.trend, state.watch)
+    return _Numbers(state.search, state.trend, state.watch, state.pulls)
 
 
 def _observe(
-    state: AutoState, loss: jax.Array, centre: ArrayLike, lengths: _search.Lengths
+    state: AutoState, pulls: Window, loss: jax.Array, centre: ArrayLike, lengths: _search.Lengths
 ) -> tuple[_Numbers, jax.Array, jax.Array]:
-    """The numbers after one more loss; whether to go back now; whether to keep these parameters."""
+    """The numbers after one more loss; whether to go back now; whether to keep these parameters.
+
+    ``pulls`` are those of the state and of this step.
+    """
     is_found = state.search.stage == _search.FOUND
     search, search_returns = _search.advance(state.search, loss, centre, lengths)
     begins = ~is_found & (search.stage == _search.FOUND)
@@ -201,7 +222,7 @@ def _observe(
 
     watch, watch_returns = rollback.watch(state.watch, loss)
     watch_returns &= is_found
-    rule = _trend_rule(state)
+    rule = _trend_rule(state, leads_on=pulls.mean < 0)
     # A return is a loss that is not finite to the rule, upon which it cuts.
     observed_loss = jnp.where(watch_returns, jnp.nan, loss)
     moved = base.select(is_found, rule.update(state.trend, observed_loss), state.trend)
@@ -213,31 +234,63 @@ def _observe(
     # At the start the losses are those that the ramp began with.
     at_start = rollback.unwatched()._replace(limit=_search.start_limit(search.first))
     watch = base.select(begins, at_start, base.select(is_found, watch, state.watch))
-    return _Numbers(search, moved, watch), search_returns & ~is_found | watch_returns, takes
+    pulls = base.select(moved.window.steps == 0, empty_window(), pulls)
+    return _Numbers(search, moved, watch, pulls), search_returns & ~is_found | watch_returns, takes
 
 
-def _trend_rule(state: AutoState) -> base.Rule:
+def _trend_rule(state: AutoState, leads_on: jax.Array) -> base.Rule:
     # No drift where something is learnt: on noise alone it would raise the rate until the network is lost.
     last = state.trend.last
     drift = jnp.where(_search.is_lower(last.value, last.error, state.search.first), 1.0, _PLATEAU_DRIFT)
     return trend.trend_rule(
         trend.TrendSettings(
             low=_LEAST,
-            high=_highest_scale(state.search),
+            high=_highest_scale(state.search, state.trend.scale, leads_on),
             window=jnp.maximum(_WINDOW, state.step // _WINDOW_SHARE),
             drift=drift,
         )
     )
 
 
-def _highest_scale(search: _search.SearchState) -> jax.Array:
-    """What the trend rule may multiply the first rate by."""
+def _highest_scale(search: _search.SearchState, scale: jax.Array, leads_on: jax.Array) -> jax.Array:
+    """What the trend rule may multiply the first rate by, now that it does by ``scale``."""
     # Where the loss never rose the edge is the end of the ramp, beyond which nothing is known.
     has_learnt = _search.has_learnt(search.results, search.variances, search.first)
     margin = jnp.where(has_learnt, _MARGIN, 1.0)
     highest = jnp.maximum(jnp.minimum(_RISE * search.found, margin * search.edge), search.found)
     first = _BACKOFF * search.found
-    return jnp.where(first > 0, highest / jnp.where(first > 0, first, 1), jnp.inf)
+    highest = jnp.where(first > 0, highest / jnp.where(first > 0, first, 1), jnp.inf)
+    trusted = jnp.maximum(scale, _TRUSTED / _BACKOFF)
+    return jnp.where(has_learnt & ~leads_on, jnp.minimum(highest, trusted), highest)
+
+
+def _rounded(leaf: jax.Array) -> jax.Array:
+    """A copy, of floating point numbers in 16 bits."""
+    leaf = jnp.asarray(leaf)
+    is_wide = jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.finfo(leaf.dtype).bits > 16
+    return jnp.array(leaf, jnp.bfloat16 if is_wide else leaf.dtype, copy=True)
+
+
+def _observe_pull(
+    state: AutoState, gradients: optax.Updates, params: optax.Params, axis_name: Hashable | None
+) -> Window:
+    """The pulls after this step, which is one of those that are asked or not."""
+    dtype = state.pulls.mean.dtype
+
+    def product(gradient: jax.Array, param: jax.Array, first: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(jnp.result_type(param), jnp.inexact):
+            return jnp.zeros((), dtype)
+        wide = jnp.promote_types(param.dtype, dtype)
+        way = param.astype(wide) - first.astype(wide)
+        return jnp.sum(jnp.real(jnp.conj(gradient.astype(wide)) * way)).astype(dtype)
+
+    def pull() -> jax.Array:
+        return optax.tree.sum(jax.tree.map(product, gradients, params, state.origin))
+
+    # Not at each step, as it reads all parameters.
+    is_asked = (state.search.stage == _search.FOUND) & (state.step % _ASKED == 0)
+    asked = jax.lax.cond(is_asked, pull, lambda: jnp.zeros((), dtype))
+    return base.select(is_asked, observe(state.pulls, base.average(asked, axis_name)), state.pulls)
 
 
 def _lengths(

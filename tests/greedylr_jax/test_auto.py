@@ -76,29 +76,53 @@ def test_the_search_always_begins_from_the_initial_parameters_and_a_fresh_optimi
         assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool(jnp.all(a == b)), kept, fresh)))
 
 
+def pulls_before_each_step(params):
+    """<g, p - p0>, with p0 rounded to 16 bits, for the regression's training through ``params``."""
+    loss_fn, start, batches = regression()
+    origin = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), start)
+    before = jax.tree.map(lambda first, after: jnp.concatenate([first[None], after[:-1]]), start, params)
+
+    def pull(params, batch):
+        grads = jax.grad(loss_fn)(params, batch)
+        return optax.tree.vdot(grads, optax.tree.sub(params, origin))
+
+    return np.asarray(jax.vmap(pull)(before, batches))
+
+
 def test_after_the_search_the_trend_rule_acts_and_the_rate_falls_to_zero_at_the_end(history):
-    _, states, losses = history
+    params, states, losses = history
     rates = np.asarray(states.rate.learning_rate)
     found, edge = float(states.search.found[-1]), float(states.search.edge[-1])
     stages, settles = np.asarray(states.search.stage), np.asarray(states.settles)
     first = np.flatnonzero((stages == _search.FOUND) & (settles == 0))[0]
-    highest = max(min(30 * found, 0.4 * edge), found)
-    tx = greedylr_jax.trend_lr(max_scale=highest / (0.5 * found), drift=1.0)
-    state, scales = tx.init(None), []
-    for loss in np.asarray(losses[first:]):
-        _, state = tx.update(None, state, value=loss)
-        scales.append(float(greedylr_jax.get_scale(state)))
+    highest = max(min(30 * found, 0.4 * edge), found) / (0.5 * found)
+    pulls, seen = pulls_before_each_step(params), []
+    tx, scale, scales, limited = greedylr_jax.trend_lr(max_scale=highest, drift=1.0), 1.0, [], 0
+    state = tx.init(None)
+    for step in range(first, STEPS):
+        if step % 4 == 0:
+            seen.append(pulls[step])
+        leads_on = bool(seen) and np.mean(seen) < 0
+        tx = greedylr_jax.trend_lr(max_scale=highest if leads_on else max(scale, 2.0), drift=1.0)
+        _, state = tx.update(None, state, value=losses[step])
+        limited += not leads_on and scale < float(greedylr_jax.get_scale(state)) == 2.0
+        scale = float(greedylr_jax.get_scale(state))
+        scales.append(scale)
+        if states.trend.window.steps[step] == 0:
+            seen = []
     anneal = np.clip((STEPS - np.arange(first, STEPS)) / (0.4 * STEPS), 0, 1)
     np.testing.assert_allclose(rates[first:], 0.5 * found * np.array(scales) * anneal, rtol=1e-4)
     assert 0 < rates[-1] < 0.03 * rates[first:].max() and np.ptp(scales) > 0
+    assert limited and max(scales) > 2  # both happened: the rise ended at what was found, and went on
 
 
-def observe_noise(tx, level, steps):
-    """All states where losses are noise around ``level``, a function of the state."""
+def observe_noise(tx, level, steps, pull=0.0):
+    """All states where losses are noise around ``level``, a function of the state, and pulls are ``pull``."""
     noise = 1 + 0.01 * np.random.default_rng(0).standard_normal(steps).astype("f4")
 
     def body(state, noise):
-        state = tx.update(jnp.zeros(2), state, jnp.zeros(2), value=level(state) * noise)[1]
+        params = jnp.where(state.search.stage == _search.FOUND, jnp.ones(2), jnp.zeros(2))
+        state = tx.update(jnp.full(2, pull / 2), state, params, value=level(state) * noise)[1]
         return state, state
 
     return jax.jit(lambda: jax.lax.scan(body, tx.init(jnp.zeros(2)), noise)[1])()
@@ -115,19 +139,25 @@ def test_the_rate_drifts_up_only_where_nothing_was_learnt(after):
     assert (scales[350:] == scales[350]).all() == (after == 0.5)
 
 
-@pytest.mark.parametrize(("result", "highest"), [(1.0, 1.0), (0.5, 0.4)], ids=["nothing learnt", "learnt"])
-def test_the_rate_rises_to_the_edge_where_no_trial_learnt_and_stays_below_it_otherwise(result, highest):
+@pytest.mark.parametrize(
+    ("result", "pull", "highest"),
+    [(1.0, 1.0, "edge"), (0.5, -1.0, "below the edge"), (0.5, 1.0, "found")],
+    ids=["nothing learnt", "leads on", "leads back"],
+)
+def test_how_far_the_rate_rises(result, pull, highest):
     tx = auto_lr(optax.identity(), ramp_steps=40, trial_steps=10)
 
     def level(state):
         rises = (state.search.stage == _search.RAMP) & (state.step >= 30)
         is_second_trial = (state.search.stage == _search.TRIAL) & (state.search.trial == 1)
-        return jnp.where(rises, 3.0, jnp.where(is_second_trial, result, 1.0))
+        falls = jnp.where(state.search.stage == _search.FOUND, 0.9 ** (state.step / 20), 1.0)
+        return jnp.where(rises, 3.0, jnp.where(is_second_trial, result, falls if result < 1 else 1.0))
 
-    states = observe_noise(tx, level, 600)
-    assert states.search.stage[-1] == _search.FOUND
-    rates = np.asarray(states.rate.learning_rate)
-    np.testing.assert_allclose(rates[-1], highest * states.search.edge[-1], rtol=1e-5)
+    states = observe_noise(tx, level, 600, pull)
+    search = states.search
+    assert search.stage[-1] == _search.FOUND
+    expected = {"edge": search.edge, "below the edge": 0.4 * search.edge, "found": search.found}[highest]
+    np.testing.assert_allclose(states.rate.learning_rate[-1], expected[-1], rtol=1e-5)
 
 
 def test_the_windows_of_the_trend_rule_grow_with_the_training():
