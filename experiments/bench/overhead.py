@@ -73,7 +73,7 @@ def network_rows(name: str, repeats: int) -> list[Row]:
     widths, steps = NETWORKS[name]
     params, batch = perceptron.make(widths, (BATCH,))
     size = min(weights.size for weights in params)
-    compiled, compile_times = _compile(params, batch, min(repeats, 3))
+    compiled, compile_times = _compile(params, batch, min(repeats, 9))
 
     def ratio(side: str) -> float:
         """In pairs, so that no more than two optimizer states are there at a time."""

@@ -292,6 +292,17 @@ def test_a_rate_without_a_floor_can_rise_again():
     assert got[-1] == 10
 
 
+def test_metrics_show_counts_that_a_change_of_rate_restarts():
+    tx = greedy_lr(0.5, patience=1, window=None)
+    state, seen = tx.init(None), []
+    for value in (3.0, 2.0, 1.0, 1.0, 1.0, 1.0):
+        _, state = tx.update(None, state, value=value)
+        shown = greedylr_jax.metrics(state)
+        seen.append([int(shown[name]) for name in ("num_good", "num_bad")])
+    assert seen == [[1, 0], [0, 0], [1, 0], [0, 1], [0, 0], [0, 1]]
+    assert "streak" not in shown
+
+
 @pytest.mark.parametrize("algorithm", ["reference", "paper"])
 @pytest.mark.parametrize("value", [1.0, -1.0])
 def test_counts_saturate(algorithm, value):
