@@ -285,7 +285,7 @@ def _observe_pull(
         return jnp.sum(jnp.real(jnp.conj(gradient.astype(wide)) * way)).astype(dtype)
 
     def pull() -> jax.Array:
-        return optax.tree.sum(jax.tree.map(product, gradients, params, state.origin))
+        return jnp.asarray(optax.tree.sum(jax.tree.map(product, gradients, params, state.origin)), dtype)
 
     # Not at each step, as it reads all parameters.
     is_asked = (state.search.stage == _search.FOUND) & (state.step % _ASKED == 0)

@@ -116,6 +116,30 @@ def test_after_the_search_the_trend_rule_acts_and_the_rate_falls_to_zero_at_the_
     assert limited and max(scales) > 2  # both happened: the rise ended at what was found, and went on
 
 
+KINDS = {
+    "none": {},
+    "empty": {"w": None, "b": jnp.ones((0, 3))},
+    "narrow": {"w": jnp.ones(2, jnp.float16), "b": jnp.ones(2, jnp.bfloat16)},
+    "integer": {"w": jnp.ones(2), "steps": jnp.ones(2, jnp.int32)},
+    "complex": {"w": jnp.full(2, 1 + 2j)},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_pull_is_of_parameters_of_any_kind(kind):
+    start = KINDS[kind]
+    tx = auto_lr(optax.identity())
+    state = tx.init(start)
+    state = state._replace(
+        search=state.search._replace(stage=jnp.int32(_search.FOUND), found=jnp.float32(1.0))
+    )
+    params = jax.tree.map(lambda leaf: (leaf * 3).astype(leaf.dtype), start)
+    grads = jax.tree.map(lambda leaf: -leaf, start)  # on from `start`
+    _, state = tx.update(grads, state, params, value=1.0)
+    expected = {"narrow": -8.0, "integer": -4.0, "complex": -20.0}.get(kind, 0.0)
+    assert float(state.pulls.mean) == expected
+
+
 def observe_noise(tx, level, steps, pull=0.0):
     """All states where losses are noise around ``level``, a function of the state, and pulls are ``pull``."""
     noise = 1 + 0.01 * np.random.default_rng(0).standard_normal(steps).astype("f4")
