@@ -12,8 +12,8 @@ falls to zero.
 Whether it leads on is told by the *pull*, the product <g, p - p0> of the gradient at the parameters p with
 the way from the initial ones, which is the slope of the loss along this way. Below zero a longer way would
 have been better; above zero steps are too long for what they are worth, even if the loss still falls. It
-limits the rise beyond the rate that was found only, as the search is right to within a factor of three, or
-too low.
+limits the rise beyond the rate that was found only: to ask it of every raise helps where the search has found
+too much, as it can with AdamW on text, and costs more elsewhere.
 
 All along there is one place to go back to: the initial parameters, and later those of the least mean loss.
 If twenty losses in a row are far above what they were there, or not finite, the training goes back, and the

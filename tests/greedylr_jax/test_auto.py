@@ -174,8 +174,7 @@ def test_how_far_the_rate_rises(result, pull, highest):
     def level(state):
         rises = (state.search.stage == _search.RAMP) & (state.step >= 30)
         is_second_trial = (state.search.stage == _search.TRIAL) & (state.search.trial == 1)
-        falls = jnp.where(state.search.stage == _search.FOUND, 0.9 ** (state.step / 20), 1.0)
-        return jnp.where(rises, 3.0, jnp.where(is_second_trial, result, falls if result < 1 else 1.0))
+        return jnp.where(rises, 3.0, jnp.where(is_second_trial, result, 1.0))
 
     states = observe_noise(tx, level, 600, pull)
     search = states.search
