@@ -16,7 +16,8 @@ Two algorithms carry this name, and they are different controllers:
 
 Departures from the published implementation, on purpose:
 
-* The mean is recomputed from the last ``window`` losses; a running sum would keep one NaN for good.
+* The mean comes from the last ``window`` losses alone, by sums of eight of them, of which one is computed
+  anew at each loss; a running sum would keep one NaN for good.
 * A relative threshold is a margin of ``threshold * abs(best)`` on the better side for every sign of the
   loss; ``best * (1 - threshold)`` puts it on the worse side below zero.
 * A non-finite loss counts as worse, and enters neither the mean nor the best value.
@@ -24,7 +25,6 @@ Departures from the published implementation, on purpose:
 * An increase multiplies by the reciprocal of the factor, see ``_inverse``.
 """
 
-import functools
 import itertools
 from collections.abc import Hashable
 from typing import Literal, NamedTuple
@@ -37,6 +37,8 @@ from jax.typing import ArrayLike
 from greedylr_jax import _checks, base
 
 _CHANGED = _checks.INT32_MAX  # of a streak, see GreedyLRState
+_LONGEST = _CHANGED - 1
+_BLOCK = 8  # losses of the window whose sum is kept
 
 
 class GreedyLRState(NamedTuple):
@@ -58,6 +60,7 @@ class GreedyLRState(NamedTuple):
     num_observations: jax.Array  # shape=(), dtype=int32; since the last restart, where reset_after is set
     initial_scale: jax.Array  # shape=(), dtype=float; where a reset goes back to
     history: jax.Array  # shape=(window,), dtype=float; ring of the last finite values
+    history_sums: jax.Array  # shape=(window // 8 or 1,), dtype=float; of eight of them each
     history_count: (
         jax.Array
     )  # shape=(), dtype=int32; values entered, modulo the window once full; 0: none counts
@@ -388,6 +391,7 @@ def _initial_state(settings: _Settings, scale: jax.Array) -> GreedyLRState:
         num_observations=zero(),
         initial_scale=jnp.array(scale, copy=True),
         history=jnp.zeros((settings.window,), dtype),
+        history_sums=jnp.zeros((settings.window // _BLOCK or 1,), dtype),
         history_count=zero(),
     )
 
@@ -398,7 +402,9 @@ def _restarted(settings: _Settings, state: GreedyLRState) -> GreedyLRState:
     To empty it here would let a decision that comes of its mean write the whole ring once more, at every
     step: under ``lax.scan`` that took many times as long as all the rest.
     """
-    return _initial_state(settings, state.initial_scale)._replace(history=state.history)
+    return _initial_state(settings, state.initial_scale)._replace(
+        history=state.history, history_sums=state.history_sums
+    )
 
 
 def _smooth(
@@ -416,34 +422,67 @@ def _smooth(
         return state, value, usable
     # While the ring fills the count is its length; once full it runs from `window` to `2 * window - 1`,
     # so that one number tells both the length and the slot of the next value, and never overflows.
-    count = state.history_count
-    slot = jnp.where(count < window, count, count - window)
-    oldest = jax.lax.dynamic_index_in_dim(state.history, slot, keepdims=False)
-    entered = jnp.where(usable, value, oldest)
-    history = jax.lax.dynamic_update_index_in_dim(state.history, entered, slot, 0)
-    count = count + usable.astype(jnp.int32)
-    count = jnp.where(count == 2 * window, window, count)
+    # Unsigned, as XLA is told to look at whether an index is negative otherwise.
+    unsigned = jnp.uint32
+    count = state.history_count.astype(unsigned)
+    slot = jnp.minimum(count, count - unsigned(window))  # what is below zero wraps, and is the larger one
+    count = count + usable.astype(unsigned)
+    count = jnp.where(count == 2 * window, unsigned(window), count)
     length = jnp.clip(count, 1, window)  # 1: nothing but non-finite values so far
-    may_restart = settings.reset_at_min is not None or settings.reset_after is not None
-    # A restart leaves what is in the ring.
-    counted = jnp.where(jnp.arange(window) < length, history, 0) if may_restart else history
-    mean = _sum(counted) / length.astype(history.dtype)
-    state = state._replace(history=history, history_count=count)
+    state = _enter(settings, state, value, usable, slot, length)
+    # The sums of all whole blocks, and the losses behind them.
+    blocks = window // _BLOCK
+    starts = [*range(0, blocks * _BLOCK, _BLOCK), *range(blocks * _BLOCK, window)]
+    parts = jnp.concatenate([state.history_sums[:blocks], state.history[blocks * _BLOCK :]])
+    parts = _without_stale(settings, parts, np.array(starts, unsigned), length)
+    mean = _sum(parts) / length.astype(parts.dtype)
+    state = state._replace(history_count=count.astype(jnp.int32))
     return state, mean, usable & jnp.isfinite(mean)
 
 
-def _sum(values: jax.Array) -> jax.Array:
-    """The sum of a vector; of a short one by lanes, which are added side by side.
+def _enter(
+    settings: _Settings,
+    state: GreedyLRState,
+    value: jax.Array,
+    usable: jax.Array,
+    slot: jax.Array,
+    length: jax.Array,
+) -> GreedyLRState:
+    """Writes a usable value into a slot of the ring, and the sum of the block that this slot is in.
 
-    In ``jnp.sum`` on a CPU each addition waits for the one before, which for a window of fifty losses takes
-    as long as a quarter of an optimizer's step of a hundred parameters.
+    The other blocks' sums still hold, so that a mean over fifty takes as many additions as one over fifteen;
+    and as no sum is ever carried on from one value to the next, rounding does not add up.
     """
-    size, lanes = values.size, 8
-    if not lanes <= size <= 128:  # longer ones would be long programs
+    oldest = jax.lax.dynamic_slice(state.history, (slot,), (1,))
+    entered = jnp.where(usable, value, oldest)
+    state = state._replace(history=jax.lax.dynamic_update_slice(state.history, entered, (slot,)))
+    blocks = settings.window // _BLOCK
+    if not blocks:
+        return state
+    # Of a slot behind the blocks the last block is summed again.
+    number = jnp.minimum(slot // slot.dtype.type(_BLOCK), slot.dtype.type(blocks - 1))
+    start = number * _BLOCK
+    block = jax.lax.dynamic_slice(state.history, (start,), (_BLOCK,))
+    block = _without_stale(settings, block, start + jnp.arange(_BLOCK, dtype=slot.dtype), length)
+    sums = jax.lax.dynamic_update_slice(state.history_sums, _sum(block)[None], (number,))
+    return state._replace(history_sums=sums)
+
+
+def _without_stale(settings: _Settings, values: jax.Array, places: jax.Array, length: jax.Array) -> jax.Array:
+    """The values with zeros for those from before a restart, which leaves them in the ring."""
+    if settings.reset_at_min is None and settings.reset_after is None:
+        return values
+    return jnp.where(places < length, values, 0)
+
+
+def _sum(values: jax.Array) -> jax.Array:
+    """The sum of a vector, of a short one by pairs.
+
+    In ``jnp.sum`` on a CPU each addition waits for the one before.
+    """
+    if values.size > 3 * _BLOCK:  # would be a long program
         return jnp.sum(values)
-    whole = size - size % lanes
-    rows = [values[start : start + lanes] for start in range(0, whole, lanes)]
-    terms = [*functools.reduce(jnp.add, rows), *values[whole:]]
+    terms = [*values]
     while len(terms) > 1:
         pairs = list(itertools.zip_longest(terms[::2], terms[1::2]))
         terms = [left if right is None else left + right for left, right in pairs]
@@ -484,8 +523,12 @@ def _counted(streak: jax.Array) -> jax.Array:
 
 def _prolong(streak: jax.Array, better: jax.Array) -> jax.Array:
     """Counts an observation as an improvement or as none (lines 6-13); either ends the other's count."""
-    longest = _CHANGED - 2
-    return jnp.where(better, jnp.clip(streak, 0, longest) + 1, jnp.clip(streak, -longest, 0) - 1)
+    return jnp.where(better, jnp.maximum(streak, 0) + 1, jnp.minimum(streak, 0) - 1)
+
+
+def _saturated(streak: jax.Array) -> jax.Array:
+    """The streak, kept from what marks a change of rate."""
+    return jnp.clip(streak, -_LONGEST, _LONGEST)
 
 
 def _is_zero(value: ArrayLike) -> bool:
@@ -516,7 +559,10 @@ def _reference_step(settings: _Settings, state: GreedyLRState, value: jax.Array)
     state, holding = _count_down(settings, state)
     deciding = jnp.logical_not(holding)
     better = deciding & usable & _improves(settings, state, mean)
-    streak = jnp.where(deciding, _prolong(_counted(state.streak), better), 0)
+    streak = _prolong(_counted(state.streak), better)
+    if _checks.is_traced(settings.patience) or settings.patience >= _LONGEST:
+        streak = _saturated(streak)  # otherwise a change of rate ends it before
+    streak = jnp.where(deciding, streak, 0)
     streak = jnp.where(streak > settings.patience, _CHANGED, streak)
     streak = jnp.where(streak < -settings.patience, -_CHANGED, streak)
     best_value = jnp.where(streak > 0, mean, state.best_value)
@@ -524,9 +570,12 @@ def _reference_step(settings: _Settings, state: GreedyLRState, value: jax.Array)
     increase, decrease = streak == _CHANGED, streak == -_CHANGED
     raised = jnp.minimum(state.scale * _inverse(settings.factor), settings.max_scale)
     lowered = jnp.maximum(state.scale * settings.factor, settings.min_scale)
-    take_raised = increase & (raised - state.scale > settings.eps)
-    take_lowered = decrease & (state.scale - lowered > settings.eps)
-    scale = jnp.where(take_raised, raised, jnp.where(take_lowered, lowered, state.scale))
+    if _is_zero(settings.eps):
+        raised, lowered = jnp.maximum(raised, state.scale), jnp.minimum(lowered, state.scale)
+    else:
+        raised = jnp.where(raised - state.scale > settings.eps, raised, state.scale)
+        lowered = jnp.where(state.scale - lowered > settings.eps, lowered, state.scale)
+    scale = jnp.where(increase, raised, jnp.where(decrease, lowered, state.scale))
 
     stepped = state._replace(scale=scale, best_value=best_value, streak=streak)
     if settings.reset_after is not None:
@@ -557,7 +606,7 @@ def _paper_step(settings: _Settings, state: GreedyLRState, value: jax.Array) -> 
 
     better = usable & _improves(settings, state, mean)  # lines 6-13
     best_value = jnp.where(better, mean, state.best_value)
-    streak = _prolong(state.streak, better)
+    streak = _saturated(_prolong(state.streak, better))
 
     cooling = state.cooldown_count < settings.cooldown  # lines 14-19
     cooldown_count = jnp.where(cooling, state.cooldown_count + 1, 0)

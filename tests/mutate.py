@@ -49,19 +49,10 @@ TESTS = {
 # Mutated lines that mean the same, and why.
 _BOUND = "bound = known * jnp.where(known <= 0, 1 + settings.threshold, 1 - settings.threshold)"
 _COUNTDOWN = "1 if settings.reset_at_min is None else settings.reset_at_min"
-_SHORT = "lanes <= size <= 128:  # longer ones would be long programs"
-_OLDEST = "dynamic_index_in_dim(state.history, slot, keepdims=True)"
-_LANES = "how a sum is divided changes no result that is exact"
 EQUIVALENT = {
     f"reset_countdown=jnp.array({_COUNTDOWN}, jnp.int32),": "nothing reads it where there are no resets",
     "known = jnp.where(jnp.isfinite(best), best, 1)": "its bound is replaced where the best is infinite",
     _BOUND: "zero times either is zero",
-    f"oldest = jax.lax.{_OLDEST}": "one element is written as a scalar is",
-    "size, lanes = values.size, 9": _LANES,
-    f"if  {_SHORT}": _LANES,
-    f"if not {_SHORT.replace('lanes <=', 'lanes <')}": _LANES,
-    f"if not {_SHORT.replace('<= 128', '< 128')}": _LANES,
-    f"if not {_SHORT.replace('128', '129')}": _LANES,
     'RuleStateT = TypeVar("XXRuleStateTXX")': "for type checkers only",
     "RuleStateT = None": "for type checkers only",
     "if answer is None or answer > 0:": "a direction of zeros turned around is zeros",

@@ -252,14 +252,32 @@ def test_shifting_losses_changes_nothing_with_an_absolute_threshold(settings):
     np.testing.assert_array_equal(scales(greedy_lr(**options), losses(200) + 1024), expected)
 
 
-@pytest.mark.parametrize("window", [2, 7, 8, 9, 15, 16, 17, 50, 127, 128, 129, 300])
-def test_the_mean_is_that_of_the_last_losses_whatever_the_window(window):
-    values = np.arange(3 * window, 0, -1, dtype=np.float32) ** 2  # integers, whose sums are exact
-    tx = greedy_lr(window=window)
+WINDOWS = [2, 7, 8, 9, 15, 16, 17, 50, 127, 128, 129, 300]
+
+
+def best_of_falling(tx, length):
+    """The best value after falling losses, which is the last mean; and the losses, whose sums are exact."""
+    values = np.arange(length, 0, -1, dtype=np.float32) ** 2
     state, _ = jax.lax.scan(
         lambda state, loss: (tx.update(None, state, value=loss)[1], None), tx.init(None), values
     )
-    assert state.rule.best_value == np.float32(values[-window:].sum() / np.float32(window))
+    return state.rule.best_value, values
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_the_mean_is_that_of_the_last_losses_whatever_the_window(window):
+    best, values = best_of_falling(greedy_lr(window=window), 3 * window)
+    assert best == np.float32(values[-window:].sum() / np.float32(window))
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_after_a_restart_the_mean_is_that_of_the_losses_since(window):
+    for since in {1, window // 2 + 1, window, window + 1}:
+        best, values = best_of_falling(
+            greedy_lr(window=window, reset_after=2 * window), 2 * window + 1 + since
+        )
+        counted = min(since, window)
+        assert best == np.float32(values[-counted:].sum() / np.float32(counted))
 
 
 def test_the_mean_recovers_from_a_bad_loss_at_once():
