@@ -49,10 +49,17 @@ TESTS = {
 # Mutated lines that mean the same, and why.
 _BOUND = "bound = known * jnp.where(known <= 0, 1 + settings.threshold, 1 - settings.threshold)"
 _COUNTDOWN = "1 if settings.reset_at_min is None else settings.reset_at_min"
+_SHORT = "values.size > 3 * _BLOCK:  # would be a long program"
+_TERMS = "how a sum is divided changes no result that is exact"
 EQUIVALENT = {
     f"reset_countdown=jnp.array({_COUNTDOWN}, jnp.int32),": "nothing reads it where there are no resets",
     "known = jnp.where(jnp.isfinite(best), best, 1)": "its bound is replaced where the best is infinite",
     _BOUND: "zero times either is zero",
+    "_BLOCK = 9  # losses of the window whose sum is kept": _TERMS,
+    f"if {_SHORT.replace('>', '>=')}": _TERMS,
+    f"if {_SHORT.replace('3 *', '4 *')}": _TERMS,
+    f"if {_SHORT.replace('*', '/')}": _TERMS,
+    "history_sums=jnp.zeros((settings.window // _BLOCK or 2,), dtype),": "without a block nothing reads it",
     'RuleStateT = TypeVar("XXRuleStateTXX")': "for type checkers only",
     "RuleStateT = None": "for type checkers only",
     "if answer is None or answer > 0:": "a direction of zeros turned around is zeros",

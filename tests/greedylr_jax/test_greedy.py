@@ -323,9 +323,10 @@ def test_metrics_show_counts_that_a_change_of_rate_restarts():
 
 @pytest.mark.parametrize("algorithm", ["reference", "paper"])
 @pytest.mark.parametrize("value", [1.0, -1.0])
-def test_counts_saturate(algorithm, value):
+@pytest.mark.parametrize("patience", [2**31 - 1, 2**31 - 2])
+def test_counts_saturate(algorithm, value, patience):
     huge = 2**31 - 1
-    tx = greedy_lr(patience=huge, window=None, algorithm=algorithm, reset_after=huge)
+    tx = greedy_lr(patience=patience, window=None, algorithm=algorithm, reset_after=huge)
     state = tx.init(None)
     sign = -1 if value > 0 else 1
     rule = state.rule._replace(streak=jnp.int32(sign * (huge - 2)), num_observations=jnp.int32(huge - 1))
