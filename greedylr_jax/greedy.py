@@ -422,19 +422,18 @@ def _smooth(
         return state, value, usable
     # While the ring fills the count is its length; once full it runs from `window` to `2 * window - 1`,
     # so that one number tells both the length and the slot of the next value, and never overflows.
-    # Unsigned, as XLA is told to look at whether an index is negative otherwise.
-    unsigned = jnp.uint32
-    count = state.history_count.astype(unsigned)
-    slot = jnp.minimum(count, count - unsigned(window))  # what is below zero wraps, and is the larger one
-    count = count + usable.astype(unsigned)
-    count = jnp.where(count == 2 * window, unsigned(window), count)
+    # Unsigned, as JAX otherwise asks of each index whether it is negative.
+    count = state.history_count.astype(jnp.uint32)
+    slot = jnp.minimum(count, count - window)  # what is below zero wraps, and is the larger one
+    count = count + usable.astype(jnp.uint32)
+    count = jnp.where(count == 2 * window, window, count)
     length = jnp.clip(count, 1, window)  # 1: nothing but non-finite values so far
     state = _enter(settings, state, value, usable, slot, length)
     # The sums of all whole blocks, and the losses behind them.
     blocks = window // _BLOCK
     starts = [*range(0, blocks * _BLOCK, _BLOCK), *range(blocks * _BLOCK, window)]
     parts = jnp.concatenate([state.history_sums[:blocks], state.history[blocks * _BLOCK :]])
-    parts = _without_stale(settings, parts, np.array(starts, unsigned), length)
+    parts = _without_stale(settings, parts, np.array(starts, np.uint32), length)
     mean = _sum(parts) / length.astype(parts.dtype)
     state = state._replace(history_count=count.astype(jnp.int32))
     return state, mean, usable & jnp.isfinite(mean)
@@ -460,7 +459,7 @@ def _enter(
     if not blocks:
         return state
     # Of a slot behind the blocks the last block is summed again.
-    number = jnp.minimum(slot // slot.dtype.type(_BLOCK), slot.dtype.type(blocks - 1))
+    number = jnp.minimum(slot // _BLOCK, blocks - 1)
     start = number * _BLOCK
     block = jax.lax.dynamic_slice(state.history, (start,), (_BLOCK,))
     block = _without_stale(settings, block, start + jnp.arange(_BLOCK, dtype=slot.dtype), length)

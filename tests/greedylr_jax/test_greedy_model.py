@@ -13,7 +13,7 @@ import greedylr_jax
 from tests.greedylr_jax.greedy_model import GreedyModel
 
 LENGTH = 48  # one compilation serves all examples of a window
-WINDOWS = [None, 3, 21]  # 21 is of two whole blocks and a short one
+WINDOWS = [None, 3, 8, 21]  # 21 is of two whole blocks and a short one
 NEVER = 2**31 - 1  # one program then serves runs with and without resets
 NOT_FINITE = [math.nan, math.inf, -math.inf]
 
