@@ -6,10 +6,12 @@ A state machine over the losses. What it asks for is carried out by who holds th
 1. *Ramp.* The rate rises geometrically over ten decades, until the loss has risen above where it began, by
    more than its noise. The rate that it has risen at is the *edge*; if it has not risen, the last rate is.
 2. *Trials.* Trainings of a few steps at constant rates, half a decade apart, from half a decade below the
-   edge downwards. Their result is the mean loss of their second half. A trial is given up where its loss
-   rises as in the ramp. The search is over when the next trial was worse than the best one by more than
-   noise, or the next two were worse at all; and the best is one that has learnt something. It is over, too,
-   when four in a row have left the loss where it was: lower rates will learn no more in these few steps.
+   edge downwards. Their result is the mean loss of their second half. A trial is given up as soon as its
+   loss rises as in the ramp, though it might come down again: what a network learns after that it would
+   have learnt better at a lower rate. The search is over when the next trial was worse than the best one by
+   more than noise, or the next two were worse at all; and the best is one that has learnt something. It is
+   over, too, when four in a row have left the loss where it was: lower rates will learn no more in these
+   few steps.
 3. The rate that is found is that of the best trial, or rather the vertex of a parabola through the results
    around it. Where the last four trials tell nothing it is that of their second highest rate.
 
@@ -101,9 +103,9 @@ def advance(
     step = state.step + 1
     first = base.select(ramps & (state.step < _QUIET), observe(state.first, loss), state.first)
     recent = jnp.roll(state.recent, 1).at[0].set(loss)
-    limit = start_limit(first)
+    is_risen = ~(_mean_of_finite(recent) <= start_limit(first))
 
-    has_risen = ramps & (state.step >= _QUIET) & ~(_mean_of_finite(recent) <= limit)
+    has_risen = ramps & (state.step >= _QUIET) & is_risen
     ramp_ends = has_risen | (ramps & (state.step >= jnp.asarray(lengths.ramp, jnp.int32)))
     edge = jnp.where(ramp_ends, ramp_rate(centre, jnp.maximum(state.step - 1, 0), lengths), state.edge)
 
@@ -113,7 +115,8 @@ def advance(
     jump = loss - state.recent[0]
     jumped = is_late & (state.late.steps > 0) & jnp.isfinite(jump)
     jumps = state.jumps + jnp.where(jumped, jump, 0) ** 2
-    given_up = tries & ~jnp.isfinite(loss) | (is_late & ~(recent[0] <= limit) & ~(recent[1] <= limit))
+    # The first loss of a trial is of parameters that it has not changed.
+    given_up = tries & (~jnp.isfinite(loss) | (is_risen & (state.step >= NEAR)))
     trial_ends = (tries & (state.step >= length)) | given_up
     result = jnp.where(given_up, jnp.inf, late.mean)
     is_this = trial_ends & (jnp.arange(MAX_TRIALS) == state.trial)

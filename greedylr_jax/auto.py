@@ -6,14 +6,15 @@ which rate most is learnt. The training begins there, at half that rate, with th
 (:mod:`greedylr_jax.trend`). This may raise it to what was found, and to thirty times that, as what learns
 most in a few steps is often too low for many, while the training leads on away from the initial parameters;
 but not above two fifths of the rate that the ramp's loss rose at, or all of it where no trial learnt
-anything; without drift, unless nothing has been learnt yet. In the last two fifths of the training the rate
-falls to zero.
+anything. It drifts up where the training leads on to some use, or nothing has been learnt yet. In the last
+two fifths of the training the rate falls to zero.
 
 Whether it leads on is told by the *pull*, the product <g, p - p0> of the gradient at the parameters p with
-the way from the initial ones, which is the slope of the loss along this way. Below zero a longer way would
-have been better; above zero steps are too long for what they are worth, even if the loss still falls. It
-limits the rise beyond the rate that was found only: to ask it of every raise helps where the search has found
-too much, as it can with AdamW on text, and costs more elsewhere.
+the way from the initial ones, which is the slope of the loss along this way. Below zero, by more than its
+standard error, a longer way would have been better; above zero steps are too long for what they are worth,
+even if the loss still falls. What a significant fall of the loss allows, it limits beyond the rate that was
+found only: to ask it of every raise helps where the search has found too much, as it can with AdamW on text,
+and costs more elsewhere.
 
 All along there is one place to go back to: the initial parameters, and later those of the least mean loss.
 If twenty losses in a row are far above what they were there, or not finite, the training goes back, and the
@@ -32,7 +33,7 @@ import optax
 from jax.typing import ArrayLike
 
 from greedylr_jax import _checks, _search, base, rollback, trend
-from greedylr_jax._window import Window, empty_window, observe
+from greedylr_jax._window import Window, empty_window, mean_variance, observe
 
 _BACKOFF = 0.5  # the rate to start with over that which the search found
 _TRUSTED = 1.0  # the highest rate over that which the search found, where the training leads back
@@ -41,7 +42,8 @@ _ASKED = 4  # steps from one pull to the next
 _MARGIN = 0.4  # the highest rate over that of the edge, where a trial has learnt something
 _LEAST = 1e-4  # the lowest rate over the one to start with
 _WINDOW, _WINDOW_SHARE = 20, 40  # of the trend rule: at least 20, and a fortieth of the steps so far
-_PLATEAU_DRIFT = 1.4  # by the trend rule, as long as the loss is what it was at the start
+_DRIFT = 1.4  # by the trend rule, where the training leads on, or the loss is what it was at the start
+_WORTH = 0.02  # of the fall of the loss so far, which a way e times as long must promise for a drift
 _RAMP_STEPS, _RAMP_SHARE, _LEAST_RAMP = 100, 0.06, 30
 _TRIAL_STEPS, _TRIAL_SHARE, _LEAST_TRIAL = 50, 0.03, 10
 _SEARCHED = 0.3  # of the steps, after which no further trial is begun
@@ -222,7 +224,7 @@ def _observe(
 
     watch, watch_returns = rollback.watch(state.watch, loss)
     watch_returns &= is_found
-    rule = _trend_rule(state, leads_on=pulls.mean < 0)
+    rule = _trend_rule(state, pull=pulls.mean + jnp.sqrt(mean_variance(pulls)))
     # A return is a loss that is not finite to the rule, upon which it cuts.
     observed_loss = jnp.where(watch_returns, jnp.nan, loss)
     moved = base.select(is_found, rule.update(state.trend, observed_loss), state.trend)
@@ -238,16 +240,19 @@ def _observe(
     return _Numbers(search, moved, watch, pulls), search_returns & ~is_found | watch_returns, takes
 
 
-def _trend_rule(state: AutoState, leads_on: jax.Array) -> base.Rule:
-    # No drift where something is learnt: on noise alone it would raise the rate until the network is lost.
-    last = state.trend.last
-    drift = jnp.where(_search.is_lower(last.value, last.error, state.search.first), 1.0, _PLATEAU_DRIFT)
+def _trend_rule(state: AutoState, pull: jax.Array) -> base.Rule:
+    """The rule for the next loss; ``pull`` is what the training's is at most, but for noise."""
+    first, last = state.search.first, state.trend.last
+    # On noise alone a drift would raise the rate until the network is lost. Where all examples are fitted the
+    # training leads on for ever, to little use.
+    is_learning = _search.is_lower(last.value, last.error, first)
+    drifts = (pull < -_WORTH * jnp.maximum(first.mean - last.value, 0)) | ~is_learning
     return trend.trend_rule(
         trend.TrendSettings(
             low=_LEAST,
-            high=_highest_scale(state.search, state.trend.scale, leads_on),
+            high=_highest_scale(state.search, state.trend.scale, leads_on=pull < 0),
             window=jnp.maximum(_WINDOW, state.step // _WINDOW_SHARE),
-            drift=drift,
+            drift=jnp.where(drifts, _DRIFT, 1.0),
         )
     )
 

@@ -179,12 +179,28 @@ def test_the_vertex_of_the_parabola_lies_between_the_trials(history):
     np.testing.assert_allclose(states.found[-1], edge * 10 ** (-0.5 * (vertex + 1)), rtol=1e-3)
 
 
-def test_a_trial_that_diverges_is_given_up():
-    states, losses, _ = search(bowl(1e-3, 0.03))
-    trials, tries = np.asarray(states.trial), np.asarray(states.stage) == _search.TRIAL
-    assert np.isfinite(losses).all()
-    first = np.sum(tries & (trials == 0))
-    assert np.isinf(states.results[-1][0]) == (first < 20)
+@pytest.mark.parametrize(
+    ("losses", "given_up"),
+    [
+        ((1.0, 0.9, 0.8, 0.7, 0.6), None),
+        ((9.0, 0.9, 0.8, 0.7), None),  # before the trial has changed anything
+        ((1.0, 2.0, 2.0, 2.0, 2.0, 0.1), None),  # 2.10 is six standard errors of three losses above the first
+        ((1.0, 2.2, 2.2, 2.2, 0.1), 4),
+        ((1.0, 0.9, 6.0, 0.1, 0.1), 4),
+        ((1.0, 0.9, 0.8, 0.7, 2.2, 2.2, 2.2), 7),
+        ((1.0, 0.9, np.inf, 0.9), 3),
+        ((np.nan, 0.9, 0.9), 1),
+    ],
+)
+def test_a_trial_is_given_up_as_soon_as_its_loss_rises_above_the_start(losses, given_up):
+    state = _search.begin()._replace(stage=jnp.int32(_search.TRIAL), first=FIRST, edge=jnp.float32(1))
+    state = state._replace(recent=jnp.full(3, -jnp.inf, jnp.float32))
+    ends = []
+    for loss in losses:
+        state, back = _search.advance(state, jnp.float32(loss), jnp.float32(1), LENGTHS)
+        ends.append(bool(back))
+    assert ends.index(True) + 1 == given_up if given_up else not any(ends)
+    assert np.isinf(state.results[0]) and int(state.trial) == (given_up is not None)
 
 
 def test_where_nothing_is_learnt_the_time_runs_out_and_a_low_rate_is_taken():
