@@ -8,10 +8,10 @@ A state machine over the losses. What it asks for is carried out by who holds th
 2. *Trials.* Trainings of a few steps at constant rates, half a decade apart, from half a decade below the
    edge downwards. Their result is the mean loss of their second half. A trial is given up as soon as its
    loss rises as in the ramp, though it might come down again: what a network learns after that it would
-   have learnt better at a lower rate. The search is over when the next trial was worse than the best one by
-   more than noise, or the next two were worse at all; and the best is one that has learnt something. It is
-   over, too, when four in a row have left the loss where it was: lower rates will learn no more in these
-   few steps.
+   have learnt better at a lower rate; and with it all before, as higher rates are too high as well. The
+   search is over when the next trial was worse than the best one by more than noise, or the next two were
+   worse at all; and the best is one that has learnt something. It is over, too, when four in a row have left
+   the loss where it was: lower rates will learn no more in these few steps.
 3. The rate that is found is that of the best trial, or rather the vertex of a parabola through the results
    around it. Where the last four trials tell nothing it is that of their second highest rate.
 
@@ -57,7 +57,7 @@ class SearchState(NamedTuple):
     trial: jax.Array  # shape=(), dtype=int32; number of this trial
     late: Window  # losses of this trial's second half
     jumps: jax.Array  # shape=(), dtype=float; squared differences of one of these and the next, summed
-    results: jax.Array  # shape=(MAX_TRIALS,), dtype=float; infinite for those not run, or given up
+    results: jax.Array  # shape=(MAX_TRIALS,), dtype=float; infinite where not run, or given up
     variances: jax.Array  # shape=(MAX_TRIALS,), dtype=float; of the results; 0 for those not run
     found: jax.Array  # shape=(), dtype=float; the rate that was looked for; 0 while not known
 
@@ -118,9 +118,10 @@ def advance(
     # The first loss of a trial is of parameters that it has not changed.
     given_up = tries & (~jnp.isfinite(loss) | (is_risen & (state.step >= NEAR)))
     trial_ends = (tries & (state.step >= length)) | given_up
-    result = jnp.where(given_up, jnp.inf, late.mean)
-    is_this = trial_ends & (jnp.arange(MAX_TRIALS) == state.trial)
-    results = jnp.where(is_this, result, state.results)
+    number = jnp.arange(MAX_TRIALS)
+    is_this = trial_ends & (number == state.trial)
+    results = jnp.where(is_this, late.mean, state.results)
+    results = jnp.where(given_up & (number <= state.trial), jnp.inf, results)
     count = jnp.maximum(late.finite, 2).astype(jumps.dtype)
     # A trend adds little to differences of neighbours, which have twice the variance of single losses.
     spread = jumps / (2 * (count - 1) * count)

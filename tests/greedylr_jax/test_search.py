@@ -83,7 +83,7 @@ FIRST = Window(*(jnp.asarray(x) for x in (10, 10, 1.0, 0.9)))
         ((0.4, 0.5), 0.01, True),  # the next is 7 standard errors of the difference above
         ((0.4, 0.5), 0.03, False),  # 2.4 of them
         ((0.4, 0.5, 0.45), 0.03, True),
-        ((np.inf, 0.4, np.inf), 0.01, True),
+        ((np.inf, 0.4, 0.5), 0.01, True),
         ((0.72, 0.9), 0.01, False),  # 2.8 standard errors below the first losses
         ((0.68, 0.9), 0.01, True),  # 3.2
         ((0.72, 0.9, 0.9), 0.01, False),
@@ -179,6 +179,17 @@ def test_the_vertex_of_the_parabola_lies_between_the_trials(history):
     np.testing.assert_allclose(states.found[-1], edge * 10 ** (-0.5 * (vertex + 1)), rtol=1e-3)
 
 
+def try_rate(state, losses):
+    """The state after these losses of a trial, and after which of them the way was back to the start."""
+    state = state._replace(stage=jnp.int32(_search.TRIAL), first=FIRST, edge=jnp.float32(1))
+    state = state._replace(recent=jnp.full(3, -jnp.inf, jnp.float32))
+    ends = []
+    for loss in losses:
+        state, back = _search.advance(state, jnp.float32(loss), jnp.float32(1), LENGTHS)
+        ends.append(bool(back))
+    return state, ends
+
+
 @pytest.mark.parametrize(
     ("losses", "given_up"),
     [
@@ -193,14 +204,20 @@ def test_the_vertex_of_the_parabola_lies_between_the_trials(history):
     ],
 )
 def test_a_trial_is_given_up_as_soon_as_its_loss_rises_above_the_start(losses, given_up):
-    state = _search.begin()._replace(stage=jnp.int32(_search.TRIAL), first=FIRST, edge=jnp.float32(1))
-    state = state._replace(recent=jnp.full(3, -jnp.inf, jnp.float32))
-    ends = []
-    for loss in losses:
-        state, back = _search.advance(state, jnp.float32(loss), jnp.float32(1), LENGTHS)
-        ends.append(bool(back))
+    state, ends = try_rate(_search.begin(), losses)
     assert ends.index(True) + 1 == given_up if given_up else not any(ends)
     assert np.isinf(state.results[0]) and int(state.trial) == (given_up is not None)
+
+
+@pytest.mark.parametrize("losses", [(1.0, np.inf), (1.0, 3.0, 3.0, 3.0)], ids=["not finite", "risen"])
+def test_rates_above_one_that_is_too_high_are_too_high_as_well(losses):
+    # The first has learnt something, by luck, and would be the best.
+    begun = _search.begin()._replace(trial=jnp.int32(1), results=known(0.5, filler=np.inf))
+    state, _ = try_rate(begun, losses)
+    assert np.isinf(state.results).all() and (state.stage, state.trial) == (_search.TRIAL, 2)
+    state, _ = try_rate(state, np.full(LENGTHS.trial + 1, 0.6))
+    np.testing.assert_allclose(state.results[2], 0.6, rtol=1e-6)
+    assert np.isinf(state.results[:2]).all()
 
 
 def test_where_nothing_is_learnt_the_time_runs_out_and_a_low_rate_is_taken():
