@@ -96,9 +96,9 @@ def auto_lr(
       state has one copy of the parameters, and one in 16 bits. Some updates lead back to earlier parameters;
       where one addition cannot reach them to the last bit, further ones do, whose gradients are not used.
       Keep what changes updates (weight decay, clipping) in ``inner`` and not behind it. What ``update`` is
-      given are the gradients of the loss, up to a factor. Parameters must all be seen: not inside
-      ``optax.masked`` or ``optax.partition``. What is not a parameter, such as the statistics of a batch
-      normalisation, does not go back.
+      given are the gradients of ``value``; a constant factor between them makes the rate more or less eager
+      to rise. Parameters must all be seen: not inside ``optax.masked`` or ``optax.partition``. What is not a
+      parameter, such as the statistics of a batch normalisation, does not go back.
 
     Raises:
       ValueError: if a number is out of its range. Its ``update`` raises ``TypeError`` or ``ValueError`` if
