@@ -103,9 +103,9 @@ def advance(
     step = state.step + 1
     first = base.select(ramps & (state.step < _QUIET), observe(state.first, loss), state.first)
     recent = jnp.roll(state.recent, 1).at[0].set(loss)
-    is_risen = ~(_mean_of_finite(recent) <= start_limit(first))
+    is_above = ~(_mean_of_finite(recent) <= start_limit(first))
 
-    has_risen = ramps & (state.step >= _QUIET) & is_risen
+    has_risen = ramps & (state.step >= _QUIET) & is_above
     ramp_ends = has_risen | (ramps & (state.step >= jnp.asarray(lengths.ramp, jnp.int32)))
     edge = jnp.where(ramp_ends, ramp_rate(centre, jnp.maximum(state.step - 1, 0), lengths), state.edge)
 
@@ -116,7 +116,7 @@ def advance(
     jumped = is_late & (state.late.steps > 0) & jnp.isfinite(jump)
     jumps = state.jumps + jnp.where(jumped, jump, 0) ** 2
     # The first loss of a trial is of parameters that it has not changed.
-    given_up = tries & (~jnp.isfinite(loss) | (is_risen & (state.step >= NEAR)))
+    given_up = tries & (~jnp.isfinite(loss) | (is_above & (state.step >= NEAR)))
     trial_ends = (tries & (state.step >= length)) | given_up
     number = jnp.arange(MAX_TRIALS)
     is_this = trial_ends & (number == state.trial)

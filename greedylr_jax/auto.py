@@ -246,7 +246,7 @@ def _trend_rule(state: AutoState, pull: jax.Array) -> base.Rule:
     # On noise alone a drift would raise the rate until the network is lost. Where all examples are fitted the
     # training leads on for ever, to little use.
     is_learning = _search.is_lower(last.value, last.error, first)
-    drifts = (pull < -_WORTH * jnp.maximum(first.mean - last.value, 0)) | ~is_learning
+    drifts = (pull < -_WORTH * (first.mean - last.value)) | ~is_learning
     return trend.trend_rule(
         trend.TrendSettings(
             low=_LEAST,

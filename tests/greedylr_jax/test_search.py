@@ -179,6 +179,14 @@ def test_the_vertex_of_the_parabola_lies_between_the_trials(history):
     np.testing.assert_allclose(states.found[-1], edge * 10 ** (-0.5 * (vertex + 1)), rtol=1e-3)
 
 
+def test_a_trial_that_diverges_is_given_up():
+    states, losses, _ = search(bowl(1e-3, 0.03))
+    trials, tries = np.asarray(states.trial), np.asarray(states.stage) == _search.TRIAL
+    assert np.isfinite(losses).all()
+    first = np.sum(tries & (trials == 0))
+    assert np.isinf(states.results[-1][0]) == (first < 20)
+
+
 def try_rate(state, losses):
     """The state after these losses of a trial, and after which of them the way was back to the start."""
     state = state._replace(stage=jnp.int32(_search.TRIAL), first=FIRST, edge=jnp.float32(1))
