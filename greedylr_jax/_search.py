@@ -122,7 +122,7 @@ def advance(
     is_this = trial_ends & (number == state.trial)
     results = jnp.where(is_this, late.mean, state.results)
     results = jnp.where(given_up & (number <= state.trial), jnp.inf, results)
-    count = jnp.maximum(late.finite, 2).astype(jumps.dtype)
+    count = jnp.maximum(late.finite, 2)
     # A trend adds little to differences of neighbours, which have twice the variance of single losses.
     spread = jumps / (2 * (count - 1) * count)
     variances = jnp.where(is_this, spread, state.variances)

@@ -33,7 +33,7 @@ import optax
 from jax.typing import ArrayLike
 
 from greedylr_jax import _checks, _search, base, rollback, trend
-from greedylr_jax._window import Window, empty_window, mean_variance, observe
+from greedylr_jax._window import Window, empty_window, mean_variance, observe, variance
 
 _BACKOFF = 0.5  # the rate to start with over that which the search found
 _TRUSTED = 1.0  # the highest rate over that which the search found, where the training leads back
@@ -57,6 +57,7 @@ class AutoState(NamedTuple):
     step: jax.Array  # shape=(), dtype=int32; losses seen
     search: _search.SearchState
     trend: trend.TrendState
+    last: Window  # the last window that the trend rule has tested
     watch: rollback.Watch
     kept: rollback.Kept  # the parameters to go back to
     origin: optax.Params  # the initial parameters, rounded to 16 bits: they only tell a direction
@@ -133,6 +134,7 @@ def auto_lr(
             step=jnp.zeros((), jnp.int32),
             search=_search.begin(),
             trend=trend.trend_rule(trend.TrendSettings(low=_LEAST, high=jnp.inf)).init(jnp.ones((), dtype)),
+            last=empty_window(),
             watch=rollback.unwatched(),
             kept=rollback.Kept(jax.tree.map(jnp.array, params), None),
             origin=jax.tree.map(_rounded, params),
@@ -202,12 +204,13 @@ class _Numbers(NamedTuple):
 
     search: _search.SearchState
     trend: trend.TrendState
+    last: Window
     watch: rollback.Watch
     pulls: Window
 
 
 def _numbers(state: AutoState) -> _Numbers:
-    return _Numbers(state.search, state.trend, state.watch, state.pulls)
+    return _Numbers(state.search, state.trend, state.last, state.watch, state.pulls)
 
 
 def _observe(
@@ -228,25 +231,26 @@ def _observe(
     # A return is a loss that is not finite to the rule, upon which it cuts.
     observed_loss = jnp.where(watch_returns, jnp.nan, loss)
     moved = base.select(is_found, rule.update(state.trend, observed_loss), state.trend)
-    last = moved.last
-    window_ends = is_found & (moved.window.steps == 0) & (last.steps > 0)
-    takes = window_ends & rollback.improves(watch, last.value)
-    single = last.error * last.steps.astype(loss.dtype)
-    watch = base.select(takes, rollback.watch_from(last.value, single), watch)
+    diverged = moved.verdict == trend.DIVERGED
+    tested = (moved.verdict != trend.WAITS) & ~diverged
+    last = base.select(tested, moved.window, state.last)
+    last = base.select(diverged, empty_window(), last)
+    takes = tested & rollback.improves(watch, last.mean)
+    watch = base.select(takes, rollback.watch_from(last.mean, variance(last)), watch)
     # At the start the losses are those that the ramp began with.
     at_start = rollback.unwatched()._replace(limit=_search.start_limit(search.first))
     watch = base.select(begins, at_start, base.select(is_found, watch, state.watch))
-    pulls = base.select(moved.window.steps == 0, empty_window(), pulls)
-    return _Numbers(search, moved, watch, pulls), search_returns & ~is_found | watch_returns, takes
+    pulls = base.select(is_found & (moved.verdict == trend.WAITS), pulls, empty_window())
+    return _Numbers(search, moved, last, watch, pulls), search_returns & ~is_found | watch_returns, takes
 
 
 def _trend_rule(state: AutoState, pull: jax.Array) -> base.Rule:
     """The rule for the next loss; ``pull`` is what the training's is at most, but for noise."""
-    first, last = state.search.first, state.trend.last
+    first, last = state.search.first, state.last
     # On noise alone a drift would raise the rate until the network is lost. Where all examples are fitted the
     # training leads on for ever, to little use.
-    is_learning = _search.is_lower(last.value, last.error, first)
-    drifts = (pull < -_WORTH * (first.mean - last.value)) | ~is_learning
+    is_learning = _search.is_lower(last.mean, mean_variance(last), first)
+    drifts = (pull < -_WORTH * (first.mean - last.mean)) | ~is_learning
     return trend.trend_rule(
         trend.TrendSettings(
             low=_LEAST,

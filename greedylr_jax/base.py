@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -434,9 +435,23 @@ def _observe(
     return select(decides, decided, select(observed, collected, state))
 
 
+def where(condition: jax.Array, on_true: ArrayLike, on_false: ArrayLike) -> jax.Array:
+    """``jnp.where`` for two arrays of one shape, or an array and a number.
+
+    Each ``jnp.where`` is a function of its own in the program. To trace and lower the dozen that a rule has
+    took longer than all the rest of it.
+    """
+    shape, dtype = jnp.shape(on_true) or jnp.shape(on_false), jnp.result_type(on_true, on_false)
+
+    def array(value: ArrayLike) -> ArrayLike:
+        return value.astype(dtype) if isinstance(value, jax.Array) else np.full(shape, value, dtype)
+
+    return jax.lax.select(condition, array(on_true), array(on_false))
+
+
 def select(condition: jax.Array, on_true: RuleStateT, on_false: RuleStateT) -> RuleStateT:
-    """``jnp.where`` for two states of the same structure and a boolean scalar."""
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), on_true, on_false)
+    """:func:`where` for two states of the same structure."""
+    return jax.tree.map(functools.partial(where, condition), on_true, on_false)
 
 
 def average(losses: RuleStateT, axis_name: Hashable | None) -> RuleStateT:

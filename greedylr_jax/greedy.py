@@ -426,8 +426,8 @@ def _smooth(
     count = state.history_count.astype(jnp.uint32)
     slot = jnp.minimum(count, count - window)  # what is below zero wraps, and is the larger one
     count = count + usable.astype(jnp.uint32)
-    count = jnp.where(count == 2 * window, window, count)
-    length = jnp.clip(count, 1, window)  # 1: nothing but non-finite values so far
+    count = base.where(count == 2 * window, window, count)
+    length = jnp.minimum(jnp.maximum(count, 1), window)  # 1: nothing but non-finite values so far
     state = _enter(settings, state, value, usable, slot, length)
     # The sums of all whole blocks, and the losses behind them.
     blocks = window // _BLOCK
@@ -453,13 +453,13 @@ def _enter(
     and as no sum is ever carried on from one value to the next, rounding does not add up.
     """
     oldest = jax.lax.dynamic_slice(state.history, (slot,), (1,))
-    entered = jnp.where(usable, value, oldest)
+    entered = base.where(usable, value.reshape(1), oldest)
     state = state._replace(history=jax.lax.dynamic_update_slice(state.history, entered, (slot,)))
     blocks = settings.window // _BLOCK
     if not blocks:
         return state
     # Of a slot behind the blocks the last block is summed again.
-    number = jnp.minimum(slot // _BLOCK, blocks - 1)
+    number = jnp.minimum(jax.lax.div(slot, np.uint32(_BLOCK)), blocks - 1)
     start = number * _BLOCK
     block = jax.lax.dynamic_slice(state.history, (start,), (_BLOCK,))
     block = _without_stale(settings, block, start + jnp.arange(_BLOCK, dtype=slot.dtype), length)
@@ -493,9 +493,9 @@ def _improves(settings: _Settings, state: GreedyLRState, mean: jax.Array) -> jax
     best = settings.sign * state.best_value
     # Before the first improvement the best value is infinite, and every finite value beats it.
     if settings.relative:
-        known = jnp.where(jnp.isfinite(best), best, 0)
-        bound = known * jnp.where(known < 0, 1 + settings.threshold, 1 - settings.threshold)
-        bound = jnp.where(jnp.isfinite(best), bound, best)
+        known = base.where(jnp.isfinite(best), best, 0)
+        bound = known * base.where(known < 0, 1 + settings.threshold, 1 - settings.threshold)
+        bound = base.where(jnp.isfinite(best), bound, best)
     else:
         bound = best - settings.threshold
     return settings.sign * mean < bound
@@ -517,12 +517,12 @@ def _increment(count: jax.Array) -> jax.Array:
 
 def _counted(streak: jax.Array) -> jax.Array:
     """The streak as the counts know it."""
-    return jnp.where(jnp.abs(streak) == _CHANGED, 0, streak)
+    return base.where(jnp.abs(streak) == _CHANGED, 0, streak)
 
 
 def _prolong(streak: jax.Array, better: jax.Array) -> jax.Array:
     """Counts an observation as an improvement or as none (lines 6-13); either ends the other's count."""
-    return jnp.where(better, jnp.maximum(streak, 0) + 1, jnp.minimum(streak, 0) - 1)
+    return base.where(better, jnp.maximum(streak, 0) + 1, jnp.minimum(streak, 0) - 1)
 
 
 def _saturated(streak: jax.Array) -> jax.Array:
@@ -561,10 +561,10 @@ def _reference_step(settings: _Settings, state: GreedyLRState, value: jax.Array)
     streak = _prolong(_counted(state.streak), better)
     if _checks.is_traced(settings.patience) or settings.patience >= _LONGEST:
         streak = _saturated(streak)  # otherwise a change of rate ends it before
-    streak = jnp.where(deciding, streak, 0)
-    streak = jnp.where(streak > settings.patience, _CHANGED, streak)
-    streak = jnp.where(streak < -settings.patience, -_CHANGED, streak)
-    best_value = jnp.where(streak > 0, mean, state.best_value)
+    streak = base.where(deciding, streak, 0)
+    streak = base.where(streak > settings.patience, _CHANGED, streak)
+    streak = base.where(streak < -settings.patience, -_CHANGED, streak)
+    best_value = base.where(streak > 0, mean, state.best_value)
 
     increase, decrease = streak == _CHANGED, streak == -_CHANGED
     raised = jnp.minimum(state.scale * _inverse(settings.factor), settings.max_scale)
@@ -572,23 +572,23 @@ def _reference_step(settings: _Settings, state: GreedyLRState, value: jax.Array)
     if _is_zero(settings.eps):
         raised, lowered = jnp.maximum(raised, state.scale), jnp.minimum(lowered, state.scale)
     else:
-        raised = jnp.where(raised - state.scale > settings.eps, raised, state.scale)
-        lowered = jnp.where(state.scale - lowered > settings.eps, lowered, state.scale)
-    scale = jnp.where(increase, raised, jnp.where(decrease, lowered, state.scale))
+        raised = base.where(raised - state.scale > settings.eps, raised, state.scale)
+        lowered = base.where(state.scale - lowered > settings.eps, lowered, state.scale)
+    scale = base.where(increase, raised, base.where(decrease, lowered, state.scale))
 
     stepped = state._replace(scale=scale, best_value=best_value, streak=streak)
     if settings.reset_after is not None:
         stepped = stepped._replace(num_observations=_increment(state.num_observations))
     if not _is_zero(settings.cooldown):
-        count = jnp.where(decrease, settings.cooldown, state.cooldown_count)
+        count = base.where(decrease, settings.cooldown, state.cooldown_count)
         stepped = stepped._replace(cooldown_count=count)
     if not _is_zero(settings.warmup):
-        count = jnp.where(increase, settings.warmup, state.warmup_count)
+        count = base.where(increase, settings.warmup, state.warmup_count)
         stepped = stepped._replace(warmup_count=count)
     if settings.reset_at_min is not None:
         at_min = decrease & (scale <= settings.min_scale)
         remaining = state.reset_countdown - at_min.astype(jnp.int32)
-        countdown = jnp.where(increase, settings.reset_at_min, remaining)
+        countdown = base.where(increase, settings.reset_at_min, remaining)
         # The reset is part of the decrease, which goes on to start its cooldown.
         restarted = _restarted(settings, stepped)._replace(cooldown_count=stepped.cooldown_count)
         stepped = stepped._replace(reset_countdown=countdown)
@@ -604,21 +604,21 @@ def _paper_step(settings: _Settings, state: GreedyLRState, value: jax.Array) -> 
     state, mean, usable = _smooth(settings, state, value)  # line 4
 
     better = usable & _improves(settings, state, mean)  # lines 6-13
-    best_value = jnp.where(better, mean, state.best_value)
+    best_value = base.where(better, mean, state.best_value)
     streak = _saturated(_prolong(state.streak, better))
 
     cooling = state.cooldown_count < settings.cooldown  # lines 14-19
-    cooldown_count = jnp.where(cooling, state.cooldown_count + 1, 0)
-    streak = jnp.where(cooling, jnp.minimum(streak, 0), streak)  # num_good = 0
+    cooldown_count = base.where(cooling, state.cooldown_count + 1, 0)
+    streak = base.where(cooling, jnp.minimum(streak, 0), streak)  # num_good = 0
 
     warming = state.warmup_count < settings.warmup  # lines 20-25
-    warmup_count = jnp.where(warming, state.warmup_count + 1, 0)
-    streak = jnp.where(warming, jnp.maximum(streak, 0), streak)  # num_bad = 0
+    warmup_count = base.where(warming, state.warmup_count + 1, 0)
+    streak = base.where(warming, jnp.maximum(streak, 0), streak)  # num_bad = 0
 
     scale = state.scale
     raised = scale * _inverse(settings.factor)
-    scale = jnp.where(streak > settings.patience, raised, scale)  # lines 26-28
-    scale = jnp.where(streak < -settings.patience, scale * settings.factor, scale)  # lines 29-31
+    scale = base.where(streak > settings.patience, raised, scale)  # lines 26-28
+    scale = base.where(streak < -settings.patience, scale * settings.factor, scale)  # lines 29-31
 
     stepped = state._replace(
         scale=scale,

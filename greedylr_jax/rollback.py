@@ -15,7 +15,7 @@ import optax
 from jax.typing import ArrayLike
 
 from greedylr_jax import _checks, base
-from greedylr_jax._window import Window, empty_window, observe, rise_limit, variance
+from greedylr_jax._window import LONGEST, Window, empty_window, observe, rise_limit, variance
 
 SETTLING_STEPS = 4  # more than rounding can take to lead back to parameters
 BAD_LOSSES = 20  # in a row, above the limit, that a training does not recover from
@@ -190,8 +190,8 @@ def with_rollback(
 
     Args:
       inner: any transformation, with rules of this library in it or without (there is no rate to cut then).
-      window: losses between two moments at which a snapshot may be taken, an integer >= 2. This and all
-        numbers may be traced.
+      window: losses between two moments at which a snapshot may be taken, an integer in [2, 2**24]. This and
+        all numbers may be traced.
       patience: bad losses in a row that a training does not recover from, an integer >= 1.
       cut_factor: what a return multiplies the rates by, in (0, 1]; 1 leaves them alone.
       axis_name: the mapped axis, or axes, over which losses are averaged first.
@@ -219,7 +219,7 @@ def with_rollback(
 
     Source: this project; after the rollback of LRTuner (:func:`greedylr_jax.lr_tuner`).
     """
-    window = _checks.check_integer("window", window, low=2)
+    window = _checks.check_integer("window", window, low=2, high=LONGEST)
     patience = _checks.check_integer("patience", patience, low=1)
     cut_factor = _checks.check_real("cut_factor", cut_factor, low=0.0, high=1.0, low_open=True)
     inner = optax.with_extra_args_support(inner)
@@ -254,7 +254,7 @@ def with_rollback(
         is_dead = _is_zero(updates) & (loss > state.watch.level)
         watched, lost = watch(state.watch, loss, ~jnp.isfinite(loss) | is_dead, patience)
         losses = observe(state.window, loss)
-        is_full = losses.steps >= jnp.asarray(window, jnp.int32)
+        is_full = losses.steps >= jnp.asarray(window, loss.dtype)
         takes = is_full & improves(state.watch, losses.mean) & ~lost
         watched = base.select(takes, watch_from(losses.mean, variance(losses)), watched)
         losses = base.select(is_full | lost, empty_window(), losses)

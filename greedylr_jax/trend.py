@@ -28,18 +28,21 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from greedylr_jax import _checks, base
-from greedylr_jax._window import Window, empty_window, mean_variance, observe
+from greedylr_jax._window import LONGEST, Window, empty_window, mean_variance, observe
 
 _LEAST_BOLDNESS = 0.125
 _PAID = 0.7  # least speed after a raise, over that before, of one that has paid
 
 
-class Mean(NamedTuple):
-    """A mean of losses."""
-
-    steps: jax.Array  # shape=(), dtype=int32; 0: of none
-    value: jax.Array  # shape=(), dtype=float
-    error: jax.Array  # shape=(), dtype=float; squared standard error
+# Verdicts, in an order in which one comparison tells what is kept.
+WAITS = 0  # the window is not full
+GOES_ON = 1  # nothing is significant: the block grows
+DOUBLES = 2  # nor is anything in a block twice as long as the reference, whose place it takes
+BEGINS = 3  # there is nothing to compare with: the window is the reference
+RAISES = 4
+LEAPS = 5
+CUTS = 6
+DIVERGED = 7  # the loss is not finite
 
 
 class TrendState(NamedTuple):
@@ -48,10 +51,10 @@ class TrendState(NamedTuple):
     scale: jax.Array  # shape=(), dtype=float; the multiplier, or in a schedule the learning rate
     boldness: jax.Array  # shape=(), dtype=float; exponent of all factors, 1 at the start
     rose: jax.Array  # shape=(), dtype=bool; whether the last move was up
-    window: Window  # the losses since the last test
-    block: Window  # the losses since the reference
-    last: Mean  # of the last full window
-    reference: Mean  # what the block is compared with
+    verdict: jax.Array  # shape=(), dtype=int32; what the last loss led to, one of the constants above
+    window: Window  # the losses since the last test; after a test until the next loss, those that led to it
+    block: Window  # the losses since the reference; the same
+    reference: Window  # what the block is compared with
     speed: jax.Array  # shape=(), dtype=float; fall of the loss a step before the last raise; 0 after a cut
 
 
@@ -90,7 +93,7 @@ def trend_lr(
     its search.
 
     Args:
-      window: losses between two tests, an integer >= 2; may be traced, as may all numbers here.
+      window: losses between two tests, an integer in [2, 2**24]; may be traced, as may all numbers here.
       raise_factor: of the rate after a significant improvement, >= 1.
       leap_factor: the same, where the raise before has paid, >= 1.
       cut_factor: of the rate after a significant worsening or a loss that is not finite, in (0, 1).
@@ -198,7 +201,7 @@ def _check(
     return TrendSettings(
         low=low,
         high=high,
-        window=_checks.check_integer("window", window, low=2),
+        window=_checks.check_integer("window", window, low=2, high=LONGEST),
         raise_factor=_checks.check_real("raise_factor", raise_factor, low=1.0, high_open=True),
         leap_factor=_checks.check_real("leap_factor", leap_factor, low=1.0, high_open=True),
         cut_factor=_checks.check_real(
@@ -218,53 +221,51 @@ def trend_rule(settings: TrendSettings) -> base.Rule:
             scale=scale,
             boldness=jnp.ones_like(scale),
             rose=jnp.zeros((), bool),
+            verdict=jnp.full((), WAITS, jnp.int32),
             window=empty_window(),
             block=empty_window(),
-            last=_mean_of(empty_window()),
-            reference=_mean_of(empty_window()),
+            reference=empty_window(),
             speed=jnp.zeros_like(scale),
         )
 
     def update(state: TrendState, value: jax.Array) -> TrendState:
         numbers = TrendSettings(*(jnp.asarray(number, value.dtype) for number in settings))
-        window, block = observe(state.window, value), observe(state.block, value)
-        diverged = ~jnp.isfinite(value)
-        is_full = window.steps >= jnp.asarray(settings.window, jnp.int32)
-        tests = is_full & (state.reference.steps > 0)
-        mean, reference = _mean_of(block), state.reference
-        rise = mean.value - reference.value
-        bound = numbers.significance * jnp.sqrt(mean.error + reference.error)
-        better, worse = tests & (rise < -bound), (tests & (rise > bound)) | diverged
+        window = observe(base.select(state.verdict > WAITS, empty_window(), state.window), value)
+        block = observe(base.select(state.verdict > GOES_ON, empty_window(), state.block), value)
+        reference = state.reference
+        rise = block.mean - reference.mean
+        bound = numbers.significance * jnp.sqrt(mean_variance(block) + mean_variance(reference))
         # From the middle of one stretch to that of the other.
-        distance = 0.5 * (mean.steps + reference.steps).astype(value.dtype)
-        speed = -rise / distance
-        has_paid = (state.speed > 0) & (speed >= _PAID * state.speed)
+        distance = 0.5 * (block.steps + reference.steps)
+        has_paid = (state.speed > 0) & (-rise >= _PAID * state.speed * distance)
 
-        factor = jnp.where(tests, numbers.drift, 1)
-        factor = jnp.where(better, jnp.where(has_paid, numbers.leap_factor, numbers.raise_factor), factor)
-        factor = jnp.where(worse, numbers.cut_factor, factor) ** jnp.where(diverged, 1, state.boldness)
-        turns = worse & state.rose
+        verdict = base.where(block.steps >= 2 * reference.steps, DOUBLES, GOES_ON)
+        verdict = base.where(rise < -bound, base.where(has_paid, LEAPS, RAISES), verdict)
+        verdict = base.where(rise > bound, CUTS, verdict)
+        verdict = base.where(reference.steps > 0, verdict, BEGINS)
+        verdict = base.where(window.steps >= numbers.window, verdict, WAITS)
+        verdict = base.where(jnp.isfinite(value), verdict, DIVERGED).astype(jnp.int32)
+
+        factor = base.where((verdict == GOES_ON) | (verdict == DOUBLES), numbers.drift, 1)
+        factor = base.where(verdict == RAISES, numbers.raise_factor, factor)
+        factor = base.where(verdict == LEAPS, numbers.leap_factor, factor)
+        factor = base.where(verdict >= CUTS, numbers.cut_factor, factor)
+        moved = state.scale * factor ** base.where(verdict == DIVERGED, 1, state.boldness)
         faded = jnp.maximum(state.boldness * numbers.fade, _LEAST_BOLDNESS)
-
-        decides = better | worse | (is_full & ~tests)
-        doubles = tests & (mean.steps >= 2 * reference.steps)
-        last = base.select(is_full, _mean_of(window), state.last)
-        reference = base.select(decides, last, base.select(doubles, mean, reference))
+        reference = base.select(verdict == DOUBLES, block, reference)
+        reference = base.select(verdict >= BEGINS, window, reference)
         # What came before a divergence is no measure of what comes after.
-        nothing = _mean_of(empty_window())
+        reference = base.select(verdict == DIVERGED, empty_window(), reference)
+        speed = base.where((verdict == RAISES) | (verdict == LEAPS), -rise / distance, state.speed)
         return TrendState(
-            scale=jnp.clip(state.scale * factor, numbers.low, numbers.high),
-            boldness=jnp.where(turns, faded, state.boldness),
-            rose=jnp.where(factor == 1, state.rose, factor > 1),
-            window=base.select(is_full | diverged, empty_window(), window),
-            block=base.select(decides | doubles, empty_window(), block),
-            last=base.select(diverged, nothing, last),
-            reference=base.select(diverged, nothing, reference),
-            speed=jnp.where(worse, 0, jnp.where(better, speed, state.speed)),
+            scale=jnp.clip(moved, numbers.low, numbers.high),
+            boldness=base.where((verdict >= CUTS) & state.rose, faded, state.boldness),
+            rose=base.where(factor == 1, state.rose, factor > 1),
+            verdict=verdict,
+            window=window,
+            block=block,
+            reference=reference,
+            speed=base.where(verdict >= CUTS, 0, speed),
         )
 
     return base.Rule(init, update, name="trend_lr")
-
-
-def _mean_of(window: Window) -> Mean:
-    return Mean(window.steps, window.mean, mean_variance(window))

@@ -32,7 +32,7 @@ from jax.typing import ArrayLike
 
 from greedylr_jax import _checks, base
 from greedylr_jax import rollback as way_back
-from greedylr_jax._window import Window, empty_window, observe
+from greedylr_jax._window import LONGEST, Window, empty_window, mean_variance, observe
 from greedylr_jax.probing import probe
 
 
@@ -94,8 +94,8 @@ def lr_tuner(
       learning_rate: the seed rate, > 0; may be traced.
       explore_steps: steps of the explore phase, an integer >= 0; typically 20% to 30% of the training. May
         be traced.
-      recompute_every: steps between two chances to change the rate, an integer >= 1; the first is at step
-        number ``recompute_every``. Once or twice an epoch is typical. May be traced.
+      recompute_every: steps between two chances to change the rate, an integer in [1, 2**24]; the first is at
+        step number ``recompute_every``. Once or twice an epoch is typical. May be traced.
       num_samples: losses that the parabola is fitted to, an integer >= 3; each costs one forward pass of
         the superbatch. Not used with ``method="taylor"``.
       epsilon_threshold: r of equation 3, > 0: a rate changes by less than the cube root of r times the
@@ -144,7 +144,7 @@ def lr_tuner(
     seed_rate = _checks.check_real("learning_rate", learning_rate, low=0.0, low_open=True, high_open=True)
     settings = _Settings(
         explore_steps=_checks.check_integer("explore_steps", explore_steps),
-        recompute_every=_checks.check_integer("recompute_every", recompute_every, low=1),
+        recompute_every=_checks.check_integer("recompute_every", recompute_every, low=1, high=LONGEST),
         num_samples=_checks.check_static_integer("num_samples", num_samples, low=3),
         epsilon_threshold=_checks.check_real(
             "epsilon_threshold", epsilon_threshold, low=0.0, low_open=True, high_open=True
@@ -189,7 +189,7 @@ def lr_tuner(
         direction, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
 
         window = base.select(observed, observe(state.window, loss), state.window)
-        ends = observed & (window.steps >= jnp.asarray(settings.recompute_every, jnp.int32))
+        ends = observed & (window.steps >= jnp.asarray(settings.recompute_every, loss.dtype))
         bad = _is_bad(state.snapshot, window, loss, ends) & observed
         learning_rate, progress = _change_rate(
             settings,
@@ -274,7 +274,7 @@ def _change_rate(
     """The rate from this step on, by the phase that the training is in, and the drop of the loss so far."""
     progress = state.progress
     mean = jnp.where(window.finite > 0, window.mean, jnp.inf)
-    drop = (progress.last_mean - mean) / jnp.maximum(window.steps, 1).astype(mean.dtype)
+    drop = (progress.last_mean - mean) / jnp.maximum(window.steps, 1)
     drop = jnp.where(jnp.isfinite(drop), drop, jnp.inf)
     first_drop = jnp.where(jnp.isfinite(progress.first_drop), progress.first_drop, drop)
 
@@ -354,8 +354,7 @@ def _is_bad(snapshot: Snapshot | None, window: Window, loss: jax.Array, ends: ja
 
 def _highest_mean(window: Window, last_mean: jax.Array, rollback_threshold: ArrayLike) -> jax.Array:
     """The mean loss of the next window above which a change made now counts as bad."""
-    count = window.finite.astype(window.mean.dtype)
-    noise = 2 * jnp.sqrt(2 * window.squares / jnp.maximum(count - 1, 1) / jnp.maximum(count, 1))
+    noise = 2 * jnp.sqrt(2 * mean_variance(window))
     drop = last_mean - window.mean
     relative = (last_mean > 0) & (window.mean > 0)
     drop = jnp.where(relative, drop * window.mean / jnp.where(relative, last_mean, 1), drop)

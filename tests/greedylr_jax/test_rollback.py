@@ -191,6 +191,7 @@ def test_steps_without_a_loss_change_nothing_of_the_watch():
     ("arguments", "message"),
     [
         ({"window": 1}, "window must be an integer in"),
+        ({"window": 2**24 + 1}, r"window must be an integer in \[2, 16777216\]"),
         ({"patience": 0}, "patience must be an integer in"),
         ({"cut_factor": 0.0}, r"cut_factor must be a number in \(0, 1\], got 0.0"),
         ({"cut_factor": 1.5}, "cut_factor must be"),

@@ -73,7 +73,7 @@ def known(*values, filler):
 
 
 # Ten losses before anything is learnt: mean 1, variance 0.1, and so a standard error of 0.1.
-FIRST = Window(*(jnp.asarray(x) for x in (10, 10, 1.0, 0.9)))
+FIRST = Window(jnp.array([10, 10, 1.0, 0.9]))
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,7 @@ def test_numbers_may_be_traced():
     ("arguments", "message"),
     [
         ({"window": 1}, "window"),
+        ({"window": 2**24 + 1}, r"window must be an integer in \[2, 16777216\]"),  # float32 counts no further
         ({"raise_factor": 0.9}, "raise_factor"),
         ({"leap_factor": 0.9}, "leap_factor"),
         ({"cut_factor": 1.0}, "cut_factor"),

@@ -297,6 +297,7 @@ def test_without_rollback_there_is_no_snapshot():
         ({"learning_rate": 0.0}, r"learning_rate must be a number in \(0, inf\), got 0"),
         ({"explore_steps": -1}, r"explore_steps must be an integer in \[0, .*got -1"),
         ({"recompute_every": 0}, "recompute_every must be an integer in .1, .*got 0"),
+        ({"recompute_every": 2**24 + 1}, r"recompute_every must be an integer in \[1, 16777216\]"),
         ({"num_samples": 2}, "num_samples must be an integer in .3, .*got 2"),
         ({"epsilon_threshold": 0}, "epsilon_threshold must be a number in .0, inf.*got 0"),
         ({"saturation_threshold": 0.5}, "saturation_threshold must be a number in .1, inf.*got 0.5"),
