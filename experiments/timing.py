@@ -12,7 +12,7 @@ def interleaved_medians(sides: Mapping[str, Callable[[], Any]], repeats: int) ->
     """Seconds of each side, the median of its turns; the order changes from turn to turn.
 
     Args:
-      sides: functions without arguments that return arrays, compiled already.
+      sides: functions without arguments that return arrays, or nothing that is still computed.
       repeats: turns of each, >= 1.
     """
     order = list(sides)

@@ -232,31 +232,12 @@ def trend_rule(settings: TrendSettings) -> base.Rule:
         numbers = TrendSettings(*(jnp.asarray(number, value.dtype) for number in settings))
         window = observe(base.select(state.verdict > WAITS, empty_window(), state.window), value)
         block = observe(base.select(state.verdict > GOES_ON, empty_window(), state.block), value)
-        reference = state.reference
-        rise = block.mean - reference.mean
-        bound = numbers.significance * jnp.sqrt(mean_variance(block) + mean_variance(reference))
-        # From the middle of one stretch to that of the other.
-        distance = 0.5 * (block.steps + reference.steps)
-        has_paid = (state.speed > 0) & (-rise >= _PAID * state.speed * distance)
-
-        verdict = base.where(block.steps >= 2 * reference.steps, DOUBLES, GOES_ON)
-        verdict = base.where(rise < -bound, base.where(has_paid, LEAPS, RAISES), verdict)
-        verdict = base.where(rise > bound, CUTS, verdict)
-        verdict = base.where(reference.steps > 0, verdict, BEGINS)
-        verdict = base.where(window.steps >= numbers.window, verdict, WAITS)
-        verdict = base.where(jnp.isfinite(value), verdict, DIVERGED).astype(jnp.int32)
-
-        factor = base.where((verdict == GOES_ON) | (verdict == DOUBLES), numbers.drift, 1)
-        factor = base.where(verdict == RAISES, numbers.raise_factor, factor)
-        factor = base.where(verdict == LEAPS, numbers.leap_factor, factor)
-        factor = base.where(verdict >= CUTS, numbers.cut_factor, factor)
+        verdict, speed = _judge(state, window, block, value, numbers)
+        factor = _factor(verdict, numbers)
         moved = state.scale * factor ** base.where(verdict == DIVERGED, 1, state.boldness)
         faded = jnp.maximum(state.boldness * numbers.fade, _LEAST_BOLDNESS)
-        reference = base.select(verdict == DOUBLES, block, reference)
+        reference = base.select(verdict == DOUBLES, block, state.reference)
         reference = base.select(verdict >= BEGINS, window, reference)
-        # What came before a divergence is no measure of what comes after.
-        reference = base.select(verdict == DIVERGED, empty_window(), reference)
-        speed = base.where((verdict == RAISES) | (verdict == LEAPS), -rise / distance, state.speed)
         return TrendState(
             scale=jnp.clip(moved, numbers.low, numbers.high),
             boldness=base.where((verdict >= CUTS) & state.rose, faded, state.boldness),
@@ -264,8 +245,38 @@ def trend_rule(settings: TrendSettings) -> base.Rule:
             verdict=verdict,
             window=window,
             block=block,
-            reference=reference,
-            speed=base.where(verdict >= CUTS, 0, speed),
+            # What came before a divergence is no measure of what comes after.
+            reference=base.select(verdict == DIVERGED, empty_window(), reference),
+            speed=speed,
         )
 
     return base.Rule(init, update, name="trend_lr")
+
+
+def _judge(
+    state: TrendState, window: Window, block: Window, value: jax.Array, numbers: TrendSettings
+) -> tuple[jax.Array, jax.Array]:
+    """What a loss, the last one of a window and of a block, leads to; and the state's next ``speed``."""
+    reference = state.reference
+    rise = block.mean - reference.mean
+    bound = numbers.significance * jnp.sqrt(mean_variance(block) + mean_variance(reference))
+    # From the middle of one stretch to that of the other.
+    distance = 0.5 * (block.steps + reference.steps)
+    has_paid = (state.speed > 0) & (-rise >= _PAID * state.speed * distance)
+
+    verdict = base.where(block.steps >= 2 * reference.steps, DOUBLES, GOES_ON)
+    verdict = base.where(rise < -bound, base.where(has_paid, LEAPS, RAISES), verdict)
+    verdict = base.where(rise > bound, CUTS, verdict)
+    verdict = base.where(reference.steps > 0, verdict, BEGINS)
+    verdict = base.where(window.steps >= numbers.window, verdict, WAITS)
+    verdict = base.where(jnp.isfinite(value), verdict, DIVERGED).astype(jnp.int32)
+    speed = base.where((verdict == RAISES) | (verdict == LEAPS), -rise / distance, state.speed)
+    return verdict, base.where(verdict >= CUTS, 0, speed)
+
+
+def _factor(verdict: jax.Array, numbers: TrendSettings) -> jax.Array:
+    """What the scale is multiplied by, before its exponent."""
+    factor = base.where((verdict == GOES_ON) | (verdict == DOUBLES), numbers.drift, 1)
+    factor = base.where(verdict == RAISES, numbers.raise_factor, factor)
+    factor = base.where(verdict == LEAPS, numbers.leap_factor, factor)
+    return base.where(verdict >= CUTS, numbers.cut_factor, factor)

@@ -47,13 +47,13 @@ TESTS = {
     ),
 }
 # Mutated lines that mean the same, and why.
-_BOUND = "bound = known * jnp.where(known <= 0, 1 + settings.threshold, 1 - settings.threshold)"
+_BOUND = "bound = known * base.where(known <= 0, 1 + settings.threshold, 1 - settings.threshold)"
 _COUNTDOWN = "1 if settings.reset_at_min is None else settings.reset_at_min"
 _SHORT = "values.size > 3 * _BLOCK:  # would be a long program"
 _TERMS = "how a sum is divided changes no result that is exact"
 EQUIVALENT = {
     f"reset_countdown=jnp.array({_COUNTDOWN}, jnp.int32),": "nothing reads it where there are no resets",
-    "known = jnp.where(jnp.isfinite(best), best, 1)": "its bound is replaced where the best is infinite",
+    "known = base.where(jnp.isfinite(best), best, 1)": "its bound is replaced where the best is infinite",
     _BOUND: "zero times either is zero",
     "_BLOCK = 9  # losses of the window whose sum is kept": _TERMS,
     f"if {_SHORT.replace('>', '>=')}": _TERMS,

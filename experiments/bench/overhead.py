@@ -1,7 +1,8 @@
 """What a rule adds to a training step: work, memory traffic, compiled operations, compile time and step time.
 
 All sides are the same step with AdamW, bare or with one rule behind it, and take turns in one run. The least
-step there is, 100 parameters under ``lax.scan``, shows any overhead; networks show what is left of it. XLA
+step there is, 100 parameters under ``lax.scan``, shows any overhead; networks show what is left of it. A
+language model of 124 million parameters joins them where JAX has more than a CPU. XLA
 counts the body of a loop whether it is run or not: that of ``auto_lr`` runs only while it searches or goes
 back, and on the networks its step time is that after the search.
 """
@@ -10,19 +11,17 @@ import itertools
 import json
 import math
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
-from experiments.bench import perceptron
+from experiments.bench import language_model, perceptron
 from experiments.store import write_atomically
 from experiments.tables import print_table
 from experiments.timing import interleaved_medians
@@ -41,13 +40,34 @@ SIDES: dict[str, Callable[[], optax.GradientTransformationExtraArgs]] = {
     "hypergradient": lambda: hypergradient(optax.adamw(1.0), RATE, 0.02, mode="multiplicative"),
     "auto_lr": lambda: auto_lr(optax.adamw(1.0), RATE, ramp_steps=30, trial_steps=10),
 }
-# Layers of multilayer perceptrons, and steps of a turn.
-NETWORKS = {
-    "0.1M": ((64, 256, 256, 10), 40),
-    "2M": ((256, 1024, 1024, 512, 10), 6),
-    "100M": ((1024, 6144, 6144, 6144, 2560, 10), 1),
-}
+
+
+class Network(NamedTuple):
+    """A network to train."""
+
+    make: Callable[[], tuple[Any, dict[str, jax.Array]]]  # its parameters, and a batch
+    loss: Callable[[Any, dict[str, Any]], jax.Array]
+    matrix: int  # elements of its least weight matrix
+    steps: int  # of a turn
+
+
+def _perceptron(widths: tuple[int, ...], steps: int) -> Network:
+    matrix = min(rows * columns for rows, columns in itertools.pairwise(widths))
+    return Network(lambda: perceptron.make(widths, (BATCH,)), perceptron.loss, matrix, steps)
+
+
+def transformer(size: language_model.Size, steps: int) -> Network:
+    """A language model as a network."""
+    make, loss = lambda: language_model.make(size), language_model.loss_of(size)
+    return Network(make, loss, size.width**2, steps)
+
+
 BATCH = 64
+NETWORKS = {
+    "0.1M": _perceptron((64, 256, 256, 10), steps=40),
+    "2M": _perceptron((256, 1024, 1024, 512, 10), steps=6),
+    "100M": _perceptron((1024, 6144, 6144, 6144, 2560, 10), steps=1),
+}
 SCANNED, SCAN_STEPS = 100, 50_000
 _COPIES = 16  # of the parameters: parameters, gradients and states of a pair, and some
 
@@ -68,24 +88,22 @@ def _behind(rule: optax.GradientTransformation) -> optax.GradientTransformationE
     return optax.chain(optax.adamw(RATE), rule)
 
 
-def network_rows(name: str, repeats: int) -> list[Row]:
-    """All sides on a perceptron; step times of turns of a few steps, with the state donated as users do."""
-    widths, steps = NETWORKS[name]
-    params, batch = perceptron.make(widths, (BATCH,))
-    size = min(weights.size for weights in params)
-    compiled, compile_times = _compile(params, batch, min(repeats, 9))
+def network_rows(name: str, network: Network, repeats: int) -> list[Row]:
+    """All sides on a network; step times of turns of a few steps, with the state donated as users do."""
+    params, batch = network.make()
+    compiled, compile_times = _compile(network, params, batch, repeats)
 
     def ratio(side: str) -> float:
         """In pairs, so that no more than two optimizer states are there at a time."""
         pair = {
-            each: _turn(compiled[each], params, SIDES[each]().init(params), batch, steps)
+            each: _turn(compiled[each], params, SIDES[each]().init(params), batch, network.steps)
             for each in (BARE, side)
         }
         seconds = interleaved_medians(pair, repeats)
         return seconds[side] / seconds[BARE]
 
     costs = {side: program.cost_analysis() for side, program in compiled.items()}
-    counts = {side: large_operations(program.as_text(), size) for side, program in compiled.items()}
+    counts = {side: large_operations(program.as_text(), network.matrix) for side, program in compiled.items()}
     return [
         Row(
             name,
@@ -144,36 +162,41 @@ def large_operations(text: str, size: int) -> int:
     return count
 
 
-def _step(tx: optax.GradientTransformationExtraArgs) -> Any:
+def _step(network: Network, tx: optax.GradientTransformationExtraArgs) -> Any:
     """A training step, a new function at each call."""
 
     def step(params: Any, state: Any, batch: Any) -> Any:
-        loss, grads = jax.value_and_grad(perceptron.loss)(params, batch)
+        loss, grads = jax.value_and_grad(network.loss)(params, batch)
         updates, state = tx.update(grads, state, params, value=loss)
         return optax.apply_updates(params, updates), state, loss
 
     return jax.jit(step, donate_argnums=(0, 1))
 
 
-def _compile(params: Any, batch: Any, repeats: int) -> tuple[dict[str, Any], dict[str, float]]:
+def _compile(
+    network: Network, params: Any, batch: Any, repeats: int
+) -> tuple[dict[str, Any], dict[str, float]]:
     """The compiled steps, and the medians of the seconds that tracing and compiling took, in turns."""
-    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
     compiled = {}
+
+    def turn(side: str) -> Callable[[], None]:
+        tx = SIDES[side]()
+        state = jax.eval_shape(tx.init, params)
+
+        def run() -> None:
+            compiled[side] = _step(network, tx).lower(params, state, batch).compile()
+
+        return run
+
     folder = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()  # which otherwise keeps the folder that it was first used with
     try:
-        for _ in range(repeats):
-            for side, make in SIDES.items():
-                tx = make()
-                step, state = _step(tx), jax.eval_shape(tx.init, params)
-                start = time.perf_counter()
-                compiled[side] = step.lower(params, state, batch).compile()
-                seconds[side].append(time.perf_counter() - start)
+        seconds = interleaved_medians({side: turn(side) for side in SIDES}, repeats)
     finally:
         jax.config.update("jax_compilation_cache_dir", folder)
         compilation_cache.reset_cache()
-    return compiled, {side: float(np.median(each)) for side, each in seconds.items()}
+    return compiled, seconds
 
 
 def _turn(compiled: Any, params: Any, state: Any, batch: Any, steps: int) -> Callable[[], Any]:
@@ -191,23 +214,33 @@ def _turn(compiled: Any, params: Any, state: Any, batch: Any, steps: int) -> Cal
     return run
 
 
-def _fits(name: str) -> bool:
-    """Whether the machine's memory holds a network and the states of two optimizers."""
-    widths, _ = NETWORKS[name]
-    size = 4 * sum(rows * columns for rows, columns in itertools.pairwise(widths))
+def _fits(network: Network) -> bool:
+    """Whether the memory that arrays are in holds a network and the states of two optimizers."""
+    params, _ = jax.eval_shape(network.make)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    return _available_memory() > _COPIES * size
+
+
+def _available_memory() -> int:
+    """Bytes, of the device or else of the machine; 0 where that cannot be known."""
+    statistics = jax.devices()[0].memory_stats()  # None on a CPU
+    if statistics:
+        return statistics["bytes_limit"] - statistics["bytes_in_use"]
     try:
-        available = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+        return int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
     except (OSError, TypeError):
-        return False
-    return available > _COPIES * size
+        return 0
 
 
 def run(console: Console, out: Path, repeats: int) -> dict[str, Any]:
     """Measures all, prints a table for each problem, and writes ``overhead.json`` into ``out``."""
     rows = scan_rows(repeats)
-    for name in NETWORKS:
-        if _fits(name):
-            rows += network_rows(name, repeats)
+    networks = dict(NETWORKS)
+    if jax.default_backend() != "cpu":
+        networks["124M, transformer"] = transformer(language_model.Size(), steps=4)
+    for name, network in networks.items():
+        if _fits(network):
+            rows += network_rows(name, network, repeats)
         else:
             console.print(f"Left out: the network of {name} parameters, for want of memory.")
     for problem in dict.fromkeys(row.problem for row in rows):

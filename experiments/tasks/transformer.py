@@ -8,22 +8,31 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-_HEADS = 4
+_HEADS, _EXPANSION = 4, 2  # of the tasks
 
 
 class Layer(nnx.Module):
     """Self-attention, attention to an encoded sequence if there is one, and a feed-forward part."""
 
-    def __init__(self, width: int, *, cross: bool = False, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        *,
+        heads: int = _HEADS,
+        expansion: int = _EXPANSION,
+        cross: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        def attention() -> nnx.MultiHeadAttention:
+            return nnx.MultiHeadAttention(heads, width, decode=False, keep_rngs=False, rngs=rngs)
+
         self.norm_attention = nnx.LayerNorm(width, rngs=rngs)
-        self.attention = nnx.MultiHeadAttention(_HEADS, width, decode=False, keep_rngs=False, rngs=rngs)
+        self.attention = attention()
         self.norm_cross = nnx.LayerNorm(width, rngs=rngs) if cross else None
-        self.cross = (
-            nnx.MultiHeadAttention(_HEADS, width, decode=False, keep_rngs=False, rngs=rngs) if cross else None
-        )
+        self.cross = attention() if cross else None
         self.norm_mlp = nnx.LayerNorm(width, rngs=rngs)
-        self.up = nnx.Linear(width, 2 * width, rngs=rngs)
-        self.down = nnx.Linear(2 * width, width, rngs=rngs)
+        self.up = nnx.Linear(width, expansion * width, rngs=rngs)
+        self.down = nnx.Linear(expansion * width, width, rngs=rngs)
 
     def __call__(
         self,
@@ -44,11 +53,22 @@ class Transformer(nnx.Module):
     """Layers over embedded tokens, with a normalisation at the end."""
 
     def __init__(
-        self, vocabulary: int, length: int, width: int, layers: int, *, cross: bool = False, rngs: nnx.Rngs
+        self,
+        vocabulary: int,
+        length: int,
+        width: int,
+        layers: int,
+        *,
+        heads: int = _HEADS,
+        expansion: int = _EXPANSION,
+        cross: bool = False,
+        rngs: nnx.Rngs,
     ):
         self.tokens = nnx.Embed(vocabulary, width, embedding_init=nnx.initializers.normal(0.02), rngs=rngs)
         self.positions = nnx.Embed(length, width, embedding_init=nnx.initializers.normal(0.02), rngs=rngs)
-        self.layers = nnx.List([Layer(width, cross=cross, rngs=rngs) for _ in range(layers)])
+        self.layers = nnx.List(
+            [Layer(width, heads=heads, expansion=expansion, cross=cross, rngs=rngs) for _ in range(layers)]
+        )
         self.norm = nnx.LayerNorm(width, rngs=rngs)
 
     def __call__(

@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.bench import overhead, peers
+from experiments.bench import language_model, overhead, peers
 
 
-def rows_of(*sides):
+def rows_of(*sides, network=overhead.NETWORKS["0.1M"]):
     """Compiled and counted; what a single turn takes says nothing."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(overhead, "SIDES", {side: overhead.SIDES[side] for side in (overhead.BARE, *sides)})
-        return {row.side: row for row in overhead.network_rows("0.1M", 1)}
+        return {row.side: row for row in overhead.network_rows("", network, 1)}
 
 
 def check_that_it_adds_nothing(row):
@@ -42,6 +42,18 @@ def test_nor_do_the_other_rules_that_keep_no_parameters():
 def test_what_keeps_a_copy_of_the_parameters_shows_in_the_count(rows):
     assert rows["hypergradient"].operations > 0
     assert rows["bare"].operations == 0 and rows["bare"].time_ratio == 1
+
+
+def test_nor_does_it_to_a_transformer_as_on_an_accelerator():
+    size = language_model.Size(vocabulary=64, length=16, width=32, layers=1, heads=2, batch=2)
+    rows = rows_of("greedy_lr", network=overhead.transformer(size, steps=1))
+    assert rows["greedy_lr"].operations == 0 and rows["greedy_lr"].bytes < 1000
+
+
+def test_that_transformer_has_as_many_parameters_as_the_smallest_gpt_2():
+    params, batch = jax.eval_shape(lambda: language_model.make(language_model.Size()))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 124_439_808
+    assert batch["input"].shape == batch["label"].shape == (8, 1024)
 
 
 def test_large_operations_are_counted_in_a_program():
