@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import greedylr_jax
+from greedylr_jax import base
 from tests.greedylr_jax.rules import BASE_RATE, RULES, losses, rule_parameters, scales
 
 PARAMS = {"w": jnp.arange(6.0).reshape(2, 3) / 8, "b": jnp.ones(3) / 4}
@@ -389,3 +390,13 @@ def test_the_scale_is_applied_in_float32_and_rounded_once():
     updates, _ = tx.update(jnp.full((), 5.0, jnp.bfloat16), tx.init(None), value=1.0)
     assert updates == 5.25
     assert jnp.bfloat16(5.0) * jnp.bfloat16(1 / 0.95) == 5.28125
+
+
+def test_a_number_takes_the_shape_and_the_dtype_of_the_array_that_it_stands_in_for():
+    condition, counts = jnp.array([True, False]), jnp.array([3, 4], jnp.int8)
+    for got, expected in (
+        (base.where(condition, counts, -1), [3, -1]),
+        (base.where(condition, -1, counts), [-1, 4]),
+    ):
+        assert got.dtype == jnp.int8
+        np.testing.assert_array_equal(got, expected)
