@@ -8,15 +8,18 @@ import jax
 import numpy as np
 
 
-def interleaved_medians(sides: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def interleaved_medians(
+    sides: Mapping[str, Callable[[], Any]], repeats: int, *, warm_up: bool = True
+) -> dict[str, float]:
     """Seconds of each side, the median of its turns; the order changes from turn to turn.
 
     Args:
       sides: functions without arguments that return arrays, or nothing that is still computed.
       repeats: turns of each, >= 1.
+      warm_up: whether each runs once before, as the first call does what no other does.
     """
     order = list(sides)
-    for name in order:  # what the first call alone does
+    for name in order if warm_up else ():
         jax.block_until_ready(sides[name]())
     seconds: dict[str, list[float]] = {name: [] for name in order}
     generator = np.random.default_rng(0)

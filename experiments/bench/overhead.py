@@ -192,7 +192,7 @@ def _compile(
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()  # which otherwise keeps the folder that it was first used with
     try:
-        seconds = interleaved_medians({side: turn(side) for side in SIDES}, repeats)
+        seconds = interleaved_medians({side: turn(side) for side in SIDES}, repeats, warm_up=False)
     finally:
         jax.config.update("jax_compilation_cache_dir", folder)
         compilation_cache.reset_cache()

@@ -1,5 +1,6 @@
 """The tables of rules that the tests of carriers, wrappers, checkpoints and dtypes sweep."""
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -137,12 +138,17 @@ def losses(length: int = 64, seed: int = 0) -> np.ndarray:
     return ((np.cumsum(steps) + generator.integers(-1, 2, length)) / 64).astype(np.float32)
 
 
-def scales(tx, values, **extra_args) -> np.ndarray:
-    """The scale that a bare rule transformation holds after each loss, by one compiled scan."""
+def scan_scales(tx, values, **extra_args) -> jax.Array:
+    """The scale that a bare rule transformation holds after each loss."""
 
     def body(state, inputs):
         value, extra = inputs
         _, state = tx.update(None, state, value=value, **extra)
         return state, greedylr_jax.get_scale(state)
 
-    return np.asarray(jax.jit(lambda xs: jax.lax.scan(body, tx.init(None), xs)[1])((values, extra_args)))
+    return jax.lax.scan(body, tx.init(None), (values, extra_args))[1]
+
+
+def scales(tx, values, **extra_args) -> np.ndarray:
+    """The same, by one compiled program."""
+    return np.asarray(jax.jit(functools.partial(scan_scales, tx))(values, **extra_args))
