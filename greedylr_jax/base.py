@@ -438,8 +438,8 @@ def _observe(
 def where(condition: jax.Array, on_true: ArrayLike, on_false: ArrayLike) -> jax.Array:
     """``jnp.where`` for two arrays of one shape, or an array and a number.
 
-    Each ``jnp.where`` is a function of its own in the program. To trace and lower the dozen that a rule has
-    took longer than all the rest of it.
+    Each ``jnp.where`` is a function of its own in the program. The dozen that a rule has were a quarter to a
+    third of what it took to trace and lower.
     """
     shape, dtype = jnp.shape(on_true) or jnp.shape(on_false), jnp.result_type(on_true, on_false)
 

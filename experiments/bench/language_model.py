@@ -3,14 +3,12 @@
 Source: A. Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, table 2.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-import optax
 from flax import nnx
 
+from experiments.tasks.base import CLASSIFICATION, Task, module_task
 from experiments.tasks.transformer import Transformer, causal_mask
 
 
@@ -38,20 +36,16 @@ class LanguageModel(nnx.Module):
         return self.transformer.tokens.attend(self.transformer(tokens, causal_mask(tokens)))
 
 
-def make(size: Size) -> tuple[nnx.State, dict[str, jax.Array]]:
-    """Parameters, and random tokens."""
+def make_task(size: Size) -> Task:
+    """The model and one batch of random tokens."""
     shape = (size.batch, size.length + 1)
     tokens = jax.random.randint(jax.random.key(1), shape, 0, size.vocabulary)
-    params = nnx.state(LanguageModel(size, rngs=nnx.Rngs(0)), nnx.Param)
-    return params, {"input": tokens[:, :-1], "label": tokens[:, 1:]}
-
-
-def loss_of(size: Size) -> Callable[[Any, dict[str, Any]], jax.Array]:
-    """Mean cross-entropy of the next tokens, as a function of the parameters and a batch."""
-    graph, _ = nnx.split(nnx.eval_shape(lambda: LanguageModel(size, rngs=nnx.Rngs(0))), nnx.Param)
-
-    def loss(params: Any, batch: dict[str, Any]) -> jax.Array:
-        logits = nnx.merge(graph, params)(batch["input"])
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]))
-
-    return loss
+    batch = {"input": tokens[:, :-1], "label": tokens[:, 1:]}
+    return module_task(
+        "language-model",
+        lambda rngs: LanguageModel(size, rngs=rngs),
+        CLASSIFICATION,
+        train=batch,
+        test=batch,
+        batch_size=size.batch,
+    )

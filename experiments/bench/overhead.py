@@ -2,9 +2,9 @@
 
 All sides are the same step with AdamW, bare or with one rule behind it, and take turns in one run. The least
 step there is, 100 parameters under ``lax.scan``, shows any overhead; networks show what is left of it. A
-language model of 124 million parameters joins them where JAX has more than a CPU. XLA
-counts the body of a loop whether it is run or not: that of ``auto_lr`` runs only while it searches or goes
-back, and on the networks its step time is that after the search.
+language model of 124 million parameters joins them where JAX has more than a CPU. XLA counts the body of a
+loop whether it is run or not: that of ``auto_lr`` runs only while it searches or goes back, and on the
+networks its step time is that after the search.
 """
 
 import itertools
@@ -58,8 +58,8 @@ def _perceptron(widths: tuple[int, ...], steps: int) -> Network:
 
 def transformer(size: language_model.Size, steps: int) -> Network:
     """A language model as a network."""
-    make, loss = lambda: language_model.make(size), language_model.loss_of(size)
-    return Network(make, loss, size.width**2, steps)
+    task = language_model.make_task(size)
+    return Network(lambda: (task.init(jax.random.key(0)), task.train), task.loss, size.width**2, steps)
 
 
 BATCH = 64

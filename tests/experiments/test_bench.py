@@ -51,7 +51,7 @@ def test_nor_does_it_to_a_transformer_as_on_an_accelerator():
 
 
 def test_that_transformer_has_as_many_parameters_as_the_smallest_gpt_2():
-    params, batch = jax.eval_shape(lambda: language_model.make(language_model.Size()))
+    params, batch = jax.eval_shape(overhead.transformer(language_model.Size(), steps=1).make)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 124_439_808
     assert batch["input"].shape == batch["label"].shape == (8, 1024)
 
