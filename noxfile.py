@@ -46,7 +46,7 @@ def coverage(session: nox.Session) -> None:
 
 @nox.session(python="3.11")
 def mutation(session: nox.Session) -> None:
-    """Mutation testing of ``greedy.py`` and ``base.py``, see ``tests/mutate.py``; about an hour."""
+    """Mutation testing of ``_greedy.py`` and ``_rule.py``, see ``tests/mutate.py``; about an hour."""
     session.install("-e", ".[test]", "mutmut<3")
     for file in session.posargs or ("greedy", "base"):
         session.run("python", "-m", "tests.mutate", file)

@@ -55,8 +55,8 @@ def compare(
     ] = False,
 ) -> None:
     """Compare GreedyLR with constant, linear, cosine and reduce-on-plateau schedules on real data."""
-    from experiments import engine  # imports JAX, which the help does without
-    from experiments.compare import compare as run
+    from experiments.studies.compare import compare as run
+    from experiments.training import engine  # imports JAX, which the help does without
 
     optimizers = names("--optimizer", optimizer, engine.OPTIMIZERS)
     at_least("--steps", steps, MIN_STEPS)
@@ -106,8 +106,8 @@ def study(
         return
     one_of("NAME", name, STUDIES)
     one_of("--preset", preset, ("quick", "full"))
-    from experiments import engine
     from experiments.studies.base import Job
+    from experiments.training import engine
 
     engine.configure()
     STUDIES[name].load()(Job(name, preset, out or Path("results") / name, make_console(), cluster, fresh))
@@ -122,7 +122,7 @@ def bench(
     """Measure costs; all sides take turns in one run, and ratios are compared."""
     one_of("NAME", name, BENCHMARKS)
     at_least("--repeats", repeats, 1)
-    from experiments import engine
+    from experiments.training import engine
 
     engine.configure()
     module = importlib.import_module(f"experiments.bench.{name}")

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from greedylr_jax import base
+from greedylr_jax import _numerics
 from greedylr_jax._window import NEAR, Window, empty_window, mean_variance, observe, rise_limit, variance
 
 RAMP, TRIAL, FOUND = 0, 1, 2  # stages
@@ -64,7 +64,7 @@ class SearchState(NamedTuple):
 
 def begin() -> SearchState:
     """The state before the first loss."""
-    dtype = base.default_float_dtype()
+    dtype = _numerics.default_float_dtype()
     return SearchState(
         stage=jnp.full((), RAMP, jnp.int32),
         step=jnp.zeros((), jnp.int32),
@@ -84,7 +84,7 @@ def begin() -> SearchState:
 
 def ramp_rate(centre: jax.Array, step: jax.Array, lengths: Lengths) -> jax.Array:
     """The rate of a step of the ramp."""
-    dtype = base.default_float_dtype()
+    dtype = _numerics.default_float_dtype()
     share = step.astype(dtype) / (jnp.asarray(lengths.ramp, dtype) - 1)
     return jnp.asarray(centre, dtype) * 10.0 ** (LOWEST + (HIGHEST - LOWEST) * share)
 
@@ -101,7 +101,7 @@ def advance(
     """The state after one more loss, and whether the way is back to the start now."""
     ramps, tries = state.stage == RAMP, state.stage == TRIAL
     step = state.step + 1
-    first = base.select(ramps & (state.step < _QUIET), observe(state.first, loss), state.first)
+    first = _numerics.select(ramps & (state.step < _QUIET), observe(state.first, loss), state.first)
     recent = jnp.roll(state.recent, 1).at[0].set(loss)
     is_above = ~(_mean_of_finite(recent) <= start_limit(first))
 
@@ -111,7 +111,7 @@ def advance(
 
     length = jnp.asarray(lengths.trial, jnp.int32)
     is_late = tries & (state.step >= length - length // 2)
-    late = base.select(is_late, observe(state.late, loss), state.late)
+    late = _numerics.select(is_late, observe(state.late, loss), state.late)
     jump = loss - state.recent[0]
     jumped = is_late & (state.late.steps > 0) & jnp.isfinite(jump)
     jumps = state.jumps + jnp.where(jumped, jump, 0) ** 2
@@ -144,7 +144,7 @@ def advance(
         edge=edge,
         rose=state.rose | has_risen,
         trial=state.trial + (trial_ends & ~finished).astype(jnp.int32),
-        late=base.select(goes_back, empty_window(), late),
+        late=_numerics.select(goes_back, empty_window(), late),
         jumps=jnp.where(goes_back, 0, jumps),
         results=results,
         variances=variances,

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from greedylr_jax import base
+from greedylr_jax import _numerics
 
 LONGEST = 2**24  # losses that a window may have: float32 counts no further
 NEAR = 3  # losses whose mean tells that the loss has risen
@@ -43,16 +43,16 @@ class Window(NamedTuple):
 
 def empty_window() -> Window:
     """A window without losses."""
-    return Window(jnp.zeros(4, base.default_float_dtype()))
+    return Window(jnp.zeros(4, _numerics.default_float_dtype()))
 
 
 def observe(window: Window, loss: jax.Array) -> Window:
     """Welford's update of mean and squared deviations."""
     finite = jnp.isfinite(loss)
     count = window.finite + finite.astype(loss.dtype)
-    deviation = base.where(finite, loss - window.mean, 0)
+    deviation = _numerics.where(finite, loss - window.mean, 0)
     mean = window.mean + deviation / jnp.maximum(count, 1)
-    squares = window.squares + deviation * base.where(finite, loss - mean, 0)
+    squares = window.squares + deviation * _numerics.where(finite, loss - mean, 0)
     return Window(jnp.stack([window.steps + 1, count, mean, squares]))
 
 

@@ -13,7 +13,7 @@ from flax import nnx
 from flax.training import train_state
 from jax.typing import ArrayLike
 
-from greedylr_jax import base
+from greedylr_jax import _observe
 
 
 class TrainState(train_state.TrainState):
@@ -65,7 +65,7 @@ class TrainState(train_state.TrainState):
         """
         extra_args = {"value": value, "has_value": has_value, "value_fn": value_fn}
         given = {name: argument for name, argument in extra_args.items() if argument is not None}
-        bound = self.replace(tx=base.bind_extra_args(self.tx, **given))
+        bound = self.replace(tx=_observe.bind_extra_args(self.tx, **given))
         stepped = train_state.TrainState.apply_gradients(bound, grads=grads, **kwargs)
         return stepped.replace(tx=self.tx)
 

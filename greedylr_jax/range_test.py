@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from greedylr_jax import _checks, base
+from greedylr_jax import _checks, _inner, _numerics
 
 
 class RangeTestResult(NamedTuple):
@@ -78,8 +78,8 @@ def range_test(
     _checks.check_choice("ramp", ramp, ("geometric", "linear"))
     steps = _checks.check_leading_axis("batches", batches, "steps", low=_LEAST_STEPS)
     spaced = jnp.geomspace if ramp == "geometric" else jnp.linspace
-    rates = spaced(low, high, steps, dtype=base.default_float_dtype())
-    direction = base.as_direction(optax.identity() if inner is None else inner)
+    rates = spaced(low, high, steps, dtype=_numerics.default_float_dtype())
+    direction = _inner.as_direction(optax.identity() if inner is None else inner)
     record = loss_fn if metric_fn is None else metric_fn
 
     def body(carry: Any, inputs: Any) -> Any:
@@ -87,7 +87,7 @@ def range_test(
         rate, batch, next_batch = inputs
         value, grads = jax.value_and_grad(loss_fn)(params, batch)
         updates, state = direction.update(grads, state, params, value=value)
-        params = optax.apply_updates(params, base.scale_updates(updates, -rate))
+        params = optax.apply_updates(params, _numerics.scale_updates(updates, -rate))
         return (params, state), jnp.asarray(record(params, next_batch), rates.dtype)
 
     # The batch of the last step is followed by the first.

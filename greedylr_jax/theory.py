@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from greedylr_jax import _checks, base
+from greedylr_jax import _checks, _numerics
 
 
 def estimate_smoothness(
@@ -77,7 +77,7 @@ def estimate_smoothness(
         return (count < num_iterations) & ~(settled & (count > 1))
 
     start, _ = normalised(optax.tree.random_like(jax.random.key(0) if key is None else key, params))
-    nothing = jnp.full((), -1, base.default_float_dtype())
+    nothing = jnp.full((), -1, _numerics.default_float_dtype())
     _, estimate, _, _ = jax.lax.while_loop(goes_on, body, (start, nothing, nothing, 0))
     return estimate
 
@@ -127,7 +127,7 @@ def local_smoothness(decay: ArrayLike = 0.9) -> optax.GradientTransformation:
     decay = _checks.check_real("decay", decay, low=0.0, high=1.0, high_open=True)
 
     def init_fn(params: optax.Params) -> LocalSmoothnessState:
-        dtype = base.default_float_dtype()
+        dtype = _numerics.default_float_dtype()
         nothing = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), params)
         return LocalSmoothnessState(
             count=jnp.zeros((), jnp.int32),
@@ -156,7 +156,7 @@ def local_smoothness(decay: ArrayLike = 0.9) -> optax.GradientTransformation:
             jnp.maximum(state.maximum, estimate),
         )
         kept = (state.count, state.latest, state.mean, state.maximum)
-        return updates, LocalSmoothnessState(*base.select(known, advanced, kept), params, updates)
+        return updates, LocalSmoothnessState(*_numerics.select(known, advanced, kept), params, updates)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -185,7 +185,7 @@ def optimal_factor(smoothness: ArrayLike) -> jax.Array:
     Source: "Dynamic Learning Rate Scheduling based on Loss Changes Leads to Faster Convergence", abstract.
     """
     smoothness = _checks.check_real("smoothness", smoothness, low=1.0, low_open=True, high_open=True)
-    return 1 - 1 / jnp.asarray(smoothness, base.default_float_dtype())
+    return 1 - 1 / jnp.asarray(smoothness, _numerics.default_float_dtype())
 
 
 def convergence_bound(
@@ -248,6 +248,6 @@ def convergence_bound(
 
 def _norm(tree: Any) -> jax.Array:
     """The Euclidean norm of a pytree, in float32 or wider."""
-    dtype = base.default_float_dtype()
+    dtype = _numerics.default_float_dtype()
     squares = [jnp.sum(jnp.square(jnp.abs(leaf).astype(dtype))) for leaf in jax.tree.leaves(tree)]
     return jnp.sqrt(sum(squares, start=jnp.zeros((), dtype)))

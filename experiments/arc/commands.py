@@ -160,7 +160,7 @@ def everything(
 
 def _claim(folder: Path, preset: str, results: list[Path], *, fresh: bool) -> None:
     """Notes the preset in the folder; what another one left there is no result of this one."""
-    from experiments.store import write_atomically
+    from experiments.training.store import write_atomically
 
     note, described = folder / "all.json", json.dumps({"preset": preset})
     is_ours = note.exists() and note.read_text(errors="replace") == described
@@ -177,7 +177,7 @@ def _claim(folder: Path, preset: str, results: list[Path], *, fresh: bool) -> No
 
 def _begin(preset: str) -> tuple[Sizes, Console]:
     one_of("--preset", preset, PRESETS)
-    from experiments import engine
+    from experiments.training import engine
 
     engine.configure()
     return PRESETS[preset], make_console()

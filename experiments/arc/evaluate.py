@@ -16,16 +16,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
 
-from experiments import drawing, html
 from experiments.arc import DECISIONS, EPOCHS
-from experiments.engine import OPTIMIZERS, Settings, batch_indices, make_specs, take
-from experiments.schedules import arc_with
-from experiments.store import write_atomically
+from experiments.reporting import drawing, html
+from experiments.reporting.tables import print_table
 from experiments.studies.base import Job, Sweep, publish
 from experiments.studies.tuning import TUNING_SEEDS
-from experiments.sweep import Group
-from experiments.tables import print_table
 from experiments.tasks import make_task
+from experiments.training.engine import OPTIMIZERS, Settings, batch_indices, make_specs, take
+from experiments.training.schedules import arc_with
+from experiments.training.store import write_atomically
+from experiments.training.sweep import Group
 from greedylr_jax.arc import load_weights
 from greedylr_jax.range_test import range_test, suggest_best
 

@@ -23,13 +23,13 @@ from rich.console import Console
 
 import greedylr_jax
 from experiments.arc.configurations import CONFIGURATIONS, OPTIMIZERS, RATES, Configuration
-from experiments.engine import compiler_options, device_mesh, place, side_by_side, take
 from experiments.progress import make_progress
-from experiments.store import RunStore
 from experiments.tasks.base import Batch, Task
+from experiments.training.engine import compiler_options, device_mesh, place, side_by_side, take
+from experiments.training.store import RunStore
 from greedylr_jax.arc import ACTIONS
-from greedylr_jax.arc.controller import MULTIPLIERS
-from greedylr_jax.arc.features import MAX_CYCLES
+from greedylr_jax.arc._controller import MULTIPLIERS
+from greedylr_jax.arc._features import MAX_CYCLES
 
 ROUNDS = 10
 MAX_EPOCHS = 10  # of a round

@@ -13,15 +13,15 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import polars as pl
 
-from experiments import drawing
 from experiments.arc import DECISIONS, EPOCHS
-from experiments.engine import Settings, make_specs
 from experiments.errors import UsageError
-from experiments.schedules import arc_with
-from experiments.store import write_atomically
+from experiments.reporting import drawing
+from experiments.reporting.tables import print_table
 from experiments.studies.base import Job, Sweep
-from experiments.sweep import Group
-from experiments.tables import print_table
+from experiments.training.engine import Settings, make_specs
+from experiments.training.schedules import arc_with
+from experiments.training.store import write_atomically
+from experiments.training.sweep import Group
 
 TASK, OPTIMIZER, LEARNING_RATES = "mnist1d-residual", "adamw", (1e-1, 1e-3, 1e-5)
 BASELINES = ("constant", "cosine")  # to see what the candidates are worth

@@ -21,14 +21,14 @@ import polars as pl
 import safetensors.numpy
 from rich.console import Console
 
-from experiments import drawing
-from experiments.engine import compiler_options, device_mesh, place, side_by_side
 from experiments.errors import UsageError
 from experiments.progress import make_progress
-from experiments.store import damaged, other_settings, write_atomically
-from experiments.tables import print_table
+from experiments.reporting import drawing
+from experiments.reporting.tables import print_table
+from experiments.training.engine import compiler_options, device_mesh, place, side_by_side
+from experiments.training.store import damaged, other_settings, write_atomically
 from greedylr_jax.arc import ACTIONS, batch_features, initial_weights
-from greedylr_jax.arc.network import action_logits
+from greedylr_jax.arc._network import action_logits
 
 BATCH_SIZE = 128
 _MOST = 16  # samples whose gradient is taken at a time: what a backward pass keeps then fits a core's cache

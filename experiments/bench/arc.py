@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from experiments.engine import OPTIMIZERS, take
-from experiments.store import write_atomically
-from experiments.tables import print_table
+from experiments.reporting.tables import print_table
 from experiments.tasks import make_task
 from experiments.timing import interleaved_medians
+from experiments.training.engine import OPTIMIZERS, take
+from experiments.training.store import write_atomically
 from greedylr_jax.arc import arc
 
 TASKS = ("digits-mlp", "mnist1d-mlp", "digits", "digits-vit", "digits-resnet", "language-lstm")

@@ -22,9 +22,9 @@ from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
 from experiments.bench import language_model, perceptron
-from experiments.store import write_atomically
-from experiments.tables import print_table
+from experiments.reporting.tables import print_table
 from experiments.timing import interleaved_medians
+from experiments.training.store import write_atomically
 from greedylr_jax import AutoState, auto_lr, greedy_lr, hypergradient, trend_lr
 from greedylr_jax._search import FOUND
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from experiments.store import write_atomically
-from experiments.tables import print_table
+from experiments.reporting.tables import print_table
 from experiments.timing import interleaved_medians
+from experiments.training.store import write_atomically
 from greedylr_jax import greedy_lr_schedule
 
 RULES = 10_000  # under vmap

@@ -17,12 +17,12 @@ import optax
 from rich.console import Console
 
 from experiments.bench import perceptron
-from experiments.store import write_atomically
-from experiments.tables import print_table
+from experiments.reporting.tables import print_table
 from experiments.tasks import make_task
 from experiments.timing import interleaved_medians
+from experiments.training.store import write_atomically
 from greedylr_jax import factor_polling, superbatch_loss
-from greedylr_jax.probing import probe
+from greedylr_jax.probing import _probe
 
 FACTORS = (8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.125)
 BATCHES, BATCH = 4, 256  # of the superbatch
@@ -121,8 +121,8 @@ def agreement_of(name: str, steps: int, every: int) -> Agreement:
         direction, state = inner.update(grads, state, params)
         value_fn = superbatch_loss(task.loss, batches(keys[1], 10))
         probed = (value_fn, params, direction, rate, jnp.cbrt(threshold * loss))
-        rates = [probe.rate_by_fit(*probed, 0.5 * rate, count) for count in (3, 5)]
-        rates.append(probe.rate_by_taylor(*probed))
+        rates = [_probe.rate_by_fit(*probed, 0.5 * rate, count) for count in (3, 5)]
+        rates.append(_probe.rate_by_taylor(*probed))
         params = optax.apply_updates(params, jax.tree.map(lambda leaf: -rate * leaf, direction))
         return params, state, jnp.stack(rates)
 
@@ -167,19 +167,19 @@ def _sides() -> dict[str, _Side]:
     def points(count):
         def fit(params, batches, direction, rate):
             step = (lambda p: forward(p, batches), params, direction, rate, jnp.inf)
-            return probe.rate_by_fit(*step, 0.5 * rate, count)
+            return _probe.rate_by_fit(*step, 0.5 * rate, count)
 
         return fit
 
     def taylor(params, batches, direction, rate):
-        return probe.rate_by_taylor(lambda p: forward(p, batches), params, direction, rate, jnp.inf)
+        return _probe.rate_by_taylor(lambda p: forward(p, batches), params, direction, rate, jnp.inf)
 
     def poll(params, batch, state):
         value, grads = jax.value_and_grad(perceptron.loss)(params, batch)
         return polling.update(grads, state, params, value=value, value_fn=lambda p: perceptron.loss(p, batch))
 
     def at_moved(loss):
-        return lambda params, data, direction, rate: loss(probe.move(params, direction, -rate), data)
+        return lambda params, data, direction, rate: loss(_probe.move(params, direction, -rate), data)
 
     direction = jax.grad(perceptron.loss)(params, batch)
     along = (params, batches, direction, jnp.float32(0.1))

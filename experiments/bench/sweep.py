@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import optax
 from rich.console import Console
 
-from experiments.engine import OPTIMIZERS, Engine, RunSpec, Settings, batch_indices, make_specs
-from experiments.schedules import ADAPTIVE, GREEDY_DEFAULTS, PASSIVE
-from experiments.store import write_atomically
-from experiments.tables import print_table
+from experiments.reporting.tables import print_table
 from experiments.tasks import make_task
 from experiments.tasks.base import Task
+from experiments.training.engine import OPTIMIZERS, Engine, RunSpec, Settings, batch_indices, make_specs
+from experiments.training.schedules import ADAPTIVE, GREEDY_DEFAULTS, PASSIVE
+from experiments.training.store import write_atomically
 
 TASKS, OPTIMIZER_NAMES = ("digits-mlp", "mnist1d-mlp"), ("adamw", "sgd", "adagrad")
 SCHEDULES = ("constant", "linear", "cosine", "knee", "plateau", "GreedyLR")

@@ -9,11 +9,11 @@ import polars as pl
 from rich.console import Console
 
 import greedylr_jax
-from experiments import drawing, html
-from experiments.engine import Engine, Settings
 from experiments.errors import UsageError
-from experiments.store import RunStore, write_atomically
-from experiments.sweep import Group, run_sweep
+from experiments.reporting import drawing, html
+from experiments.training.engine import Engine, Settings
+from experiments.training.store import RunStore, write_atomically
+from experiments.training.sweep import Group, run_sweep
 
 
 class Job(NamedTuple):

@@ -18,13 +18,13 @@ import numpy as np
 import plotly.graph_objects as go
 import polars as pl
 
-from experiments import drawing, html
-from experiments.engine import Settings, make_specs
+from experiments.reporting import drawing, html
+from experiments.reporting.summary import OURS, STAGES, TIE_BAND, confidence_interval, stage_losses
+from experiments.reporting.tables import print_table
 from experiments.studies.base import Job, Sweep, publish
-from experiments.summary import OURS, STAGES, TIE_BAND, confidence_interval, stage_losses
-from experiments.sweep import Group
-from experiments.tables import print_table
 from experiments.tasks.base import LEARNING_RATES
+from experiments.training.engine import Settings, make_specs
+from experiments.training.sweep import Group
 
 PAIRS = {"adamw": "linear", "adafactor": "cosine", "adagrad": "polynomial", "sgd": "warmup"}
 # Kind of task: the paper's table, and our tasks; the first of them alone with the preset quick.

@@ -18,15 +18,15 @@ import optax
 import polars as pl
 
 import greedylr_jax
-from experiments import drawing, html
-from experiments.engine import batch_indices
 from experiments.progress import make_progress
-from experiments.store import write_atomically
+from experiments.reporting import drawing, html
+from experiments.reporting.summary import confidence_interval, interval_text, stage_losses
+from experiments.reporting.tables import print_table
 from experiments.studies.base import Job, publish
-from experiments.summary import confidence_interval, interval_text, stage_losses
-from experiments.tables import print_table
 from experiments.tasks import make_task
 from experiments.tasks.base import Task
+from experiments.training.engine import batch_indices
+from experiments.training.store import write_atomically
 
 INITIAL_RATES = (0.01, 0.1)
 HYPER_RATES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)

@@ -11,14 +11,14 @@ import numpy as np
 import polars as pl
 from rich.console import Console
 
-from experiments import drawing, html
-from experiments.engine import Settings, make_specs
+from experiments.reporting import drawing, html
+from experiments.reporting.summary import confidence_interval
+from experiments.reporting.tables import print_table
 from experiments.studies.base import Job, Sweep, publish
 from experiments.studies.tuning import TUNING_SEEDS, best_rates, reported
-from experiments.summary import confidence_interval
-from experiments.sweep import Group
-from experiments.tables import print_table
 from experiments.tasks.base import LEARNING_RATES
+from experiments.training.engine import Settings, make_specs
+from experiments.training.sweep import Group
 
 FACTORS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)
 # Each with the colour and the line that it is drawn with: dashed what is neither a schedule nor a rule here.

@@ -13,12 +13,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
 
-from experiments import drawing, html
-from experiments.engine import RunSpec, Settings, make_specs
+from experiments.reporting import drawing, html
+from experiments.reporting.tables import print_table
 from experiments.studies.base import Job, Sweep, publish
 from experiments.studies.tuning import TUNING_SEEDS, reported
-from experiments.sweep import Group
-from experiments.tables import print_table
+from experiments.training.engine import RunSpec, Settings, make_specs
+from experiments.training.sweep import Group
 
 
 class Submission(NamedTuple):

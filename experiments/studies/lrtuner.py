@@ -13,13 +13,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
 
-from experiments import drawing, html
-from experiments.engine import Settings, make_specs
+from experiments.reporting import drawing, html
+from experiments.reporting.summary import confidence_interval, interval_text, stage_losses
+from experiments.reporting.tables import print_table
 from experiments.studies.base import Job, Sweep, publish
 from experiments.studies.tuning import TUNING_SEEDS, best_rates, reported
-from experiments.summary import confidence_interval, interval_text, stage_losses
-from experiments.sweep import Group
-from experiments.tables import print_table
+from experiments.training.engine import Settings, make_specs
+from experiments.training.sweep import Group
 
 OURS = "LRTuner"
 EVALUATIONS = 20

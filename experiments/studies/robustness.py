@@ -2,7 +2,7 @@
 noise on what a rule observes, on the gradients, and with a knock to the parameters.
 
 The paper's claims: a lower median loss than the usual schedules, tighter percentile bands, and exceptional
-recovery from perturbations. See :mod:`experiments.disturbance` for what the noises are and what they reach.
+recovery from perturbations. The noises are described in :mod:`experiments.training.disturbance`.
 """
 
 import itertools
@@ -13,14 +13,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
 
-from experiments import drawing, html
-from experiments.disturbance import KINDS, TARGETS, disturbance_inputs, knock_moment, name_of, parse
-from experiments.engine import RunSpec, Settings
+from experiments.reporting import drawing, html
+from experiments.reporting.summary import OURS, confidence_interval, stage_losses
+from experiments.reporting.tables import print_table
 from experiments.studies.base import Job, Sweep, publish
-from experiments.summary import OURS, confidence_interval, stage_losses
-from experiments.sweep import Group
-from experiments.tables import print_table
 from experiments.tasks import make_task
+from experiments.training.disturbance import KINDS, TARGETS, disturbance_inputs, knock_moment, name_of, parse
+from experiments.training.engine import RunSpec, Settings
+from experiments.training.sweep import Group
 
 SCHEDULES = ("constant", "linear", "cosine", "plateau", OURS)
 STRENGTHS = (0.1, 0.5, 1.0)

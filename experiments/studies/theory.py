@@ -17,10 +17,10 @@ import optax
 import polars as pl
 from rich.console import Console
 
-from experiments import drawing, html
-from experiments.store import write_atomically
+from experiments.reporting import drawing, html
+from experiments.reporting.tables import print_table
 from experiments.studies.base import Job, publish
-from experiments.tables import print_table
+from experiments.training.store import write_atomically
 from greedylr_jax import greedy_lr
 from greedylr_jax.theory import optimal_factor
 

@@ -12,11 +12,11 @@ import ray
 from ray.cluster_utils import Cluster
 from rich.console import Console
 
-from experiments import cluster as cluster_module
-from experiments.engine import Settings, make_specs
 from experiments.errors import UsageError
-from experiments.store import RunStore
-from experiments.sweep import Group, run_sweep
+from experiments.training import cluster as cluster_module
+from experiments.training.engine import Settings, make_specs
+from experiments.training.store import RunStore
+from experiments.training.sweep import Group, run_sweep
 
 STEPS = 3000
 GROUPS = [

@@ -81,7 +81,7 @@ def check_that_each_schedule_has_its_rates(finished):
 INTERRUPTED = """
 import os, signal
 from experiments import cli
-from experiments.store import RunStore
+from experiments.training.store import RunStore
 
 append = RunStore.append
 
@@ -129,7 +129,7 @@ def test_a_comparison_from_end_to_end(environment, finished, tmp_path):
 
 
 def test_compiled_programs_are_kept_in_the_users_cache_folder(tmp_path):
-    code = "import jax; from experiments.engine import configure; configure(cpus=3); "
+    code = "import jax; from experiments.training.engine import configure; configure(cpus=3); "
     code += "print(jax.config.jax_compilation_cache_dir, jax.device_count())"
     environment = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
     process = subprocess.run(

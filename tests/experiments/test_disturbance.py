@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from experiments.disturbance import KINDS, TARGETS, disturbance_inputs, knock_moment, name_of, parse
-from experiments.engine import Engine, RunSpec, Settings
 from experiments.errors import UsageError
 from experiments.tasks import make_task
+from experiments.training.disturbance import KINDS, TARGETS, disturbance_inputs, knock_moment, name_of, parse
+from experiments.training.engine import Engine, RunSpec, Settings
 
 STEPS, RATE = 200, 0.1
 NOISY = [kind for kind in KINDS if kind != "none"]

@@ -8,7 +8,7 @@ import pytest
 from experiments.arc import commands, training
 from experiments.cli import main
 from experiments.errors import UsageError
-from experiments.store import RunStore
+from experiments.training.store import RunStore
 
 
 def fails(monkeypatch, capsys, *arguments):

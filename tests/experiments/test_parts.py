@@ -11,15 +11,15 @@ import pytest
 from sklearn.datasets import load_digits
 
 import greedylr_jax
-from experiments import summary
 from experiments.data.digits import Digits
 from experiments.data.loading import load_split
-from experiments.engine import Engine, RunSpec, Settings, batch_indices
 from experiments.errors import UsageError
-from experiments.schedules import ADAPTIVE, GREEDY_DEFAULTS, PASSIVE, parse, schedule_inputs, switch
-from experiments.store import RunStore, write_atomically
+from experiments.reporting import summary
 from experiments.tasks import make_task
 from experiments.tasks.convolution import matmul_convolution
+from experiments.training.engine import Engine, RunSpec, Settings, batch_indices
+from experiments.training.schedules import ADAPTIVE, GREEDY_DEFAULTS, PASSIVE, parse, schedule_inputs, switch
+from experiments.training.store import RunStore, write_atomically
 
 
 @pytest.fixture(scope="module")

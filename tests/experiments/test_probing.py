@@ -9,10 +9,10 @@ import pytest
 from rich.console import Console
 
 from experiments.bench import probing as bench
-from experiments.engine import batch_indices
 from experiments.studies import hypergradient as study
 from experiments.studies.base import Job
 from experiments.tasks import make_task
+from experiments.training.engine import batch_indices
 from greedylr_jax import factor_polling
 from greedylr_jax.plotting import plot_range_test
 from greedylr_jax.range_test import range_test, suggest_best, suggest_steepest

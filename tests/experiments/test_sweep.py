@@ -13,17 +13,18 @@ from mnist1d.data import get_dataset_args, make_dataset
 from rich.console import Console
 from safetensors.numpy import save_file
 
-from experiments import html, sweep
 from experiments.data.loading import load_split
 from experiments.data.mnist1d import Mnist1d
-from experiments.engine import Engine, RunSpec, Settings, batch_indices
 from experiments.errors import UsageError
-from experiments.schedules import RULES, SUPERBATCHES
-from experiments.store import RunStore
+from experiments.reporting import html
 from experiments.studies import initial_rate, theory
 from experiments.studies.base import Job
 from experiments.studies.tuning import best_rates
 from experiments.tasks import make_task
+from experiments.training import sweep
+from experiments.training.engine import Engine, RunSpec, Settings, batch_indices
+from experiments.training.schedules import RULES, SUPERBATCHES
+from experiments.training.store import RunStore
 from greedylr_jax import get_scale, superbatch_loss
 from greedylr_jax.arc import arc, initial_weights
 from greedylr_jax.theory import estimate_smoothness

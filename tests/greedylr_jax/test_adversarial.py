@@ -179,7 +179,7 @@ def test_after_extreme_losses_ordinary_ones_count_again(loss, window):
     update = jax.jit(schedule.update)
     for value in [loss] * 12:
         state = update(state, value=value)
-        assert not np.isneginf(state.carried.rule.best_value)
+        assert not np.isneginf(state.rule_state.rule.best_value)
     for value in np.arange(40, 0, -1):  # the best value is forgotten on the way
         state = update(state, value=value)
     assert schedule(state) > 0.125

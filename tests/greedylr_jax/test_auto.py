@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import greedylr_jax
-from greedylr_jax import _search, auto_lr, get_learning_rate, rollback, trend
+from greedylr_jax import _rollback, _search, _trend, auto_lr, get_learning_rate
 
 RAMP, STEPS = 60, 300
 
@@ -117,7 +117,7 @@ def test_after_the_search_the_trend_rule_acts_and_the_rate_falls_to_zero_at_the_
         limited += pull >= 0 and scale < float(greedylr_jax.get_scale(state)) == 2.0
         scale = float(greedylr_jax.get_scale(state))
         scales.append(scale)
-        if states.trend.verdict[step] != trend.WAITS:
+        if states.trend.verdict[step] != _trend.WAITS:
             seen = []
     anneal = np.clip((STEPS - np.arange(first, STEPS)) / (0.4 * STEPS), 0, 1)
     np.testing.assert_allclose(rates[first:], 0.5 * found * np.array(scales) * anneal, rtol=1e-4)
@@ -255,12 +255,12 @@ def spoil():
 @pytest.mark.parametrize("bad", [np.nan, 1e6], ids=["nan", "high"])
 def test_a_training_that_is_lost_goes_back_to_its_best_parameters_and_is_slower(bad, spoil):
     seen, states = spoil(jnp.float32(bad))
-    returns = np.asarray(states.num_returns)
+    returns = np.asarray(states.num_rollbacks)
     assert returns[-1] == 1 and returns[238] == 0 and returns[239] == 1
     kept = jax.tree.map(lambda leaf: leaf[239], states.kept.params)
     assert (kept["w"] != regression()[1]["w"]).any()  # not the initial ones
     arrival = 240 + int(np.argmin(np.asarray(states.settles)[240:]))
-    assert arrival < 240 + rollback.SETTLING_STEPS
+    assert arrival < 240 + _rollback.SETTLING_STEPS
     np.testing.assert_array_equal(seen["w"][arrival], kept["w"])
     assert states.trend.scale[239] < 0.5 * states.trend.scale[219]
 

@@ -33,7 +33,7 @@ def run_rule(losses, init_value, numbers, *, window, mode, threshold_mode, algor
 
     def body(state, loss):
         state = schedule.update(state, value=loss)
-        return state, state.carried.rule
+        return state, state.rule_state.rule
 
     return jax.lax.scan(body, schedule.init(), losses)[1]
 

@@ -56,7 +56,7 @@ def rule_history(static, numbers, init_value, metrics):
 
     def body(state, metric):
         state = schedule.update(state, value=metric)
-        return state, state.carried.rule._replace(history=0)
+        return state, state.rule_state.rule._replace(history=0)
 
     return jax.lax.scan(body, schedule.init(), metrics)[1]
 

@@ -8,13 +8,13 @@ import optax
 import pytest
 
 import greedylr_jax
-from greedylr_jax import base, get_scale, rollback
+from greedylr_jax import _rollback, _rule, get_scale
 
 
 def follow(losses, state=None):
     """The steps at which the way is back, and the last state."""
-    state = rollback.watch_from(jnp.float32(1), jnp.float32(0.01)) if state is None else state
-    state, returns = jax.lax.scan(rollback.watch, state, jnp.asarray(losses, jnp.float32))
+    state = _rollback.watch_from(jnp.float32(1), jnp.float32(0.01)) if state is None else state
+    state, returns = jax.lax.scan(_rollback.watch, state, jnp.asarray(losses, jnp.float32))
     return np.flatnonzero(returns).tolist(), state
 
 
@@ -32,7 +32,7 @@ def test_twenty_bad_losses_in_a_row_are_a_way_back_and_nineteen_are_not():
 def test_where_a_return_changes_nothing_the_losses_of_old_are_forgotten():
     returns, state = follow([5.0] * 100)
     assert returns == [19]  # once, and not for ever
-    assert state.limit == np.inf and rollback.improves(state, jnp.float32(5.0))
+    assert state.limit == np.inf and _rollback.improves(state, jnp.float32(5.0))
 
 
 def test_where_a_return_helped_there_may_be_another():
@@ -43,10 +43,10 @@ def test_going_there_and_back_loses_no_bit():
     rng = np.random.default_rng(0)
     start = {"w": jnp.asarray(rng.standard_normal(1000), jnp.float32), "b": jnp.ones(3, jnp.bfloat16)}
     far = jax.tree.map(lambda x: (x * 1e6 + 7).astype(x.dtype), start)
-    kept, params, settles = rollback.Kept(start, None), far, jnp.asarray(False)
+    kept, params, settles = _rollback.Kept(start, None), far, jnp.asarray(False)
     steps = jax.tree.map(jnp.zeros_like, start)
-    for turn in range(rollback.SETTLING_STEPS + 1):
-        updates, inner, kept, settles = rollback.exchange(
+    for turn in range(_rollback.SETTLING_STEPS + 1):
+        updates, inner, kept, settles = _rollback.exchange(
             steps,
             jnp.float32(3),
             kept,
@@ -62,15 +62,15 @@ def test_going_there_and_back_loses_no_bit():
             break
         assert inner == 0  # a fresh optimizer
         params = jax.tree.map(lambda p, u: p + u, params, updates)
-    assert not settles and rollback.are_equal(params, start)
+    assert not settles and _rollback.are_equal(params, start)
 
 
 def test_nothing_is_done_where_nothing_is_needed():
     no = jnp.asarray(False)
-    updates, inner, kept, returns = rollback.exchange(
+    updates, inner, kept, returns = _rollback.exchange(
         jnp.array([jnp.inf]),
         jnp.float32(3),
-        rollback.Kept(jnp.zeros(1), jnp.float32(1)),
+        _rollback.Kept(jnp.zeros(1), jnp.float32(1)),
         params=jnp.ones(1),
         old_inner_state=jnp.float32(2),
         needed=no,
@@ -112,7 +112,7 @@ def test_a_loss_that_is_not_finite_leads_back_to_the_best_window_at_a_lower_rate
     # Windows end at the third, sixth and ninth loss; the second is the best.
     losses = [5.0, 4.0, 3.0, 2.0, 1.5, 1.0, 3.0, 3.5, 3.0, 2.5, np.nan, 1.0, 1.0]
     _, state, history = feed(tx, losses)
-    assert state.num_returns == 1
+    assert state.num_rollbacks == 1
     kept_params, kept_state, _ = history[5]
     back_params, _, back_state = history[11]
     chex.assert_trees_all_equal(back_params, kept_params)
@@ -123,7 +123,7 @@ def test_a_loss_that_is_not_finite_leads_back_to_the_best_window_at_a_lower_rate
     np.testing.assert_allclose(now, 0.25 * min(was, last), rtol=1e-6)
     # All but the rates is what it was, to the last bit.
     same = lambda state: jax.tree.map(  # noqa: E731
-        lambda node: base.map_rates(jnp.zeros_like, node), state.inner_state, is_leaf=base.is_rate_state
+        lambda node: _rule.map_rates(jnp.zeros_like, node), state.inner_state, is_leaf=_rule.is_rate_state
     )
     chex.assert_trees_all_equal(same(returned), same(kept_state))
     assert np.isfinite(jax.tree.leaves(back_state)[0]).all()
@@ -132,25 +132,25 @@ def test_a_loss_that_is_not_finite_leads_back_to_the_best_window_at_a_lower_rate
 def test_each_return_to_the_same_place_cuts_again():
     tx = greedylr_jax.with_rollback(greedylr_jax.greedy_lr(window=None), window=2)
     _, state, _ = feed(tx, [1.0, 0.9, np.nan, 0.9, np.nan, 0.9, np.nan, 0.9])
-    assert state.num_returns == 3 and get_scale(state) == 1 / 8
+    assert state.num_rollbacks == 3 and get_scale(state) == 1 / 8
 
 
 def test_patience_counts_losses_that_are_significantly_higher():
     tx = greedylr_jax.with_rollback(optax.sgd(0.0), window=4, patience=5)
     calm = [1.0, 1.1, 0.9, 1.0]  # 0.08 is their deviation, so that 1.28 is the limit
-    assert feed(tx, [*calm, *[1.2] * 40])[1].num_returns == 0
-    assert feed(tx, [*calm, *[1.4] * 4, 1.2, *[1.4] * 4])[1].num_returns == 0
-    assert feed(tx, [*calm, *[1.4] * 5])[1].num_returns == 1
+    assert feed(tx, [*calm, *[1.2] * 40])[1].num_rollbacks == 0
+    assert feed(tx, [*calm, *[1.4] * 4, 1.2, *[1.4] * 4])[1].num_rollbacks == 0
+    assert feed(tx, [*calm, *[1.4] * 5])[1].num_rollbacks == 1
     # The parameters were not at fault, so there is one return and not one after the other.
-    assert feed(tx, [*calm, *[1.4] * 200])[1].num_returns == 1
+    assert feed(tx, [*calm, *[1.4] * 200])[1].num_rollbacks == 1
 
 
 def test_a_gradient_that_has_died_is_a_way_back_unless_nothing_is_left_to_learn():
     tx = greedylr_jax.with_rollback(optax.sgd(0.1), window=2)
     dead = jax.tree.map(jnp.zeros_like, START)
-    assert feed(tx, [1.0, 1.0, 1.001, 1.001], grads=dead)[1].num_returns == 1
-    assert feed(tx, [1.0, 1.0, 1.0, 0.5], grads=dead)[1].num_returns == 0
-    assert feed(tx, [1.0, 1.0, 1.001, 1.001])[1].num_returns == 0
+    assert feed(tx, [1.0, 1.0, 1.001, 1.001], grads=dead)[1].num_rollbacks == 1
+    assert feed(tx, [1.0, 1.0, 1.0, 0.5], grads=dead)[1].num_rollbacks == 0
+    assert feed(tx, [1.0, 1.0, 1.001, 1.001])[1].num_rollbacks == 0
 
 
 def test_a_training_that_a_single_bad_batch_destroys_is_saved():
@@ -184,7 +184,7 @@ def test_steps_without_a_loss_change_nothing_of_the_watch():
     chex.assert_trees_all_equal(after.watch, state.watch)
     chex.assert_trees_all_equal(after.window, state.window)
     _, after = tx.update(START, state, START, value=jnp.nan, has_value=jnp.array(False))
-    assert after.num_returns == 0
+    assert after.num_rollbacks == 0
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 import greedylr_jax
 from greedylr_jax.arc import ACTIONS, action_probabilities, arc, arc_schedule, batch_features, initial_weights
-from greedylr_jax.arc.controller import MULTIPLIERS
+from greedylr_jax.arc._controller import MULTIPLIERS
 
 STEPS, CYCLES, RATE = 7, 12, 0.125
 
@@ -37,7 +37,7 @@ def compiled(weights, losses, given, *, validation, passes):
     def body(state, inputs):
         loss, value = inputs
         state = schedule.update(state, value=loss, **({"validation_value": value} if passes else {}))
-        return state, (schedule(state), state.carried.rule.action)
+        return state, (schedule(state), state.rule_state.rule.action)
 
     state, (rates, actions) = jax.lax.scan(body, schedule.init(), (losses, given))
     return rates, actions, state
@@ -112,7 +112,7 @@ def test_a_loss_that_is_not_finite_lowers_the_rate_once_and_poisons_nothing(bad)
     rates, actions, state = run(weights_for("raise"), losses)
     assert actions[STEPS - 1 :: STEPS].tolist() == [0, 2, 0, 0, 0, 0]
     np.testing.assert_allclose(rates[-1], RATE * 1.618**5 * 0.618, rtol=1e-5)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.carried.rule.history))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.rule_state.rule.history))
     # Right from the start, before any finite loss.
     rates, _, _ = run(weights_for("raise"), np.full(2 * STEPS, bad))
     np.testing.assert_allclose(rates[-1], RATE * 0.618**2, rtol=1e-5)

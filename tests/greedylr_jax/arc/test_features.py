@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from greedylr_jax.arc import batch_features
-from greedylr_jax.arc.features import FeatureStream, _nearest
+from greedylr_jax.arc._features import FeatureStream, _nearest
 from tests.reference_data import read_fixtures, reference_file
 
 FIXTURES = read_fixtures("arc_features.json")

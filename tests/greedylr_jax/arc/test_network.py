@@ -16,7 +16,7 @@ from greedylr_jax.arc import (
     load_keras_weights,
     load_weights,
 )
-from greedylr_jax.arc.network import PUBLISHED, SMALL
+from greedylr_jax.arc._network import PUBLISHED, SMALL
 from tests.greedylr_jax.arc import numpy_network
 from tests.reference_data import reference_file
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from greedylr_jax import superbatch_loss
-from greedylr_jax.probing import probe
+from greedylr_jax.probing import _probe
 
 PARAMS = {"w": jnp.array([1.0, -2.0]), "b": jnp.array(0.5)}
 DIRECTION = {"w": jnp.array([0.5, 1.0]), "b": jnp.array(-1.0)}
@@ -23,13 +23,13 @@ def along(t):
 
 def test_losses_along_are_those_of_the_moved_parameters():
     distances = jnp.array([-1.0, 0.0, 0.25, 3.0])
-    got = jax.jit(lambda: probe.losses_along(cubic, PARAMS, DIRECTION, distances))()
+    got = jax.jit(lambda: _probe.losses_along(cubic, PARAMS, DIRECTION, distances))()
     np.testing.assert_allclose(got, along(np.asarray(distances)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("t", [-0.75, 0.0, 2.0])
 def test_taylor_coefficients_are_the_derivatives(t):
-    got = jax.jit(lambda: probe.taylor_along(cubic, PARAMS, DIRECTION, jnp.float32(t)))()
+    got = jax.jit(lambda: _probe.taylor_along(cubic, PARAMS, DIRECTION, jnp.float32(t)))()
     slope = 1.5 * (1 + 0.5 * t) ** 2 + 3 * (-2 + t) ** 2 - 2 * (0.5 - t)
     half_curvature = 0.75 * (1 + 0.5 * t) + 3 * (-2 + t) + 1
     np.testing.assert_allclose(got, [along(t), slope, half_curvature], rtol=1e-5)
@@ -38,10 +38,10 @@ def test_taylor_coefficients_are_the_derivatives(t):
 @pytest.mark.parametrize("num_samples", [3, 4, 5, 9])
 def test_a_parabola_is_fitted_exactly_and_more_by_least_squares(num_samples):
     t = np.linspace(-0.3, 0.3, num_samples)
-    exact = probe.fit_parabola(jnp.asarray(7 + 2 * t + 5 * t**2, jnp.float32), jnp.float32(0.3))
+    exact = _probe.fit_parabola(jnp.asarray(7 + 2 * t + 5 * t**2, jnp.float32), jnp.float32(0.3))
     np.testing.assert_allclose(exact, [7, 2, 5], rtol=2e-5)
     losses = np.sin(9 * t)
-    fitted = probe.fit_parabola(jnp.asarray(losses, jnp.float32), jnp.float32(0.3))
+    fitted = _probe.fit_parabola(jnp.asarray(losses, jnp.float32), jnp.float32(0.3))
     np.testing.assert_allclose(fitted, np.polynomial.polynomial.polyfit(t, losses, 2), rtol=1e-4, atol=1e-5)
 
 

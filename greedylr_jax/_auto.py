@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from greedylr_jax import _checks, _search, base, rollback, trend
+from greedylr_jax import _checks, _inner, _numerics, _observe, _rollback, _rule, _search, _trend
 from greedylr_jax._window import Window, empty_window, mean_variance, observe, variance
 
 _BACKOFF = 0.5  # the rate to start with over that which the search found
@@ -53,17 +53,17 @@ _ANNEALED = 0.4  # of the steps
 class AutoState(NamedTuple):
     """State of :func:`auto_lr`."""
 
-    rate: base.RateState
+    rate: _rule.RateState
     step: jax.Array  # shape=(), dtype=int32; losses seen
     search: _search.SearchState
-    trend: trend.TrendState
+    trend: _trend.TrendState
     last: Window  # the last window that the trend rule has tested
-    watch: rollback.Watch
-    kept: rollback.Kept  # the parameters to go back to
+    watch: _rollback.Watch
+    kept: _rollback.Kept  # the parameters to go back to
     origin: optax.Params  # the initial parameters, rounded to 16 bits: they only tell a direction
     pulls: Window  # since the trend rule's last test
     settles: jax.Array  # shape=(), dtype=int32; further steps that the way back may take
-    num_returns: jax.Array  # shape=(), dtype=int32; those of the search not counted
+    num_rollbacks: jax.Array  # shape=(), dtype=int32; those of the search not counted
     inner_state: optax.OptState
 
 
@@ -75,7 +75,7 @@ def auto_lr(
     ramp_steps: ArrayLike | None = None,
     trial_steps: ArrayLike | None = None,
     axis_name: Hashable | None = None,
-) -> base.GradientTransformationExtraLoss:
+) -> _rule.GradientTransformationExtraLoss:
     """An optimizer that finds its learning rate itself, and keeps looking after it.
 
     Call ``update`` with the loss of the step: ``tx.update(grads, state, params, value=loss)``.
@@ -125,22 +125,22 @@ def auto_lr(
     if total_steps is not None:
         total_steps = _checks.check_integer("total_steps", total_steps, low=1)
     lengths = _lengths(total_steps, ramp_steps, trial_steps)
-    inner = base.as_direction(inner)
+    inner = _inner.as_direction(inner)
 
     def init_fn(params: optax.Params) -> AutoState:
-        dtype = base.default_float_dtype()
+        dtype = _numerics.default_float_dtype()
         return AutoState(
-            rate=base.RateState(_search.ramp_rate(centre, jnp.zeros((), jnp.int32), lengths)),
+            rate=_rule.RateState(_search.ramp_rate(centre, jnp.zeros((), jnp.int32), lengths)),
             step=jnp.zeros((), jnp.int32),
             search=_search.begin(),
-            trend=trend.trend_rule(trend.TrendSettings(low=_LEAST, high=jnp.inf)).init(jnp.ones((), dtype)),
+            trend=_trend.trend_rule(_trend.TrendSettings(low=_LEAST, high=jnp.inf)).init(jnp.ones((), dtype)),
             last=empty_window(),
-            watch=rollback.unwatched(),
-            kept=rollback.Kept(jax.tree.map(jnp.array, params), None),
+            watch=_rollback.unwatched(),
+            kept=_rollback.Kept(jax.tree.map(jnp.array, params), None),
             origin=jax.tree.map(_rounded, params),
             pulls=empty_window(),
             settles=jnp.zeros((), jnp.int32),
-            num_returns=jnp.zeros((), jnp.int32),
+            num_rollbacks=jnp.zeros((), jnp.int32),
             inner_state=inner.init(params),
         )
 
@@ -153,15 +153,15 @@ def auto_lr(
         has_value: ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, AutoState]:
-        rollback.check_params("auto_lr", params)
-        loss, observed = base.read_loss("auto_lr", value, has_value, state.search.edge.dtype, axis_name)
+        _rollback.check_params("auto_lr", params)
+        loss, observed = _observe.read_loss("auto_lr", value, has_value, state.search.edge.dtype, axis_name)
         extra_args |= {"value": loss if value is None else value, "has_value": has_value}
         direction, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
 
         pulls = _observe_pull(state, updates, params, axis_name)
         # Whether this step is still one of the way back shows in the parameters: it is taken as a good one,
         # and dropped below where it is not.
-        numbers, goes_back, takes = _observe(state, pulls, loss, centre, lengths)
+        numbers, goes_back, takes = _advance(state, pulls, loss, centre, lengths)
         learning_rate = jnp.where(
             numbers.search.stage == _search.FOUND,
             _BACKOFF * numbers.search.found * numbers.trend.scale * _anneal(state.step, total_steps),
@@ -170,8 +170,8 @@ def auto_lr(
         learning_rate = jnp.where(observed & ~goes_back, learning_rate, state.rate.learning_rate)
         settles = state.settles > 0
         searches = state.search.stage != _search.FOUND
-        steps, inner_state, kept, returns = rollback.exchange(
-            base.scale_updates(direction, -learning_rate),
+        steps, inner_state, kept, returns = _rollback.exchange(
+            _numerics.scale_updates(direction, -learning_rate),
             inner_state,
             state.kept,
             params=params,
@@ -183,29 +183,29 @@ def auto_lr(
             init=inner.init,
         )
         begins = returns & ~settles
-        numbers = base.select(observed & (begins | ~returns), numbers, _numbers(state))
-        left = jnp.where(begins, rollback.SETTLING_STEPS, state.settles) - 1
+        numbers = _numerics.select(observed & (begins | ~returns), numbers, _numbers(state))
+        left = jnp.where(begins, _rollback.SETTLING_STEPS, state.settles) - 1
         return steps, AutoState(
-            rate=base.RateState(jnp.where(returns, state.rate.learning_rate, learning_rate)),
+            rate=_rule.RateState(jnp.where(returns, state.rate.learning_rate, learning_rate)),
             step=jnp.where(observed, optax.safe_increment(state.step), state.step),
             kept=kept,
             origin=state.origin,
             settles=jnp.where(returns, left, 0).astype(jnp.int32),
-            num_returns=state.num_returns + (begins & ~searches).astype(jnp.int32),
+            num_rollbacks=state.num_rollbacks + (begins & ~searches).astype(jnp.int32),
             inner_state=inner_state,
             **numbers._asdict(),
         )
 
-    return base.GradientTransformationExtraLoss(init_fn, update_fn)
+    return _rule.GradientTransformationExtraLoss(init_fn, update_fn)
 
 
 class _Numbers(NamedTuple):
     """The part of the state that a loss changes."""
 
     search: _search.SearchState
-    trend: trend.TrendState
+    trend: _trend.TrendState
     last: Window
-    watch: rollback.Watch
+    watch: _rollback.Watch
     pulls: Window
 
 
@@ -213,7 +213,7 @@ def _numbers(state: AutoState) -> _Numbers:
     return _Numbers(state.search, state.trend, state.last, state.watch, state.pulls)
 
 
-def _observe(
+def _advance(
     state: AutoState, pulls: Window, loss: jax.Array, centre: ArrayLike, lengths: _search.Lengths
 ) -> tuple[_Numbers, jax.Array, jax.Array]:
     """The numbers after one more loss; whether to go back now; whether to keep these parameters.
@@ -223,36 +223,36 @@ def _observe(
     is_found = state.search.stage == _search.FOUND
     search, search_returns = _search.advance(state.search, loss, centre, lengths)
     begins = ~is_found & (search.stage == _search.FOUND)
-    search = base.select(is_found, state.search, search)
+    search = _numerics.select(is_found, state.search, search)
 
-    watch, watch_returns = rollback.watch(state.watch, loss)
+    watch, watch_returns = _rollback.watch(state.watch, loss)
     watch_returns &= is_found
     rule = _trend_rule(state, pull=pulls.mean + jnp.sqrt(mean_variance(pulls)))
     # A return is a loss that is not finite to the rule, upon which it cuts.
     observed_loss = jnp.where(watch_returns, jnp.nan, loss)
-    moved = base.select(is_found, rule.update(state.trend, observed_loss), state.trend)
-    diverged = moved.verdict == trend.DIVERGED
-    tested = (moved.verdict != trend.WAITS) & ~diverged
-    last = base.select(tested, moved.window, state.last)
-    last = base.select(diverged, empty_window(), last)
-    takes = tested & rollback.improves(watch, last.mean)
-    watch = base.select(takes, rollback.watch_from(last.mean, variance(last)), watch)
+    moved = _numerics.select(is_found, rule.update(state.trend, observed_loss), state.trend)
+    diverged = moved.verdict == _trend.DIVERGED
+    tested = (moved.verdict != _trend.WAITS) & ~diverged
+    last = _numerics.select(tested, moved.window, state.last)
+    last = _numerics.select(diverged, empty_window(), last)
+    takes = tested & _rollback.improves(watch, last.mean)
+    watch = _numerics.select(takes, _rollback.watch_from(last.mean, variance(last)), watch)
     # At the start the losses are those that the ramp began with.
-    at_start = rollback.unwatched()._replace(limit=_search.start_limit(search.first))
-    watch = base.select(begins, at_start, base.select(is_found, watch, state.watch))
-    pulls = base.select(is_found & (moved.verdict == trend.WAITS), pulls, empty_window())
+    at_start = _rollback.unwatched()._replace(limit=_search.start_limit(search.first))
+    watch = _numerics.select(begins, at_start, _numerics.select(is_found, watch, state.watch))
+    pulls = _numerics.select(is_found & (moved.verdict == _trend.WAITS), pulls, empty_window())
     return _Numbers(search, moved, last, watch, pulls), search_returns & ~is_found | watch_returns, takes
 
 
-def _trend_rule(state: AutoState, pull: jax.Array) -> base.Rule:
+def _trend_rule(state: AutoState, pull: jax.Array) -> _rule.Rule:
     """The rule for the next loss; ``pull`` is what the training's is at most, but for noise."""
     first, last = state.search.first, state.last
     # On noise alone a drift would raise the rate until the network is lost. Where all examples are fitted the
     # training leads on for ever, to little use.
     is_learning = _search.is_lower(last.mean, mean_variance(last), first)
     drifts = (pull < -_WORTH * (first.mean - last.mean)) | ~is_learning
-    return trend.trend_rule(
-        trend.TrendSettings(
+    return _trend.trend_rule(
+        _trend.TrendSettings(
             low=_LEAST,
             high=_highest_scale(state.search, state.trend.scale, leads_on=pull < 0),
             window=jnp.maximum(_WINDOW, state.step // _WINDOW_SHARE),
@@ -299,7 +299,7 @@ def _observe_pull(
     # Not at each step, as it reads all parameters.
     is_asked = (state.search.stage == _search.FOUND) & (state.step % _ASKED == 0)
     asked = jax.lax.cond(is_asked, pull, lambda: jnp.zeros((), dtype))
-    return base.select(is_asked, observe(state.pulls, base.average(asked, axis_name)), state.pulls)
+    return _numerics.select(is_asked, observe(state.pulls, _observe.average(asked, axis_name)), state.pulls)
 
 
 def _lengths(
@@ -322,5 +322,5 @@ def _anneal(step: jax.Array, total_steps: ArrayLike | None) -> jax.Array:
     """1, and over the last steps linearly to zero."""
     if total_steps is None:
         return jnp.ones(())
-    total = jnp.asarray(total_steps, base.default_float_dtype())
+    total = jnp.asarray(total_steps, _numerics.default_float_dtype())
     return jnp.clip((total - step) / (_ANNEALED * total), 0, 1)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from greedylr_jax import _checks, base
+from greedylr_jax import _checks, _numerics, _observe, _rule
 from greedylr_jax._window import LONGEST, Window, empty_window, observe, rise_limit, variance
 
 SETTLING_STEPS = 4  # more than rounding can take to lead back to parameters
@@ -99,9 +99,9 @@ def exchange(
         fresh = kept.inner_state if init is None else init(kept.params)
         guarded = where_finite(jnp.asarray(True), steps, params)
         back = (difference(kept.params, params), fresh)
-        steps, inner_state = base.select(returns, back, (guarded, inner_state))
+        steps, inner_state = _numerics.select(returns, back, (guarded, inner_state))
         new = Kept(params, old_inner_state if init is None else None)
-        return steps, inner_state, base.select(takes & ~returns, new, kept), returns
+        return steps, inner_state, _numerics.select(takes & ~returns, new, kept), returns
 
     # A loop of one turn or none works in place. A lax.cond would copy what it hands through, which are
     # arrays of the parameters' size; so would any other use of the snapshot's arrays.
@@ -120,7 +120,7 @@ class Watch(NamedTuple):
 
 def unwatched() -> Watch:
     """Nothing is known, and no loss but those that are not finite is bad."""
-    infinity = jnp.full((), jnp.inf, base.default_float_dtype())
+    infinity = jnp.full((), jnp.inf, _numerics.default_float_dtype())
     return Watch(infinity, jnp.array(infinity), jnp.zeros((), jnp.int32), jnp.ones((), bool))
 
 
@@ -163,7 +163,7 @@ class RollbackState(NamedTuple):
     window: Window  # the losses since the last snapshot could be taken
     kept: Kept  # the parameters and the inner state to go back to
     settles: jax.Array  # shape=(), dtype=int32; further steps that the way back may take
-    num_returns: jax.Array  # shape=(), dtype=int32
+    num_rollbacks: jax.Array  # shape=(), dtype=int32
     inner_state: optax.OptState
 
 
@@ -174,7 +174,7 @@ def with_rollback(
     patience: ArrayLike = BAD_LOSSES,
     cut_factor: ArrayLike = 0.5,
     axis_name: Hashable | None = None,
-) -> base.GradientTransformationExtraLoss:
+) -> _rule.GradientTransformationExtraLoss:
     """Wraps an optimizer so that a training which is lost goes back to where it was best, at a lower rate.
 
     The mean of each ``window`` losses that is the least so far makes a snapshot of the parameters and of the
@@ -232,7 +232,7 @@ def with_rollback(
             # Copies: the same array twice in a state could not be donated.
             kept=Kept(*jax.tree.map(jnp.array, (params, inner_state))),
             settles=jnp.zeros((), jnp.int32),
-            num_returns=jnp.zeros((), jnp.int32),
+            num_rollbacks=jnp.zeros((), jnp.int32),
             inner_state=inner_state,
         )
 
@@ -248,7 +248,9 @@ def with_rollback(
         check_params("with_rollback", params)
         extra_args |= {"value": value, "has_value": has_value}
         steps, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-        loss, observed = base.read_loss("with_rollback", value, has_value, state.watch.level.dtype, axis_name)
+        loss, observed = _observe.read_loss(
+            "with_rollback", value, has_value, state.watch.level.dtype, axis_name
+        )
 
         settles = state.settles > 0
         is_dead = _is_zero(updates) & (loss > state.watch.level)
@@ -256,8 +258,8 @@ def with_rollback(
         losses = observe(state.window, loss)
         is_full = losses.steps >= jnp.asarray(window, loss.dtype)
         takes = is_full & improves(state.watch, losses.mean) & ~lost
-        watched = base.select(takes, watch_from(losses.mean, variance(losses)), watched)
-        losses = base.select(is_full | lost, empty_window(), losses)
+        watched = _numerics.select(takes, watch_from(losses.mean, variance(losses)), watched)
+        losses = _numerics.select(is_full | lost, empty_window(), losses)
 
         goes_back, takes = observed & lost & ~settles, observed & takes
         steps, inner_state, kept, returns = exchange(
@@ -276,15 +278,15 @@ def with_rollback(
         counts = observed & (begins | ~returns)
         left = jnp.where(begins, SETTLING_STEPS, state.settles) - 1
         return steps, RollbackState(
-            watch=base.select(counts, watched, state.watch),
-            window=base.select(counts, losses, state.window),
+            watch=_numerics.select(counts, watched, state.watch),
+            window=_numerics.select(counts, losses, state.window),
             kept=kept,
             settles=jnp.where(returns, left, 0).astype(jnp.int32),
-            num_returns=state.num_returns + begins.astype(jnp.int32),
+            num_rollbacks=state.num_rollbacks + begins.astype(jnp.int32),
             inner_state=_cut(inner_state, state.inner_state, returns, jnp.where(begins, cut_factor, 1)),
         )
 
-    return base.GradientTransformationExtraLoss(init_fn, update_fn)
+    return _rule.GradientTransformationExtraLoss(init_fn, update_fn)
 
 
 def _is_zero(updates: optax.Updates) -> jax.Array:
@@ -302,6 +304,6 @@ def _cut(
         def lower(kept: jax.Array, last: jax.Array) -> jax.Array:
             return jnp.where(returns, jnp.minimum(kept, last) * factor.astype(kept.dtype), kept)
 
-        return base.map_rates(lower, kept, last)
+        return _rule.map_rates(lower, kept, last)
 
-    return jax.tree.map(cut, inner_state, latest, is_leaf=base.is_rate_state)
+    return jax.tree.map(cut, inner_state, latest, is_leaf=_rule.is_rate_state)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from greedylr_jax.arc.network import PUBLISHED, check_weights
+from greedylr_jax.arc._network import PUBLISHED, check_weights
 
 _OURS = "arc.safetensors"
 

@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from greedylr_jax import _checks, base
+from greedylr_jax import _checks, _inner, _numerics, _rule
 
 
 class HypergradientState(NamedTuple):
     """State of :func:`hypergradient`."""
 
-    rate: base.RateState  # the rates: a scalar, a scalar for each group, or one for each element
+    rate: _rule.RateState  # the rates: a scalar, a scalar for each group, or one for each element
     previous: optax.Updates  # the direction of the last step; zeros before the first
     direction_state: optax.OptState
 
@@ -99,7 +99,7 @@ def hypergradient(
             f"param_labels must be given with granularity='group' and only then, got "
             f"granularity={granularity!r} and param_labels={param_labels!r}."
         )
-    direction = base.as_direction(direction)
+    direction = _inner.as_direction(direction)
 
     def labels_of(params: optax.Params) -> list[str]:
         """The label of each leaf; the same for all where there are no groups."""
@@ -117,7 +117,7 @@ def hypergradient(
         else:
             rates = _initial_rate("learning_rate", learning_rate)
         return HypergradientState(
-            rate=base.RateState(rates),
+            rate=_rule.RateState(rates),
             previous=optax.tree.zeros_like(params),
             direction_state=direction.init(params),
         )
@@ -157,9 +157,9 @@ def hypergradient(
             each = [by_label[label] for label in labels]
         steps, direction_state = direction.update(updates, state.direction_state, params, **extra_args)
         scaled = jax.tree.map(
-            lambda step, rate: base.scale_leaf(step, -rate), steps, structure.unflatten(each)
+            lambda step, rate: _numerics.scale_leaf(step, -rate), steps, structure.unflatten(each)
         )
-        return scaled, HypergradientState(base.RateState(rates), steps, direction_state)
+        return scaled, HypergradientState(_rule.RateState(rates), steps, direction_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -169,7 +169,7 @@ _ALL = ""  # the label of every leaf where there is one rate
 
 def _initial_rate(name: str, value: Any) -> jax.Array:
     rate = _checks.check_real(name, value, low=0.0, high_open=True)
-    return jnp.array(rate, base.default_float_dtype())
+    return jnp.array(rate, _numerics.default_float_dtype())
 
 
 def _initial_per_group(value: Any, labels: set[str]) -> dict[str, jax.Array]:
@@ -183,7 +183,7 @@ def _initial_per_group(value: Any, labels: set[str]) -> dict[str, jax.Array]:
 
 
 def _initial_per_element(value: Any, params: optax.Params) -> optax.Params:
-    dtype = base.default_float_dtype()
+    dtype = _numerics.default_float_dtype()
     if jax.tree.structure(value) == jax.tree.structure(0):  # one number, or one array
         value = jax.tree.map(lambda _: value, params)
     elif jax.tree.structure(value) != jax.tree.structure(params):
@@ -227,11 +227,11 @@ def _agreements(
 
     def total(left: list[jax.Array], right: list[jax.Array], label: str) -> jax.Array:
         terms = [
-            jnp.sum((jnp.conj(_widen(b)) * _widen(a)).real.astype(base.default_float_dtype()))
+            jnp.sum((jnp.conj(_widen(b)) * _widen(a)).real.astype(_numerics.default_float_dtype()))
             for a, b, name in zip(left, right, labels, strict=True)
             if name == label and _has_rate(a)
         ]
-        return sum(terms, start=jnp.zeros((), base.default_float_dtype()))
+        return sum(terms, start=jnp.zeros((), _numerics.default_float_dtype()))
 
     result = {}
     for label in dict.fromkeys(labels):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from greedylr_jax import base
+from greedylr_jax import _numerics, _observe, _rule
 
 
 class MultiStepsState(NamedTuple):
@@ -21,7 +21,7 @@ class MultiStepsState(NamedTuple):
 
 def multi_steps(
     tx: optax.GradientTransformation, every_k_schedule: int | Callable[[jax.Array], jax.Array]
-) -> base.GradientTransformationExtraLoss:
+) -> _rule.GradientTransformationExtraLoss:
     """``optax.MultiSteps`` for rules: each optimizer step sees the mean loss of its micro-batches.
 
     Plain ``optax.MultiSteps`` works with every rule too, but hands on the loss of the last micro-batch
@@ -55,7 +55,7 @@ def multi_steps(
     def init_fn(params: optax.Params) -> MultiStepsState:
         return MultiStepsState(
             accumulation=steps.init(params),
-            value_sum=jnp.zeros((), base.default_float_dtype()),
+            value_sum=jnp.zeros((), _numerics.default_float_dtype()),
             value_count=jnp.zeros((), jnp.int32),
         )
 
@@ -71,7 +71,7 @@ def multi_steps(
         value_sum, value_count = state.value_sum, state.value_count
         observed = jnp.asarray(True if has_value is None else has_value, bool)
         if value is not None or has_value is None:
-            loss = base.check_loss("multi_steps", value).astype(value_sum.dtype)
+            loss = _observe.check_loss("multi_steps", value).astype(value_sum.dtype)
             value_sum = jnp.where(observed, value_sum + loss, value_sum)
             value_count = value_count + observed.astype(jnp.int32)
         # Optax calls the inner transformation at every micro-step and keeps what the last one gives, for
@@ -87,4 +87,4 @@ def multi_steps(
             value_count=jnp.where(stepped, 0, value_count),
         )
 
-    return base.GradientTransformationExtraLoss(init_fn, update_fn)
+    return _rule.GradientTransformationExtraLoss(init_fn, update_fn)

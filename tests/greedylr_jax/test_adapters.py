@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import greedylr_jax
-from greedylr_jax import base
+from greedylr_jax import _numerics
 from tests.greedylr_jax.rules import BASE_RATE, RULES, losses, rule_parameters, scales
 
 PARAMS = {"w": jnp.arange(6.0).reshape(2, 3) / 8, "b": jnp.ones(3) / 4}
@@ -20,7 +20,7 @@ GRADS = {"w": jnp.ones((2, 3)) / 2, "b": -jnp.arange(3.0)}
 every_rule = pytest.mark.parametrize("case", rule_parameters())
 
 
-def carried(case, carrier, inner=optax.sgd, **options):
+def with_rule(case, carrier, inner=optax.sgd, **options):
     """The rule around an optimizer, in the named carrier."""
     if carrier == "schedule":
         return optax.inject_hyperparams(inner)(learning_rate=case.schedule(**options))
@@ -47,7 +47,7 @@ def test_the_rule_moves_both_ways_on_the_test_losses(case):
 @every_rule
 @pytest.mark.parametrize("carrier", ["transformation", "schedule"])
 def test_eager_jit_and_scan_agree_bit_for_bit(case, carrier):
-    tx, values = carried(case, carrier), losses(40)
+    tx, values = with_rule(case, carrier), losses(40)
     stepped = train(tx, values)
     eager = train(tx, values[:6], step=tx.update)
     np.testing.assert_array_equal(eager[1], stepped[1][:6])
@@ -69,8 +69,8 @@ def test_eager_jit_and_scan_agree_bit_for_bit(case, carrier):
 @every_rule
 def test_both_carriers_agree_on_timing_to_the_bit(case):
     values = losses()
-    params, rates, _ = train(carried(case, "transformation"), values)
-    schedule_params, schedule_rates, state = train(carried(case, "schedule"), values)
+    params, rates, _ = train(with_rule(case, "transformation"), values)
+    schedule_params, schedule_rates, state = train(with_rule(case, "schedule"), values)
     np.testing.assert_array_equal(rates, schedule_rates)
     chex.assert_trees_all_equal(params, schedule_params)
     assert float(state.hyperparams["learning_rate"]) == rates[-1]
@@ -98,8 +98,8 @@ def test_state_is_float32_and_updates_keep_bfloat16(case):
     for leaf in jax.tree.leaves(state):
         assert leaf.dtype in (jnp.float32, jnp.int32, jnp.bool)
     # The rates of a bfloat16 run are those of a float32 run: nothing of the rule is kept in bfloat16.
-    _, rates, _ = train(carried(case, "transformation"), losses(), params=params)
-    np.testing.assert_array_equal(rates, train(carried(case, "transformation"), losses())[1])
+    _, rates, _ = train(with_rule(case, "transformation"), losses(), params=params)
+    np.testing.assert_array_equal(rates, train(with_rule(case, "transformation"), losses())[1])
 
 
 @every_rule
@@ -107,7 +107,7 @@ def test_state_is_float32_and_updates_keep_bfloat16(case):
 def test_state_is_float64_with_x64(case, carrier):
     with jax.enable_x64(True):
         params = {"w": jnp.ones(3, jnp.float32)}
-        tx = carried(case, carrier)
+        tx = with_rule(case, carrier)
         state = tx.init(params)
         updates, after = jax.jit(tx.update)(params, state, params, value=0.5)
         chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
@@ -193,7 +193,7 @@ def test_a_step_known_to_have_no_value_needs_none(case):
 @every_rule
 @pytest.mark.parametrize("carrier", ["transformation", "schedule"])
 def test_a_compiled_step_moves_nothing_between_host_and_device(case, carrier):
-    tx = carried(case, carrier, inner=optax.adamw)
+    tx = with_rule(case, carrier, inner=optax.adamw)
     state, value = tx.init(PARAMS), jnp.float32(0.5)
     with jax.transfer_guard("disallow"):
         step = jax.jit(tx.update)
@@ -231,7 +231,7 @@ def test_vmapping_equals_looping_bit_for_bit(case):
 @every_rule
 @pytest.mark.parametrize("carrier", ["transformation", "schedule"])
 def test_state_may_be_donated(case, carrier):
-    tx = carried(case, carrier)
+    tx = with_rule(case, carrier)
     step = jax.jit(tx.update, donate_argnums=1)
     state = tx.init(PARAMS)
     for value in losses(3):
@@ -327,7 +327,7 @@ NO_SCALAR = f"greedy_lr: value must be a real scalar loss, as in {RIGHT_CALL}"
     ids=["missing", "vector", "one element", "string", "complex", "bool"],
 )
 def test_a_wrong_value_shows_the_right_call(carrier, value, error, message):
-    tx = carried(RULES[0], carrier)
+    tx = with_rule(RULES[0], carrier)
     state = tx.init(PARAMS)
     arguments = {} if value is None else {"value": value}
     with pytest.raises(error) as raised:
@@ -395,8 +395,8 @@ def test_the_scale_is_applied_in_float32_and_rounded_once():
 def test_a_number_takes_the_shape_and_the_dtype_of_the_array_that_it_stands_in_for():
     condition, counts = jnp.array([True, False]), jnp.array([3, 4], jnp.int8)
     for got, expected in (
-        (base.where(condition, counts, -1), [3, -1]),
-        (base.where(condition, -1, counts), [-1, 4]),
+        (_numerics.where(condition, counts, -1), [3, -1]),
+        (_numerics.where(condition, -1, counts), [-1, 4]),
     ):
         assert got.dtype == jnp.int8
         np.testing.assert_array_equal(got, expected)

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from greedylr_jax import base, rollback
+from greedylr_jax import _numerics, _observe, _rollback, _rule
 
 _MAX_PROBE_STEPS = 1024  # more than any sensible number of accumulated micro-batches
 
@@ -19,24 +19,24 @@ class _Found(NamedTuple):
 
     group: str  # the dictionary keys on the way to it, such as the labels of optax.partition
     path: str  # where it is, written as Python would
-    state: base.RuleState | base.RuleScheduleState | base.RateState
+    state: _rule.RuleState | _rule.RuleScheduleState | _rule.RateState
 
 
 def _is_rule(node: Any) -> bool:
-    return isinstance(node, (base.RuleState, base.RuleScheduleState))
+    return isinstance(node, (_rule.RuleState, _rule.RuleScheduleState))
 
 
 def _is_rate(node: Any) -> bool:
-    return isinstance(node, base.RateState)
+    return isinstance(node, _rule.RateState)
 
 
 def _or_kept(wanted: Callable[[Any], bool]) -> Callable[[Any], bool]:
     """Where to stop looking: what is kept to go back to holds rules, too, but none that acts."""
-    return lambda node: wanted(node) or isinstance(node, rollback.Kept)
+    return lambda node: wanted(node) or isinstance(node, _rollback.Kept)
 
 
-def _carried(state: base.RuleState | base.RuleScheduleState) -> base.RuleState:
-    return state.carried if isinstance(state, base.RuleScheduleState) else state
+def _carried(state: _rule.RuleState | _rule.RuleScheduleState) -> _rule.RuleState:
+    return state.rule_state if isinstance(state, _rule.RuleScheduleState) else state
 
 
 def _find(opt_state: optax.OptState, wanted: Callable[[Any], bool]) -> list[_Found]:
@@ -45,7 +45,7 @@ def _find(opt_state: optax.OptState, wanted: Callable[[Any], bool]) -> list[_Fou
     for path, node in nodes:
         if wanted(node):
             keys = [str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-            if isinstance(node, base.RuleScheduleState):
+            if isinstance(node, _rule.RuleScheduleState):
                 keys = keys[:-1]  # inject_hyperparams files a schedule under its argument's name
             written = "opt_state" + jax.tree_util.keystr(path)
             found.append(_Found("/".join(keys), written, node))
@@ -60,7 +60,7 @@ def _groups_of_rates(found: list[_Found]) -> list[_Found]:
         if isinstance(rates, dict) and all(getattr(value, "shape", None) == () for value in rates.values()):
             for label, value in rates.items():
                 name = "/".join(filter(None, (rate.group, label)))
-                split.append(_Found(name, f"{rate.path}[{label!r}]", base.RateState(value)))
+                split.append(_Found(name, f"{rate.path}[{label!r}]", _rule.RateState(value)))
         else:
             split.append(rate)
     return split
@@ -83,9 +83,9 @@ def _only(found: list[_Found], group: str | None, kind: str) -> _Found:
     return matching[0]
 
 
-def _scale(state: base.RuleState | base.RuleScheduleState) -> jax.Array:
+def _scale(state: _rule.RuleState | _rule.RuleScheduleState) -> jax.Array:
     scale = jnp.asarray(_carried(state).rule.scale)
-    if isinstance(state, base.RuleScheduleState):
+    if isinstance(state, _rule.RuleScheduleState):
         return scale / jnp.asarray(state.init_value)
     return scale
 
@@ -155,8 +155,8 @@ def get_learning_rate(
     if not rules and rates:
         return _only(rates, group, "learning rates").state.learning_rate
     state = _only(rules, group, "learning-rate rules").state
-    if isinstance(state, base.RuleScheduleState):
-        return jnp.asarray(state.carried.rule.scale)
+    if isinstance(state, _rule.RuleScheduleState):
+        return jnp.asarray(state.rule_state.rule.scale)
     if base_learning_rate is None and rates:
         base_learning_rate = _only(rates, group, "learning rates").state.learning_rate
     elif base_learning_rate is None:
@@ -221,12 +221,12 @@ def metrics(opt_state: optax.OptState, *, prefix: str = "") -> dict[str, jax.Arr
     return result
 
 
-def _scalars(state: base.RuleState | base.RuleScheduleState | base.RateState) -> dict[str, jax.Array]:
-    if isinstance(state, base.RateState):
+def _scalars(state: _rule.RuleState | _rule.RuleScheduleState | _rule.RateState) -> dict[str, jax.Array]:
+    if isinstance(state, _rule.RateState):
         return _spread_of_rates(state.learning_rate)
     fields = {"scale": _scale(state)}
-    if isinstance(state, base.RuleScheduleState):
-        fields["learning_rate"] = jnp.asarray(state.carried.rule.scale)
+    if isinstance(state, _rule.RuleScheduleState):
+        fields["learning_rate"] = jnp.asarray(state.rule_state.rule.scale)
     rule = _carried(state).rule
     for name, field in (rule.readings() if hasattr(rule, "readings") else rule._asdict()).items():
         if name not in fields and not isinstance(field, tuple) and jnp.shape(field) == ():
@@ -296,8 +296,8 @@ def assert_controls_learning_rate(tx: optax.GradientTransformation, params: opta
 
 
 def _probe_step(tx: optax.GradientTransformation) -> Any:
-    value = np.ones((), base.default_float_dtype())
-    update = base.bind_extra_args(tx, value=value, has_value=False).update
+    value = np.ones((), _numerics.default_float_dtype())
+    update = _observe.bind_extra_args(tx, value=value, has_value=False).update
 
     def step(params: optax.Params, state: optax.OptState) -> tuple[optax.Updates, optax.OptState]:
         return update(_random_like(params), state, params)
@@ -344,7 +344,7 @@ def _with_half_scale(opt_state: optax.OptState, index: int) -> optax.OptState:
         seen += 1
         if seen != index:
             return node
-        return base.map_rates(lambda scale: scale / 2, node)
+        return _rule.map_rates(lambda scale: scale / 2, node)
 
     return jax.tree.map(halve, opt_state, is_leaf=_or_kept(_is_rule))
 

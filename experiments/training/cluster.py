@@ -40,7 +40,7 @@ def train_groups(
             ) from error
 
     def work(group: Any) -> list[dict]:
-        from experiments.engine import configure  # noqa: PLC0415  (JAX starts on the worker)
+        from experiments.training.engine import configure  # noqa: PLC0415  (JAX starts on the worker)
 
         configure(cpus=1)
         return [row for rows in train(group, settings) for row in rows]
@@ -50,7 +50,7 @@ def train_groups(
     waiting = [remote.remote(group) for group in groups]
     try:
         while waiting:
-            (done, *_), waiting = ray.wait(waiting, num_returns=1)
+            (done, *_), waiting = ray.wait(waiting, num_rollbacks=1)
             yield ray.get(done)
     finally:
         for unit in waiting:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
-from greedylr_jax.arc.features import ROWS
+from greedylr_jax.arc._features import ROWS
 
 ACTIONS = ("raise", "keep", "lower")
 Weights = Mapping[str, ArrayLike]

@@ -23,8 +23,8 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from greedylr_jax import _checks, base
-from greedylr_jax.probing import probe
+from greedylr_jax import _checks, _numerics, _observe, _rule
+from greedylr_jax.probing import _probe
 
 
 class FactorPollingState(NamedTuple):
@@ -45,7 +45,7 @@ def factor_polling(
     divergence: ArrayLike = 1.5,
     decline: bool = True,
     axis_name: Hashable | None = None,
-) -> base.GradientTransformationExtraLoss:
+) -> _rule.GradientTransformationExtraLoss:
     """Scales the updates by a factor that the losses after the step at several rates vote for.
 
     Put it after the optimizer, as ``optax.chain(optax.sgd(0.1), factor_polling())``, or anywhere in
@@ -103,22 +103,22 @@ def factor_polling(
     divergence = _checks.check_real("divergence", divergence, low=1.0)
     _checks.check_choice("normalize", normalize, tuple(_NORMALIZE))
 
-    def init_fn(params: optax.Params) -> base.RuleState:
+    def init_fn(params: optax.Params) -> _rule.RuleState:
         del params
-        dtype = base.default_float_dtype()
+        dtype = _numerics.default_float_dtype()
         first = FactorPollingState(scale=jnp.ones((), dtype), first_value=jnp.full((), jnp.inf, dtype))
-        return base.RuleState(first, jnp.zeros((), dtype), jnp.zeros((), jnp.int32))
+        return _rule.RuleState(first, jnp.zeros((), dtype), jnp.zeros((), jnp.int32))
 
     def poll(
         state: FactorPollingState,
         loss: jax.Array,
         updates: optax.Updates,
         params: optax.Params,
-        value_fn: probe.ValueFn,
+        value_fn: _probe.ValueFn,
     ) -> tuple[jax.Array, jax.Array]:
         """The next scale, and whether the step is to be taken."""
         candidates = jnp.asarray(factors, state.scale.dtype)
-        losses = probe.losses_along(value_fn, params, updates, candidates * state.scale, axis_name=axis_name)
+        losses = _probe.losses_along(value_fn, params, updates, candidates * state.scale, axis_name=axis_name)
         reference = jnp.maximum(state.first_value, loss)  # infinite if no loss was given
         limit = reference + (jnp.asarray(divergence, losses.dtype) - 1) * jnp.abs(reference)
         votes = jnp.isfinite(losses) & ~(losses > limit)
@@ -134,22 +134,24 @@ def factor_polling(
 
     def update_fn(
         updates: optax.Updates,
-        state: base.RuleState,
+        state: _rule.RuleState,
         params: optax.Params | None = None,
         *,
         value: ArrayLike | None = None,
-        value_fn: probe.ValueFn | None = None,
+        value_fn: _probe.ValueFn | None = None,
         has_value: ArrayLike | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, base.RuleState]:
+    ) -> tuple[optax.Updates, _rule.RuleState]:
         del extra_args
         if _checks.is_known_false(has_value):
-            return base.scale_updates(updates, state.rule.scale), state
-        probe.check_value_fn("factor_polling", value_fn, params)
+            return _numerics.scale_updates(updates, state.rule.scale), state
+        _probe.check_value_fn("factor_polling", value_fn, params)
         rule = state.rule
         loss = jnp.full((), jnp.inf, rule.scale.dtype)
         if value is not None:
-            loss = base.average(base.check_loss("factor_polling", value).astype(loss.dtype), axis_name)
+            loss = _observe.average(
+                _observe.check_loss("factor_polling", value).astype(loss.dtype), axis_name
+            )
             fresh = jnp.isinf(rule.first_value) & jnp.isfinite(loss)
             rule = rule._replace(first_value=jnp.where(fresh, loss, rule.first_value))
         loss = jnp.where(jnp.isfinite(loss), loss, rule.first_value)
@@ -161,14 +163,14 @@ def factor_polling(
         )
         takes |= not decline
         count = jnp.where(takes, (state.value_count + 1) % jnp.asarray(every, jnp.int32), 0)
-        advanced = base.RuleState(rule._replace(scale=scale), state.value_sum, count)
+        advanced = _rule.RuleState(rule._replace(scale=scale), state.value_sum, count)
         scaled = jax.tree.map(
             lambda update: jnp.where(takes, update, jnp.zeros_like(update)),
-            base.scale_updates(updates, scale),
+            _numerics.scale_updates(updates, scale),
         )
-        return scaled, base.select(observed, advanced, state)
+        return scaled, _numerics.select(observed, advanced, state)
 
-    return base.ScaleByRule(init_fn, update_fn)
+    return _rule.ScaleByRule(init_fn, update_fn)
 
 
 def _check_factors(factors: Any) -> Any:

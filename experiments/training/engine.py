@@ -22,8 +22,9 @@ import optax
 from jax.sharding import PartitionSpec
 
 import greedylr_jax
-from experiments.disturbance import Disturbance, disturbance_inputs
-from experiments.schedules import (
+from experiments.tasks.base import Batch, Params, Task
+from experiments.training.disturbance import Disturbance, disturbance_inputs
+from experiments.training.schedules import (
     OWN_RATES,
     PEERS,
     SUPERBATCHES,
@@ -33,7 +34,6 @@ from experiments.schedules import (
     parse,
     schedule_inputs,
 )
-from experiments.tasks.base import Batch, Params, Task
 from greedylr_jax import superbatch_loss
 
 OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
@@ -150,7 +150,7 @@ class Engine:
     """Trains runs of one task with one optimizer.
 
     All passive and zeroth-order schedules share one compilation, at the first call; each rule that keeps its
-    own rates (:data:`experiments.schedules.OWN_RATES`) has another, with each of its settings.
+    own rates (:data:`experiments.training.schedules.OWN_RATES`) has another, with each of its settings.
     """
 
     def __init__(self, task: Task, optimizer: str, settings: Settings):

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from greedylr_jax import _checks, base
+from greedylr_jax import _checks, _numerics, _rule
 from greedylr_jax._window import LONGEST, Window, empty_window, mean_variance, observe
 
 _LEAST_BOLDNESS = 0.125
@@ -85,7 +85,7 @@ def trend_lr(
     max_scale: ArrayLike = 5.0,
     every: ArrayLike = 1,
     axis_name: Hashable | None = None,
-) -> base.GradientTransformationExtraLoss:
+) -> _rule.GradientTransformationExtraLoss:
     """The trend rule as a gradient transformation, to stand after the optimizer.
 
     For a training whose initial rate may be too low by any factor: it rises by ``raise_factor``,
@@ -128,7 +128,7 @@ def trend_lr(
     low = _checks.check_real("min_scale", min_scale, low=0.0, high=1.0, low_open=True)
     high = _checks.check_real("max_scale", max_scale, low=1.0)
     settings = _check(low, high, window, raise_factor, leap_factor, cut_factor, drift, fade, significance)
-    return base.scale_by_rule(trend_rule(settings), every=every, axis_name=axis_name)
+    return _rule.scale_by_rule(trend_rule(settings), every=every, axis_name=axis_name)
 
 
 def trend_lr_schedule(
@@ -145,7 +145,7 @@ def trend_lr_schedule(
     significance: ArrayLike = 2.0,
     every: ArrayLike = 1,
     axis_name: Hashable | None = None,
-) -> base.RuleSchedule:
+) -> _rule.RuleSchedule:
     """The trend rule as an Optax stateful schedule, which is the learning rate itself.
 
     Args:
@@ -184,7 +184,7 @@ def trend_lr_schedule(
     _checks.check_order("min_value", low, "init_value", first)
     _checks.check_order("init_value", first, "max_value", high)
     settings = _check(low, high, window, raise_factor, leap_factor, cut_factor, drift, fade, significance)
-    return base.schedule_by_rule(trend_rule(settings), first, every=every, axis_name=axis_name)
+    return _rule.schedule_by_rule(trend_rule(settings), first, every=every, axis_name=axis_name)
 
 
 def _check(
@@ -213,7 +213,7 @@ def _check(
     )
 
 
-def trend_rule(settings: TrendSettings) -> base.Rule:
+def trend_rule(settings: TrendSettings) -> _rule.Rule:
     """The rule itself, with settings that are in range."""
 
     def init(scale: jax.Array) -> TrendState:
@@ -230,27 +230,27 @@ def trend_rule(settings: TrendSettings) -> base.Rule:
 
     def update(state: TrendState, value: jax.Array) -> TrendState:
         numbers = TrendSettings(*(jnp.asarray(number, value.dtype) for number in settings))
-        window = observe(base.select(state.verdict > WAITS, empty_window(), state.window), value)
-        block = observe(base.select(state.verdict > GOES_ON, empty_window(), state.block), value)
+        window = observe(_numerics.select(state.verdict > WAITS, empty_window(), state.window), value)
+        block = observe(_numerics.select(state.verdict > GOES_ON, empty_window(), state.block), value)
         verdict, speed = _judge(state, window, block, value, numbers)
         factor = _factor(verdict, numbers)
-        moved = state.scale * factor ** base.where(verdict == DIVERGED, 1, state.boldness)
+        moved = state.scale * factor ** _numerics.where(verdict == DIVERGED, 1, state.boldness)
         faded = jnp.maximum(state.boldness * numbers.fade, _LEAST_BOLDNESS)
-        reference = base.select(verdict == DOUBLES, block, state.reference)
-        reference = base.select(verdict >= BEGINS, window, reference)
+        reference = _numerics.select(verdict == DOUBLES, block, state.reference)
+        reference = _numerics.select(verdict >= BEGINS, window, reference)
         return TrendState(
             scale=jnp.clip(moved, numbers.low, numbers.high),
-            boldness=base.where((verdict >= CUTS) & state.rose, faded, state.boldness),
-            rose=base.where(factor == 1, state.rose, factor > 1),
+            boldness=_numerics.where((verdict >= CUTS) & state.rose, faded, state.boldness),
+            rose=_numerics.where(factor == 1, state.rose, factor > 1),
             verdict=verdict,
             window=window,
             block=block,
             # What came before a divergence is no measure of what comes after.
-            reference=base.select(verdict == DIVERGED, empty_window(), reference),
+            reference=_numerics.select(verdict == DIVERGED, empty_window(), reference),
             speed=speed,
         )
 
-    return base.Rule(init, update, name="trend_lr")
+    return _rule.Rule(init, update, name="trend_lr")
 
 
 def _judge(
@@ -264,19 +264,19 @@ def _judge(
     distance = 0.5 * (block.steps + reference.steps)
     has_paid = (state.speed > 0) & (-rise >= _PAID * state.speed * distance)
 
-    verdict = base.where(block.steps >= 2 * reference.steps, DOUBLES, GOES_ON)
-    verdict = base.where(rise < -bound, base.where(has_paid, LEAPS, RAISES), verdict)
-    verdict = base.where(rise > bound, CUTS, verdict)
-    verdict = base.where(reference.steps > 0, verdict, BEGINS)
-    verdict = base.where(window.steps >= numbers.window, verdict, WAITS)
-    verdict = base.where(jnp.isfinite(value), verdict, DIVERGED).astype(jnp.int32)
-    speed = base.where((verdict == RAISES) | (verdict == LEAPS), -rise / distance, state.speed)
-    return verdict, base.where(verdict >= CUTS, 0, speed)
+    verdict = _numerics.where(block.steps >= 2 * reference.steps, DOUBLES, GOES_ON)
+    verdict = _numerics.where(rise < -bound, _numerics.where(has_paid, LEAPS, RAISES), verdict)
+    verdict = _numerics.where(rise > bound, CUTS, verdict)
+    verdict = _numerics.where(reference.steps > 0, verdict, BEGINS)
+    verdict = _numerics.where(window.steps >= numbers.window, verdict, WAITS)
+    verdict = _numerics.where(jnp.isfinite(value), verdict, DIVERGED).astype(jnp.int32)
+    speed = _numerics.where((verdict == RAISES) | (verdict == LEAPS), -rise / distance, state.speed)
+    return verdict, _numerics.where(verdict >= CUTS, 0, speed)
 
 
 def _factor(verdict: jax.Array, numbers: TrendSettings) -> jax.Array:
     """What the scale is multiplied by, before its exponent."""
-    factor = base.where((verdict == GOES_ON) | (verdict == DOUBLES), numbers.drift, 1)
-    factor = base.where(verdict == RAISES, numbers.raise_factor, factor)
-    factor = base.where(verdict == LEAPS, numbers.leap_factor, factor)
-    return base.where(verdict >= CUTS, numbers.cut_factor, factor)
+    factor = _numerics.where((verdict == GOES_ON) | (verdict == DOUBLES), numbers.drift, 1)
+    factor = _numerics.where(verdict == RAISES, numbers.raise_factor, factor)
+    factor = _numerics.where(verdict == LEAPS, numbers.leap_factor, factor)
+    return _numerics.where(verdict >= CUTS, numbers.cut_factor, factor)

@@ -9,12 +9,12 @@ import polars as pl
 from rich.console import Console
 
 import greedylr_jax
-from experiments import report, summary
-from experiments.engine import Engine, Settings, make_specs
-from experiments.schedules import COMPARED
-from experiments.store import RunStore
-from experiments.sweep import Group, run_sweep
+from experiments.reporting import report, summary
 from experiments.tasks import make_task
+from experiments.training.engine import Engine, Settings, make_specs
+from experiments.training.schedules import COMPARED
+from experiments.training.store import RunStore
+from experiments.training.sweep import Group, run_sweep
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -34,7 +34,7 @@ def compare(
 
     Args:
       task_name: a name in ``experiments.tasks.TASKS``.
-      optimizers: names in ``experiments.engine.OPTIMIZERS``.
+      optimizers: names in ``experiments.training.engine.OPTIMIZERS``.
       steps: training steps of a run, >= 20.
       seeds: runs that differ in their initial parameters and batches, >= 1.
       learning_rates: initial rates, > 0; None: those of the task for each optimizer.

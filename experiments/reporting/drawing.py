@@ -10,7 +10,7 @@ matplotlib.use("Agg")  # files only, whatever the machine's display
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.store import write_atomically
+from experiments.training.store import write_atomically
 
 # Okabe and Ito's palette: told apart by readers who do not see all colours.
 BLUE, SKY, GREEN, ORANGE, RED, PINK, YELLOW, GREY, BLACK, BROWN = (

@@ -30,10 +30,9 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from greedylr_jax import _checks, base
-from greedylr_jax import rollback as way_back
+from greedylr_jax import _checks, _inner, _numerics, _observe, _rollback, _rule
 from greedylr_jax._window import LONGEST, Window, empty_window, mean_variance, observe
-from greedylr_jax.probing import probe
+from greedylr_jax.probing import _probe
 
 
 class Progress(NamedTuple):
@@ -59,7 +58,7 @@ class Snapshot(NamedTuple):
 class LRTunerState(NamedTuple):
     """State of :func:`lr_tuner`."""
 
-    rate: base.RateState
+    rate: _rule.RateState
     step: jax.Array  # shape=(), dtype=int32; steps so far, those taken back included
     num_rollbacks: jax.Array  # shape=(), dtype=int32
     window: Window
@@ -82,7 +81,7 @@ def lr_tuner(
     rollback: bool = True,
     rollback_threshold: ArrayLike = 0.1,
     axis_name: Hashable | None = None,
-) -> base.GradientTransformationExtraLoss:
+) -> _rule.GradientTransformationExtraLoss:
     """An optimizer that now and then sets its learning rate to the minimum of a parabola along its step.
 
     Call ``update`` with the loss of the step and with the loss on a superbatch as a function of the
@@ -155,12 +154,12 @@ def lr_tuner(
         rollback_threshold=_checks.check_real("rollback_threshold", rollback_threshold, low=0.0, high=1.0),
         axis_name=axis_name,
     )
-    inner = base.as_direction(inner)
+    inner = _inner.as_direction(inner)
 
     def init_fn(params: optax.Params) -> LRTunerState:
         inner_state = inner.init(params)
         return LRTunerState(
-            rate=base.RateState(_float(seed_rate)),
+            rate=_rule.RateState(_float(seed_rate)),
             step=jnp.zeros((), jnp.int32),
             num_rollbacks=jnp.zeros((), jnp.int32),
             window=empty_window(),
@@ -175,12 +174,12 @@ def lr_tuner(
         params: optax.Params | None = None,
         *,
         value: ArrayLike | None = None,
-        value_fn: probe.ValueFn | None = None,
+        value_fn: _probe.ValueFn | None = None,
         has_value: ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, LRTunerState]:
-        probe.check_value_fn("lr_tuner", value_fn, params)
-        loss, observed = base.read_loss("lr_tuner", value, has_value, state.window.mean.dtype, axis_name)
+        _probe.check_value_fn("lr_tuner", value_fn, params)
+        loss, observed = _observe.read_loss("lr_tuner", value, has_value, state.window.mean.dtype, axis_name)
         extra_args |= {
             "value": loss if value is None else value,
             "value_fn": value_fn,
@@ -188,7 +187,7 @@ def lr_tuner(
         }
         direction, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
 
-        window = base.select(observed, observe(state.window, loss), state.window)
+        window = _numerics.select(observed, observe(state.window, loss), state.window)
         ends = observed & (window.steps >= jnp.asarray(settings.recompute_every, loss.dtype))
         bad = _is_bad(state.snapshot, window, loss, ends) & observed
         learning_rate, progress = _change_rate(
@@ -198,13 +197,13 @@ def lr_tuner(
             ends & ~bad & jnp.isfinite(loss),
             lambda rate: _propose(settings, rate, params, direction, loss, value_fn),
         )
-        steps = base.scale_updates(direction, -learning_rate)
+        steps = _numerics.scale_updates(direction, -learning_rate)
         advanced = LRTunerState(
-            rate=base.RateState(learning_rate),
+            rate=_rule.RateState(learning_rate),
             step=optax.safe_increment(state.step),
             num_rollbacks=state.num_rollbacks,
-            window=base.select(ends, empty_window(), window),
-            progress=base.select(ends, progress, state.progress),
+            window=_numerics.select(ends, empty_window(), window),
+            progress=_numerics.select(ends, progress, state.progress),
             snapshot=None,
             inner_state=inner_state,
         )
@@ -213,12 +212,12 @@ def lr_tuner(
 
         changed = learning_rate != state.rate.learning_rate
         # A change that is watched must leave something to go back from: NaN plus anything is NaN.
-        steps = way_back.where_finite(state.snapshot.watched | changed, steps, params)
+        steps = _rollback.where_finite(state.snapshot.watched | changed, steps, params)
         settles = state.snapshot.settling > 0
-        steps, inner_state, kept, goes_back = way_back.exchange(
+        steps, inner_state, kept, goes_back = _rollback.exchange(
             steps,
             inner_state,
-            way_back.Kept(state.snapshot.params, state.snapshot.inner_state),
+            _rollback.Kept(state.snapshot.params, state.snapshot.inner_state),
             params=params,
             old_inner_state=state.inner_state,
             needed=bad | changed | settles,
@@ -242,12 +241,12 @@ def lr_tuner(
             params=None,
             inner_state=None,
         )
-        advanced = advanced._replace(snapshot=base.select(changed, taken, held), inner_state=None)
-        numbers = base.select(goes_back, _returned(state), advanced)
+        advanced = advanced._replace(snapshot=_numerics.select(changed, taken, held), inner_state=None)
+        numbers = _numerics.select(goes_back, _returned(state), advanced)
         snapshot = numbers.snapshot._replace(params=kept.params, inner_state=kept.inner_state)
         return steps, numbers._replace(snapshot=snapshot, inner_state=inner_state)
 
-    return base.GradientTransformationExtraLoss(init_fn, update_fn)
+    return _rule.GradientTransformationExtraLoss(init_fn, update_fn)
 
 
 class _Settings(NamedTuple):
@@ -303,19 +302,19 @@ def _propose(
     params: optax.Params,
     direction: optax.Updates,
     loss: jax.Array,
-    value_fn: probe.ValueFn,
+    value_fn: _probe.ValueFn,
 ) -> jax.Array:
     """The rate of equations 2 and 3."""
     bound = jnp.cbrt(jnp.asarray(settings.epsilon_threshold, loss.dtype) * jnp.abs(loss))
     step = (value_fn, params, direction, learning_rate, bound)
     if settings.method == "taylor":
-        return probe.rate_by_taylor(*step, axis_name=settings.axis_name)
+        return _probe.rate_by_taylor(*step, axis_name=settings.axis_name)
     width = _sample_width(learning_rate, bound, settings.probe_width)
-    return probe.rate_by_fit(*step, width, settings.num_samples, axis_name=settings.axis_name)
+    return _probe.rate_by_fit(*step, width, settings.num_samples, axis_name=settings.axis_name)
 
 
 def _float(value: ArrayLike) -> jax.Array:
-    return jnp.array(value, base.default_float_dtype())
+    return jnp.array(value, _numerics.default_float_dtype())
 
 
 def _sample_width(learning_rate: jax.Array, bound: jax.Array, probe_width: ArrayLike) -> jax.Array:
@@ -367,9 +366,9 @@ def _returned(state: LRTunerState) -> LRTunerState:
     """The numbers of the state on the way back to the snapshot, whose arrays are left out."""
     snapshot = state.snapshot
     begins = snapshot.settling == 0
-    left = jnp.where(begins, way_back.SETTLING_STEPS, snapshot.settling) - 1
+    left = jnp.where(begins, _rollback.SETTLING_STEPS, snapshot.settling) - 1
     return LRTunerState(
-        rate=base.RateState(snapshot.learning_rate),
+        rate=_rule.RateState(snapshot.learning_rate),
         step=optax.safe_increment(state.step),
         num_rollbacks=state.num_rollbacks + begins.astype(jnp.int32),
         window=empty_window(),

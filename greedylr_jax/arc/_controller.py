@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from greedylr_jax import _checks, base
-from greedylr_jax.arc.features import MAX_CYCLES, FeatureStream, History
-from greedylr_jax.arc.network import Weights, action_logits, check_weights
-from greedylr_jax.arc.weights import load_weights
+from greedylr_jax import _checks, _rule
+from greedylr_jax.arc._features import MAX_CYCLES, FeatureStream, History
+from greedylr_jax.arc._network import Weights, action_logits, check_weights
+from greedylr_jax.arc._weights import load_weights
 
 MULTIPLIERS = (1.618, 1.0, 0.618)  # of raising, keeping and lowering (Section 3.1)
 
@@ -45,7 +45,7 @@ def arc(
     max_validations: int = 10,
     every: ArrayLike = 1,
     axis_name: Hashable | None = None,
-) -> base.GradientTransformationExtraLoss:
+) -> _rule.GradientTransformationExtraLoss:
     """ARC as a gradient transformation, to stand after the optimizer.
 
     For a training whose right rate is not known to within two orders of magnitude, and that takes at least
@@ -86,7 +86,7 @@ def arc(
     Source: Sections 3.1 and 3.4.
     """
     rule = _make_rule(weights, steps_per_cycle, validation, max_validations)
-    return base.scale_by_rule(rule, every=every, axis_name=axis_name)
+    return _rule.scale_by_rule(rule, every=every, axis_name=axis_name)
 
 
 def arc_schedule(
@@ -98,7 +98,7 @@ def arc_schedule(
     max_validations: int = 10,
     every: ArrayLike = 1,
     axis_name: Hashable | None = None,
-) -> base.RuleSchedule:
+) -> _rule.RuleSchedule:
     """ARC as an Optax stateful schedule, which is the learning rate itself.
 
     Args:
@@ -125,12 +125,12 @@ def arc_schedule(
     Source: Sections 3.1 and 3.4.
     """
     rule = _make_rule(weights, steps_per_cycle, validation, max_validations)
-    return base.schedule_by_rule(rule, init_value, every=every, axis_name=axis_name)
+    return _rule.schedule_by_rule(rule, init_value, every=every, axis_name=axis_name)
 
 
 def _make_rule(
     weights: Weights | None, steps_per_cycle: int, validation: bool, max_validations: int
-) -> base.Rule:
+) -> _rule.Rule:
     steps_per_cycle = _checks.check_static_integer("steps_per_cycle", steps_per_cycle, low=2)
     max_validations = _checks.check_static_integer("max_validations", max_validations, low=1)
     weights = load_weights() if weights is None else check_weights(weights)
@@ -186,7 +186,7 @@ def _make_rule(
         )
         return jax.lax.cond(state.step == steps_per_cycle, decide, keep, state)
 
-    return base.Rule(init, update, "arc", ("validation_value",))
+    return _rule.Rule(init, update, "arc", ("validation_value",))
 
 
 def _finite_or_none(value: jax.Array) -> jax.Array:

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import polars as pl
 from rich.console import Console
 
-from experiments import cluster
-from experiments.engine import Engine, RunResult, RunSpec, Settings
 from experiments.progress import make_progress
-from experiments.store import RunStore
 from experiments.tasks import make_task
+from experiments.training import cluster
+from experiments.training.engine import Engine, RunResult, RunSpec, Settings
+from experiments.training.store import RunStore
 
 Row = dict[str, Any]
 

@@ -14,25 +14,15 @@ the loss *before* that step's update, and it already acts on that update.
 """
 
 import dataclasses
-import functools
-import inspect
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from greedylr_jax import _checks
-
-RuleStateT = TypeVar("RuleStateT")
-
-
-def default_float_dtype() -> jnp.dtype:
-    """The dtype of rates and averages: float32, or float64 when JAX runs with 64 bits."""
-    return jnp.result_type(float)
+from greedylr_jax import _checks, _numerics, _observe
 
 
 class Rule(NamedTuple):
@@ -90,7 +80,7 @@ class RuleScheduleState(NamedTuple):
     """State of a rule that is a schedule: its ``scale`` is the learning rate itself."""
 
     init_value: jax.Array  # shape=(), dtype=float; the learning rate at the start
-    carried: RuleState
+    rule_state: RuleState
 
 
 class RateState(NamedTuple):
@@ -107,8 +97,8 @@ def is_rate_state(node: Any) -> bool:
 def map_rates(change: Callable[..., jax.Array], node: Any, *others: Any) -> Any:
     """Such a node with its scale or rates changed, given those of nodes like it; any other as it is."""
     if isinstance(node, RuleScheduleState):
-        carried = map_rates(change, node.carried, *(other.carried for other in others))
-        return node._replace(carried=carried)
+        rule_state = map_rates(change, node.rule_state, *(other.rule_state for other in others))
+        return node._replace(rule_state=rule_state)
     if isinstance(node, RuleState):
         scale = change(node.rule.scale, *(other.rule.scale for other in others))
         return node._replace(rule=node.rule._replace(scale=scale))
@@ -144,53 +134,6 @@ class ScaleByRule(GradientTransformationExtraLoss):
     This is what lets :func:`chain` move it: a factor on the final step commutes with nothing before
     it, but means the same wherever it was written.
     """
-
-
-class _Chain(optax.GradientTransformationExtraArgs):
-    """The result of :func:`chain`, which remembers its links so that an outer chain can reorder them."""
-
-    links: tuple[optax.GradientTransformation, ...]
-
-
-def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Like ``optax.chain``, but a learning-rate rule controls the step size wherever it stands.
-
-    In a plain ``optax.chain(greedy_lr(), optax.adamw(1e-3))`` the rule would multiply the *gradients*,
-    and Adam divides a constant factor out again. Here the rules are applied last, in the order given,
-    so this chain is exactly ``optax.chain(optax.adamw(1e-3), greedy_lr())``, state included. Chains made
-    by this function may be nested; a rule that stands inside another wrapper (``optax.masked``, a plain
-    ``optax.chain``, ...) is not seen: :func:`greedylr_jax.assert_controls_learning_rate` tells.
-
-    Args:
-      *transforms: gradient transformations, learning-rate rules among them at any place.
-
-    Returns:
-      A ``GradientTransformationExtraArgs``; its state is the tuple of the states in the order of
-      application.
-
-    Raises:
-      TypeError: if an argument is not a gradient transformation.
-
-    Examples:
-      >>> import jax.numpy as jnp, optax, greedylr_jax
-      >>> params = jnp.ones(3)
-      >>> tx = greedylr_jax.chain(greedylr_jax.greedy_lr(), optax.adamw(1e-3))
-      >>> state = tx.init(params)
-      >>> updates, state = tx.update(params, state, params, value=2.0)
-      >>> greedylr_jax.assert_controls_learning_rate(tx, params)
-    """
-    links: list[optax.GradientTransformation] = []
-    for position, transform in enumerate(transforms):
-        if not isinstance(transform, optax.GradientTransformation):
-            raise TypeError(
-                f"argument {position} of chain must be an optax.GradientTransformation, got "
-                f"{transform!r}. A schedule goes into the optimizer, as its learning_rate."
-            )
-        links.extend(transform.links if isinstance(transform, _Chain) else (transform,))
-    links.sort(key=lambda link: isinstance(link, ScaleByRule))  # stable: rules last
-    result = _Chain(*optax.chain(*links)) if links else _Chain(*optax.identity())
-    result.links = tuple(links)
-    return result
 
 
 def scale_by_rule(
@@ -235,8 +178,8 @@ def scale_by_rule(
         **extra_args: Any,
     ) -> tuple[optax.Updates, RuleState]:
         del params
-        state = _observe(rule, state, value, has_value, every, axis_name, extra_args)
-        return scale_updates(updates, state.rule.scale), state
+        state = _next_state(rule, state, value, has_value, every, axis_name, extra_args)
+        return _numerics.scale_updates(updates, state.rule.scale), state
 
     return ScaleByRule(init_fn, update_fn)
 
@@ -252,9 +195,9 @@ class RuleSchedule:
 
     def init(self) -> RuleScheduleState:
         """The state before the first loss."""
-        carried = _init_rule(self.rule, self.init_value)
+        rule_state = _init_rule(self.rule, self.init_value)
         return RuleScheduleState(
-            init_value=jnp.array(self.init_value, carried.value_sum.dtype), carried=carried
+            init_value=jnp.array(self.init_value, rule_state.value_sum.dtype), rule_state=rule_state
         )
 
     def update(
@@ -266,8 +209,10 @@ class RuleSchedule:
         **extra_args: Any,
     ) -> RuleScheduleState:
         """The state after the loss ``value`` was observed."""
-        carried = _observe(self.rule, state.carried, value, has_value, self.every, self.axis_name, extra_args)
-        return state._replace(carried=carried)
+        rule_state = _next_state(
+            self.rule, state.rule_state, value, has_value, self.every, self.axis_name, extra_args
+        )
+        return state._replace(rule_state=rule_state)
 
     def __call__(
         self,
@@ -280,7 +225,7 @@ class RuleSchedule:
         """The learning rate that observing ``value`` leads to; without ``value``, the current one."""
         if value is not None:
             state = self.update(state, value=value, has_value=has_value, **extra_args)
-        return state.carried.rule.scale
+        return state.rule_state.rule.scale
 
 
 def schedule_by_rule(
@@ -325,70 +270,8 @@ def schedule_by_rule(
     return RuleSchedule(rule, init_value, every, axis_name)
 
 
-def bind_extra_args(tx: optax.GradientTransformation, **extra_args: Any) -> optax.GradientTransformation:
-    """The same transformation, whose ``update`` gets these extra arguments if it takes any.
-
-    The type does not tell: ``optax.MultiSteps`` takes them without being of a type that says so.
-    """
-    parameters = inspect.signature(tx.update).parameters.values()
-    takes_them = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    update = functools.partial(tx.update, **extra_args) if takes_them else tx.update
-    return optax.GradientTransformation(tx.init, update)
-
-
-def as_direction(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """The same transformation, whose results point along the gradient and not against it.
-
-    Rules that keep the rate themselves need a direction without one, such as ``optax.scale_by_adam()``. An
-    optimizer built with rate 1, such as ``optax.adam(1.0)``, is the negative of that and is turned around
-    here; which of the two it is shows in its answer to a gradient of 1.
-    """
-    inner = optax.with_extra_args_support(inner)
-    answer = _answer_to_one(inner)
-    if answer is None or answer >= 0:
-        return inner
-
-    def update_fn(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, optax.OptState]:
-        steps, state = inner.update(updates, state, params, **extra_args)
-        return jax.tree.map(jnp.negative, steps), state
-
-    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
-
-
-def _answer_to_one(inner: optax.GradientTransformationExtraArgs) -> float | None:
-    """What comes of a gradient of 1 at the parameter 0; None where that cannot be known."""
-    try:
-        with jax.ensure_compile_time_eval():
-            one, zero = jnp.ones(1), jnp.zeros(1)
-            answer, _ = inner.update(one, inner.init(zero), zero)
-            return None if _checks.is_traced(answer) else float(answer[0])
-    except Exception:  # a transformation for parameters of a certain structure, or with other arguments
-        return None
-
-
-def scale_updates(updates: optax.Updates, scale: jax.Array) -> optax.Updates:
-    """Multiplies every floating or complex leaf by ``scale``, and keeps every leaf's dtype."""
-    return jax.tree.map(lambda update: scale_leaf(update, scale), updates)
-
-
-def scale_leaf(update: Any, scale: jax.Array) -> Any:
-    """Multiplies one leaf, by a scalar or by an array of its shape."""
-    if not hasattr(update, "dtype"):
-        update = jnp.asarray(update)
-    dtype = update.dtype
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        return jax.lax.complex(scale_leaf(update.real, scale), scale_leaf(update.imag, scale))
-    if not jnp.issubdtype(dtype, jnp.floating):
-        return update
-    # A narrow product would round the scale to bfloat16 first, which costs up to 0.4% of the rate.
-    wide = max(dtype, scale.dtype, key=lambda candidate: jnp.finfo(candidate).bits)
-    return (update.astype(wide) * scale.astype(wide)).astype(dtype)
-
-
 def _init_rule(rule: Rule, initial: ArrayLike) -> RuleState:
-    dtype = default_float_dtype()
+    dtype = _numerics.default_float_dtype()
     return RuleState(
         rule=rule.init(jnp.array(initial, dtype)),
         value_sum=jnp.zeros((), dtype),
@@ -396,7 +279,7 @@ def _init_rule(rule: Rule, initial: ArrayLike) -> RuleState:
     )
 
 
-def _observe(
+def _next_state(
     rule: Rule,
     state: RuleState,
     value: ArrayLike | None,
@@ -410,11 +293,18 @@ def _observe(
         return state
     if not _checks.is_traced(has_value):
         has_value = None
-    loss = average(check_loss(rule.name, value).astype(state.value_sum.dtype), axis_name)
+    dtype = state.value_sum.dtype
+
+    def read(name: str, given: ArrayLike | None) -> jax.Array:
+        return _observe.average(_observe.check_loss(rule.name, given, name).astype(dtype), axis_name)
+
+    loss = read("value", value)
     observations = {
         name: None
         if extra_args.get(name) is None
-        else average(check_loss(rule.name, extra_args[name], name).astype(loss.dtype), axis_name)
+        else _observe.average(
+            _observe.check_loss(rule.name, extra_args[name], name).astype(loss.dtype), axis_name
+        )
         for name in rule.observes
     }
     decides_each_step = not _checks.is_traced(every) and every == 1
@@ -432,69 +322,4 @@ def _observe(
         value_count=jnp.zeros_like(value_count),
     )
     collected = RuleState(rule=state.rule, value_sum=value_sum, value_count=value_count)
-    return select(decides, decided, select(observed, collected, state))
-
-
-def where(condition: jax.Array, on_true: ArrayLike, on_false: ArrayLike) -> jax.Array:
-    """``jnp.where`` for two arrays of one shape, or an array and a number.
-
-    Each ``jnp.where`` is a function of its own in the program. The dozen that a rule has were a quarter to a
-    third of what it took to trace and lower.
-    """
-    shape, dtype = jnp.shape(on_true) or jnp.shape(on_false), jnp.result_type(on_true, on_false)
-
-    def array(value: ArrayLike) -> ArrayLike:
-        return value.astype(dtype) if isinstance(value, jax.Array) else np.full(shape, value, dtype)
-
-    return jax.lax.select(condition, array(on_true), array(on_false))
-
-
-def select(condition: jax.Array, on_true: RuleStateT, on_false: RuleStateT) -> RuleStateT:
-    """:func:`where` for two states of the same structure."""
-    return jax.tree.map(functools.partial(where, condition), on_true, on_false)
-
-
-def average(losses: RuleStateT, axis_name: Hashable | None) -> RuleStateT:
-    """The mean over the devices of a mapped axis; what is given where there is none."""
-    return losses if axis_name is None else jax.lax.pmean(losses, axis_name)
-
-
-def read_loss(
-    rule_name: str,
-    value: ArrayLike | None,
-    has_value: ArrayLike | None,
-    dtype: jnp.dtype,
-    axis_name: Hashable | None,
-) -> tuple[jax.Array, jax.Array]:
-    """The loss of a step, averaged over devices, and whether there is one: if not, the loss is any number."""
-    if value is None and _checks.is_known_false(has_value):
-        value = 0.0
-    loss = average(check_loss(rule_name, value).astype(dtype), axis_name)
-    return loss, jnp.asarray(True if has_value is None else has_value, bool)
-
-
-def check_loss(rule_name: str, value: ArrayLike | None, name: str = "value") -> jax.Array:
-    """Returns the loss as a real scalar array, or raises an error that shows the right call."""
-    right_call = f"tx.update(grads, opt_state, params, {name}=loss)"
-    if value is None:
-        raise TypeError(
-            f"{rule_name} needs the loss of this step: call {right_call}, where loss is the scalar "
-            "that you differentiate (jax.value_and_grad returns it). For a step without a new loss "
-            "pass has_value=False."
-        )
-    try:
-        array = jnp.asarray(value)
-    except TypeError as error:
-        raise TypeError(
-            f"{rule_name}: {name} must be a real scalar loss, as in {right_call}, got {value!r}."
-        ) from error
-    if array.shape != ():
-        raise ValueError(
-            f"{rule_name}: {name} must be a scalar loss, got shape {array.shape}. Reduce it first: "
-            f"{right_call.replace('loss', 'jnp.mean(losses)')}."
-        )
-    if not jnp.issubdtype(array.dtype, jnp.floating) and not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(
-            f"{rule_name}: {name} must be a real scalar loss, as in {right_call}, got dtype {array.dtype}."
-        )
-    return array
+    return _numerics.select(decides, decided, _numerics.select(observed, collected, state))

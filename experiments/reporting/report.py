@@ -9,10 +9,10 @@ import polars as pl
 from rich import box
 from rich.table import Table
 
-from experiments import drawing
-from experiments.schedules import COMPARED
-from experiments.store import write_atomically
-from experiments.summary import OURS, STAGES, interval_text
+from experiments.reporting import drawing
+from experiments.reporting.summary import OURS, STAGES, interval_text
+from experiments.training.schedules import COMPARED
+from experiments.training.store import write_atomically
 
 _PALETTE = (drawing.SKY, drawing.GREEN, drawing.BLUE, drawing.ORANGE, drawing.RED)
 COLORS = dict(zip(COMPARED, _PALETTE, strict=True))

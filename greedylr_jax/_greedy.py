@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from greedylr_jax import _checks, base
+from greedylr_jax import _checks, _numerics, _rule
 
 _CHANGED = _checks.INT32_MAX  # of a streak, see GreedyLRState
 _LONGEST = _CHANGED - 1
@@ -118,7 +118,7 @@ def greedy_lr(
     algorithm: Literal["reference", "paper"] = "reference",
     every: ArrayLike = 1,
     axis_name: Hashable | None = None,
-) -> base.GradientTransformationExtraLoss:
+) -> _rule.GradientTransformationExtraLoss:
     """GreedyLR: multiplies the updates by a scale that follows the training loss.
 
     The scale starts at 1. When the (smoothed) loss has improved on its best value more than ``patience``
@@ -197,7 +197,7 @@ def greedy_lr(
         eps=eps,
         algorithm=algorithm,
     )
-    return base.scale_by_rule(rule, every=every, axis_name=axis_name)
+    return _rule.scale_by_rule(rule, every=every, axis_name=axis_name)
 
 
 def greedy_lr_schedule(
@@ -219,7 +219,7 @@ def greedy_lr_schedule(
     algorithm: Literal["reference", "paper"] = "reference",
     every: ArrayLike = 1,
     axis_name: Hashable | None = None,
-) -> base.RuleSchedule:
+) -> _rule.RuleSchedule:
     """GreedyLR as an Optax stateful schedule, in absolute learning rates.
 
     Use it with ``optax.inject_hyperparams``, and read the current rate from
@@ -276,7 +276,7 @@ def greedy_lr_schedule(
         eps=eps,
         algorithm=algorithm,
     )
-    return base.schedule_by_rule(rule, init_value, every=every, axis_name=axis_name)
+    return _rule.schedule_by_rule(rule, init_value, every=every, axis_name=axis_name)
 
 
 def _greedy_rule(
@@ -295,7 +295,7 @@ def _greedy_rule(
     mode: Literal["min", "max"],
     eps: ArrayLike,
     algorithm: Literal["reference", "paper"],
-) -> base.Rule:
+) -> _rule.Rule:
     """Checks the hyperparameters and builds the rule. Bounds and start come with the user's names."""
     real, integer = _checks.check_real, _checks.check_integer
     (min_name, min_scale), (max_name, max_scale) = bounds
@@ -334,7 +334,7 @@ def _greedy_rule(
     def update(state: GreedyLRState, value: jax.Array) -> GreedyLRState:
         return step(_as_arrays(settings, state.scale.dtype), state, value)
 
-    return base.Rule(init, update, name="greedy_lr")
+    return _rule.Rule(init, update, name="greedy_lr")
 
 
 def _as_arrays(settings: _Settings, dtype: jnp.dtype) -> _Settings:
@@ -426,7 +426,7 @@ def _smooth(
     count = state.history_count.astype(jnp.uint32)
     slot = jnp.minimum(count, count - window)  # what is below zero wraps, and is the larger one
     count = count + usable.astype(jnp.uint32)
-    count = base.where(count == 2 * window, window, count)
+    count = _numerics.where(count == 2 * window, window, count)
     length = jnp.minimum(jnp.maximum(count, 1), window)  # 1: nothing but non-finite values so far
     state = _enter(settings, state, value, usable, slot, length)
     # The sums of all whole blocks, and the losses behind them.
@@ -453,7 +453,7 @@ def _enter(
     and as no sum is ever carried on from one value to the next, rounding does not add up.
     """
     oldest = jax.lax.dynamic_slice(state.history, (slot,), (1,))
-    entered = base.where(usable, value.reshape(1), oldest)
+    entered = _numerics.where(usable, value.reshape(1), oldest)
     state = state._replace(history=jax.lax.dynamic_update_slice(state.history, entered, (slot,)))
     blocks = settings.window // _BLOCK
     if not blocks:
@@ -493,9 +493,9 @@ def _improves(settings: _Settings, state: GreedyLRState, mean: jax.Array) -> jax
     best = settings.sign * state.best_value
     # Before the first improvement the best value is infinite, and every finite value beats it.
     if settings.relative:
-        known = base.where(jnp.isfinite(best), best, 0)
-        bound = known * base.where(known < 0, 1 + settings.threshold, 1 - settings.threshold)
-        bound = base.where(jnp.isfinite(best), bound, best)
+        known = _numerics.where(jnp.isfinite(best), best, 0)
+        bound = known * _numerics.where(known < 0, 1 + settings.threshold, 1 - settings.threshold)
+        bound = _numerics.where(jnp.isfinite(best), bound, best)
     else:
         bound = best - settings.threshold
     return settings.sign * mean < bound
@@ -517,12 +517,12 @@ def _increment(count: jax.Array) -> jax.Array:
 
 def _counted(streak: jax.Array) -> jax.Array:
     """The streak as the counts know it."""
-    return base.where(jnp.abs(streak) == _CHANGED, 0, streak)
+    return _numerics.where(jnp.abs(streak) == _CHANGED, 0, streak)
 
 
 def _prolong(streak: jax.Array, better: jax.Array) -> jax.Array:
     """Counts an observation as an improvement or as none (lines 6-13); either ends the other's count."""
-    return base.where(better, jnp.maximum(streak, 0) + 1, jnp.minimum(streak, 0) - 1)
+    return _numerics.where(better, jnp.maximum(streak, 0) + 1, jnp.minimum(streak, 0) - 1)
 
 
 def _saturated(streak: jax.Array) -> jax.Array:
@@ -561,10 +561,10 @@ def _reference_step(settings: _Settings, state: GreedyLRState, value: jax.Array)
     streak = _prolong(_counted(state.streak), better)
     if _checks.is_traced(settings.patience) or settings.patience >= _LONGEST:
         streak = _saturated(streak)  # otherwise a change of rate ends it before
-    streak = base.where(deciding, streak, 0)
-    streak = base.where(streak > settings.patience, _CHANGED, streak)
-    streak = base.where(streak < -settings.patience, -_CHANGED, streak)
-    best_value = base.where(streak > 0, mean, state.best_value)
+    streak = _numerics.where(deciding, streak, 0)
+    streak = _numerics.where(streak > settings.patience, _CHANGED, streak)
+    streak = _numerics.where(streak < -settings.patience, -_CHANGED, streak)
+    best_value = _numerics.where(streak > 0, mean, state.best_value)
 
     increase, decrease = streak == _CHANGED, streak == -_CHANGED
     raised = jnp.minimum(state.scale * _inverse(settings.factor), settings.max_scale)
@@ -572,30 +572,30 @@ def _reference_step(settings: _Settings, state: GreedyLRState, value: jax.Array)
     if _is_zero(settings.eps):
         raised, lowered = jnp.maximum(raised, state.scale), jnp.minimum(lowered, state.scale)
     else:
-        raised = base.where(raised - state.scale > settings.eps, raised, state.scale)
-        lowered = base.where(state.scale - lowered > settings.eps, lowered, state.scale)
-    scale = base.where(increase, raised, base.where(decrease, lowered, state.scale))
+        raised = _numerics.where(raised - state.scale > settings.eps, raised, state.scale)
+        lowered = _numerics.where(state.scale - lowered > settings.eps, lowered, state.scale)
+    scale = _numerics.where(increase, raised, _numerics.where(decrease, lowered, state.scale))
 
     stepped = state._replace(scale=scale, best_value=best_value, streak=streak)
     if settings.reset_after is not None:
         stepped = stepped._replace(num_observations=_increment(state.num_observations))
     if not _is_zero(settings.cooldown):
-        count = base.where(decrease, settings.cooldown, state.cooldown_count)
+        count = _numerics.where(decrease, settings.cooldown, state.cooldown_count)
         stepped = stepped._replace(cooldown_count=count)
     if not _is_zero(settings.warmup):
-        count = base.where(increase, settings.warmup, state.warmup_count)
+        count = _numerics.where(increase, settings.warmup, state.warmup_count)
         stepped = stepped._replace(warmup_count=count)
     if settings.reset_at_min is not None:
         at_min = decrease & (scale <= settings.min_scale)
         remaining = state.reset_countdown - at_min.astype(jnp.int32)
-        countdown = base.where(increase, settings.reset_at_min, remaining)
+        countdown = _numerics.where(increase, settings.reset_at_min, remaining)
         # The reset is part of the decrease, which goes on to start its cooldown.
         restarted = _restarted(settings, stepped)._replace(cooldown_count=stepped.cooldown_count)
         stepped = stepped._replace(reset_countdown=countdown)
-        stepped = base.select(at_min & (countdown <= 0), restarted, stepped)
+        stepped = _numerics.select(at_min & (countdown <= 0), restarted, stepped)
     if settings.reset_after is not None:
         due = stepped.num_observations > settings.reset_after
-        stepped = base.select(due, _restarted(settings, stepped), stepped)
+        stepped = _numerics.select(due, _restarted(settings, stepped), stepped)
     return stepped
 
 
@@ -604,21 +604,21 @@ def _paper_step(settings: _Settings, state: GreedyLRState, value: jax.Array) -> 
     state, mean, usable = _smooth(settings, state, value)  # line 4
 
     better = usable & _improves(settings, state, mean)  # lines 6-13
-    best_value = base.where(better, mean, state.best_value)
+    best_value = _numerics.where(better, mean, state.best_value)
     streak = _saturated(_prolong(state.streak, better))
 
     cooling = state.cooldown_count < settings.cooldown  # lines 14-19
-    cooldown_count = base.where(cooling, state.cooldown_count + 1, 0)
-    streak = base.where(cooling, jnp.minimum(streak, 0), streak)  # num_good = 0
+    cooldown_count = _numerics.where(cooling, state.cooldown_count + 1, 0)
+    streak = _numerics.where(cooling, jnp.minimum(streak, 0), streak)  # num_good = 0
 
     warming = state.warmup_count < settings.warmup  # lines 20-25
-    warmup_count = base.where(warming, state.warmup_count + 1, 0)
-    streak = base.where(warming, jnp.maximum(streak, 0), streak)  # num_bad = 0
+    warmup_count = _numerics.where(warming, state.warmup_count + 1, 0)
+    streak = _numerics.where(warming, jnp.maximum(streak, 0), streak)  # num_bad = 0
 
     scale = state.scale
     raised = scale * _inverse(settings.factor)
-    scale = base.where(streak > settings.patience, raised, scale)  # lines 26-28
-    scale = base.where(streak < -settings.patience, scale * settings.factor, scale)  # lines 29-31
+    scale = _numerics.where(streak > settings.patience, raised, scale)  # lines 26-28
+    scale = _numerics.where(streak < -settings.patience, scale * settings.factor, scale)  # lines 29-31
 
     stepped = state._replace(
         scale=scale,
@@ -633,6 +633,6 @@ def _paper_step(settings: _Settings, state: GreedyLRState, value: jax.Array) -> 
             best_value=best_value, cooldown_count=cooldown_count, warmup_count=warmup_count
         )
         due = stepped.num_observations > settings.reset_after
-        stepped = base.select(due, restarted, stepped)
+        stepped = _numerics.select(due, restarted, stepped)
     within = jnp.clip(stepped.scale, settings.min_scale, settings.max_scale)  # line 40
     return stepped._replace(scale=within)

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from greedylr_jax import _checks, base
+from greedylr_jax import _checks, _numerics, _observe
 
 ValueFn = Callable[[optax.Params], jax.Array]
 
@@ -57,7 +57,7 @@ def superbatch_loss(loss_fn: Callable[[optax.Params, Any], jax.Array], batches: 
 
     def value_fn(params: optax.Params) -> jax.Array:
         def one_batch(batch: Any) -> jax.Array:
-            return jnp.asarray(loss_fn(params, batch), base.default_float_dtype())
+            return jnp.asarray(loss_fn(params, batch), _numerics.default_float_dtype())
 
         return jnp.mean(jax.lax.map(one_batch, batches))
 
@@ -85,7 +85,7 @@ def losses_along(
       Shape (n,), float32 or wider; not finite where the loss is not.
     """
     losses = jax.lax.map(lambda t: _loss(value_fn, move(params, direction, t)), distances)
-    return base.average(losses, axis_name)
+    return _observe.average(losses, axis_name)
 
 
 def taylor_along(
@@ -109,7 +109,7 @@ def taylor_along(
         return jax.jvp(loss, (t,), (jnp.ones_like(t),))
 
     (k0, k1), (_, curvature) = jax.jvp(loss_and_slope, (distance,), (jnp.ones_like(distance),))
-    return base.average(Parabola(k0, k1, curvature / 2), axis_name)
+    return _observe.average(Parabola(k0, k1, curvature / 2), axis_name)
 
 
 def fit_parabola(losses: jax.Array, width: jax.Array) -> Parabola:
@@ -180,12 +180,12 @@ def best_rate(parabola: Parabola, learning_rate: jax.Array, bound: jax.Array) ->
 
 def move(params: optax.Params, direction: optax.Updates, distance: ArrayLike) -> optax.Params:
     """``params + distance * direction``, in the parameters' dtypes."""
-    steps = base.scale_updates(direction, jnp.asarray(distance, base.default_float_dtype()))
+    steps = _numerics.scale_updates(direction, jnp.asarray(distance, _numerics.default_float_dtype()))
     return optax.apply_updates(params, steps)
 
 
 def _loss(value_fn: ValueFn, params: optax.Params) -> jax.Array:
-    return jnp.asarray(value_fn(params), base.default_float_dtype())
+    return jnp.asarray(value_fn(params), _numerics.default_float_dtype())
 
 
 def check_value_fn(rule_name: str, value_fn: Any, params: Any) -> None:

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 import plotly.io
 import plotly.offline
 
-from experiments.store import write_atomically
+from experiments.training.store import write_atomically
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2rem auto; }

@@ -1,0 +1,1 @@
+"""How results are shown: summaries, tables, figures and HTML pages."""

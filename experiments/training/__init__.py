@@ -1,0 +1,1 @@
+"""How runs are trained: schedules, disturbances, the engine, and where finished runs are stored."""

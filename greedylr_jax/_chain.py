@@ -1,0 +1,52 @@
+"""``chain``: a drop-in for ``optax.chain`` in which a rule always acts on the learning rate."""
+
+import optax
+
+from greedylr_jax import _rule
+
+
+class _Chain(optax.GradientTransformationExtraArgs):
+    """The result of :func:`chain`, which remembers its links so that an outer chain can reorder them."""
+
+    links: tuple[optax.GradientTransformation, ...]
+
+
+def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Like ``optax.chain``, but a learning-rate rule controls the step size wherever it stands.
+
+    In a plain ``optax.chain(greedy_lr(), optax.adamw(1e-3))`` the rule would multiply the *gradients*,
+    and Adam divides a constant factor out again. Here the rules are applied last, in the order given,
+    so this chain is exactly ``optax.chain(optax.adamw(1e-3), greedy_lr())``, state included. Chains made
+    by this function may be nested; a rule that stands inside another wrapper (``optax.masked``, a plain
+    ``optax.chain``, ...) is not seen: :func:`greedylr_jax.assert_controls_learning_rate` tells.
+
+    Args:
+      *transforms: gradient transformations, learning-rate rules among them at any place.
+
+    Returns:
+      A ``GradientTransformationExtraArgs``; its state is the tuple of the states in the order of
+      application.
+
+    Raises:
+      TypeError: if an argument is not a gradient transformation.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, greedylr_jax
+      >>> params = jnp.ones(3)
+      >>> tx = greedylr_jax.chain(greedylr_jax.greedy_lr(), optax.adamw(1e-3))
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(params, state, params, value=2.0)
+      >>> greedylr_jax.assert_controls_learning_rate(tx, params)
+    """
+    links: list[optax.GradientTransformation] = []
+    for position, transform in enumerate(transforms):
+        if not isinstance(transform, optax.GradientTransformation):
+            raise TypeError(
+                f"argument {position} of chain must be an optax.GradientTransformation, got "
+                f"{transform!r}. A schedule goes into the optimizer, as its learning_rate."
+            )
+        links.extend(transform.links if isinstance(transform, _Chain) else (transform,))
+    links.sort(key=lambda link: isinstance(link, _rule.ScaleByRule))  # stable: rules last
+    result = _Chain(*optax.chain(*links)) if links else _Chain(*optax.identity())
+    result.links = tuple(links)
+    return result
