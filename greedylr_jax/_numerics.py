@@ -17,7 +17,7 @@ def default_float_dtype() -> jnp.dtype:
     return jnp.result_type(float)
 
 
-def where(condition: jax.Array, on_true: ArrayLike, on_false: ArrayLike) -> jax.Array:
+def where(condition: ArrayLike, on_true: ArrayLike, on_false: ArrayLike) -> jax.Array:
     """``jnp.where`` for two arrays of one shape, or an array and a number.
 
     Each ``jnp.where`` is a function of its own in the program. The dozen that a rule has were a quarter to a
@@ -31,7 +31,7 @@ def where(condition: jax.Array, on_true: ArrayLike, on_false: ArrayLike) -> jax.
     return jax.lax.select(condition, array(on_true), array(on_false))
 
 
-def select(condition: jax.Array, on_true: T, on_false: T) -> T:
+def select(condition: ArrayLike, on_true: T, on_false: T) -> T:
     """:func:`where` for two states of the same structure."""
     return jax.tree.map(functools.partial(where, condition), on_true, on_false)
 

@@ -15,7 +15,7 @@ the loss *before* that step's update, and it already acts on that update.
 
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +126,10 @@ class GradientTransformationExtraLoss(optax.GradientTransformationExtraArgs):
       True
       >>> updates, state = tx.update(jnp.ones(2), tx.init(jnp.ones(2)), value=0.5)
     """
+
+    if TYPE_CHECKING:  # Optax's types allow no state of a certain type
+
+        def __new__(cls, init: Callable[..., Any], update: Callable[..., Any]) -> Self: ...
 
 
 class ScaleByRule(GradientTransformationExtraLoss):
@@ -289,37 +293,22 @@ def _next_state(
     extra_args: Mapping[str, Any],
 ) -> RuleState:
     """Hands one loss to the rule: averaged over devices, and over ``every`` losses."""
-    if _checks.is_known_false(has_value):
-        return state
-    if not _checks.is_traced(has_value):
-        has_value = None
     dtype = state.value_sum.dtype
-
-    def read(name: str, given: ArrayLike | None) -> jax.Array:
-        return _observe.average(_observe.check_loss(rule.name, given, name).astype(dtype), axis_name)
-
-    loss = read("value", value)
-    observations = {
-        name: None
-        if extra_args.get(name) is None
-        else _observe.average(
-            _observe.check_loss(rule.name, extra_args[name], name).astype(loss.dtype), axis_name
-        )
+    observation = _observe.read(rule.name, value, has_value, dtype, axis_name)
+    if observation.is_absent:
+        return state
+    further = {
+        name: _observe.read_optional(rule.name, name, extra_args.get(name), dtype, axis_name)
         for name in rule.observes
     }
     decides_each_step = not _checks.is_traced(every) and every == 1
-    if decides_each_step and has_value is None:
-        return state._replace(rule=rule.update(state.rule, loss, **observations))
+    if decides_each_step and observation.is_present:
+        return state._replace(rule=rule.update(state.rule, observation.value, **further))
 
-    observed = jnp.asarray(True if has_value is None else has_value, bool)
-    value_sum = state.value_sum + loss
-    value_count = state.value_count + 1
-    decides = observed & (value_count >= jnp.asarray(every, jnp.int32))
-    mean = value_sum / value_count.astype(value_sum.dtype)
-    decided = RuleState(
-        rule=rule.update(state.rule, mean, **observations),
-        value_sum=jnp.zeros_like(value_sum),
-        value_count=jnp.zeros_like(value_count),
+    value_sum, value_count, mean = _observe.accumulate(state.value_sum, state.value_count, observation)
+    decides = observation.has_value & (value_count >= jnp.asarray(every, jnp.int32))
+    return RuleState(
+        rule=_numerics.select(decides, rule.update(state.rule, mean, **further), state.rule),
+        value_sum=_numerics.where(decides, 0, value_sum),
+        value_count=_numerics.where(decides, 0, value_count),
     )
-    collected = RuleState(rule=state.rule, value_sum=value_sum, value_count=value_count)
-    return _numerics.select(decides, decided, _numerics.select(observed, collected, state))
