@@ -1,7 +1,7 @@
 """A learning-rate rule of one's own: an initial state, an update and a scale.
 
 "Bold driver" (Battiti, 1989): 5% faster after every better loss, half as fast after every worse one. The
-rule itself is the twenty lines below; carriers, chain, `every`, `has_value`, `axis_name`, metrics and plots
+rule itself is the twenty lines below; adapters, chain, `every`, `has_value`, `axis_name`, metrics and plots
 come with it.
 """
 
@@ -39,13 +39,13 @@ def main() -> None:
     def loss_fn(params):
         return 0.5 * jnp.sum(curvature * params**2)
 
-    carriers = {
+    adapters = {
         "gradient transformation": greedylr_jax.chain(
             greedylr_jax.scale_by_rule(bold_driver()), optax.sgd(0.01)
         ),
         "schedule": optax.inject_hyperparams(optax.sgd)(greedylr_jax.schedule_by_rule(bold_driver(), 0.01)),
     }
-    for name, tx in carriers.items():
+    for name, tx in adapters.items():
         greedylr_jax.assert_controls_learning_rate(tx, jnp.ones(20))
 
         def step(carry, _, tx=tx):

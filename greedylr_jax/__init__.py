@@ -8,7 +8,7 @@ Examples:
   >>> params = jnp.ones(3)
   >>> updates, state = tx.update(params, tx.init(params), params, value=1.0)
   >>> print(greedylr_jax.get_learning_rate(state, base_learning_rate=1e-3))
-  0.0010526315
+  0.0010526316
 """
 
 import importlib

@@ -161,11 +161,12 @@ def check_loss(rule_name: str, value: ArrayLike | None, name: str = "value") -> 
 
 
 def bind_extra_args(tx: optax.GradientTransformation, **extra_args: Any) -> optax.GradientTransformation:
-    """The same transformation, whose ``update`` gets these extra arguments if it takes any.
+    """The same transformation, whose ``update`` gets these extra arguments if it accepts any.
 
-    The type does not tell: ``optax.MultiSteps`` takes them without being of a type that says so.
+    Its signature decides instead of its type: ``optax.MultiSteps`` accepts them, but is not a
+    ``GradientTransformationExtraArgs``.
     """
     parameters = inspect.signature(tx.update).parameters.values()
-    takes_them = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    update = functools.partial(tx.update, **extra_args) if takes_them else tx.update
+    accepts_them = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    update = functools.partial(tx.update, **extra_args) if accepts_them else tx.update
     return optax.GradientTransformation(tx.init, update)

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-import greedylr_jax
-
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"^```python\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
@@ -36,11 +34,3 @@ def test_there_are_two_set_up_commands():
         'pip install -e ".[experiments]" && python -m experiments compare',
         'pip install -e ".[test]" && pytest',
     ]
-
-
-def test_every_public_name_has_an_example():
-    for name in greedylr_jax.__all__:
-        documented = getattr(greedylr_jax, name).__doc__
-        assert documented, name
-        if not name.endswith("State") and name != "RuleSchedule":  # those come from a function that has one
-            assert "Examples:" in documented, name

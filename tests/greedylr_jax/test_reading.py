@@ -38,7 +38,7 @@ def test_the_scale_is_found_in_any_nesting(name):
     assert jax.jit(get_scale)(state) == 2.0
 
 
-def test_a_schedule_knows_its_own_rate():
+def test_the_rate_of_a_schedule_is_in_its_state():
     state = state_after_one_step(optax.inject_hyperparams(optax.adamw)(learning_rate=SCHEDULE))
     assert get_learning_rate(state) == state.hyperparams["learning_rate"] == 1.0
     assert get_scale(state) == 4.0
@@ -99,7 +99,7 @@ def test_metrics_are_flat_scalars(partitioned):
         assert value.shape == ()
 
 
-def test_metrics_tell_two_rules_of_one_chain_apart():
+def test_metrics_number_two_rules_of_one_chain():
     read = metrics(state_after_one_step(optax.chain(optax.sgd(1.0), RULE, greedy_lr())))
     assert read["scale"] == 2.0
     assert read["1/scale"] == 1.0
