@@ -35,8 +35,7 @@ class Rule(NamedTuple):
     Attributes:
       init: from the starting multiplier (a float scalar; 1 in a gradient transformation, the initial
         learning rate in a schedule) to the first state, a NamedTuple of arrays with at least the field
-        ``scale``, the multiplier that the rule holds. It may have a method ``readings()``, a dict of what
-        :func:`greedylr_jax.metrics` shows in place of its fields.
+        ``scale``, the multiplier that the rule holds.
       update: from the state and one loss (a float scalar, possibly not finite) to the next state, of
         the same structure, shapes and dtypes.
       name: what error messages call the rule.

@@ -22,7 +22,7 @@ def check_restorable(saved: Any, target: Any) -> None:
       target: the state to restore into, or its ``jax.eval_shape``; of the same nesting as what was saved.
 
     Raises:
-      ValueError: if a field is missing on one side, or differs in shape or dtype. A rule's ``history``
+      ValueError: if a field is missing on one side, or differs in shape or dtype. A rule's ``history.values``
         that differs in length was saved with another ``window``; a missing field tells of another version
         of the library, or another optimizer.
 
@@ -35,7 +35,7 @@ def check_restorable(saved: Any, target: Any) -> None:
       >>> check_restorable(saved, greedy_lr(window=20).init(None))
       Traceback (most recent call last):
       ...
-      ValueError: the checkpoint does not fit: rule.history: float32[50] saved, float32[20] expected ...
+      ValueError: the checkpoint does not fit: rule.history.block_sums: float32[6] saved, ...
     """
     if saved is None:  # what a manager answers that was not told how its checkpoints are saved
         raise ValueError(
@@ -49,7 +49,7 @@ def check_restorable(saved: Any, target: Any) -> None:
             continue
         found, wanted = there.get(name, "nothing"), here.get(name, "nothing")
         problem = f"{name}: {found} saved, {wanted} expected"
-        if name.endswith("rule.history") and name in there and name in here:
+        if name.endswith("rule.history.values") and name in there and name in here:
             problem += " (the window of the rule: rebuild it with the one that was saved)"
         problems.append(problem)
     if problems:

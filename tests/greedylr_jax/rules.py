@@ -26,7 +26,7 @@ class RuleCase(NamedTuple):
 
 
 def _greedy(name: str, **settings) -> RuleCase:
-    bounds = {"min_value": BASE_RATE / 16, "max_value": BASE_RATE * 16}
+    bounds = {"min_learning_rate": BASE_RATE / 16, "max_learning_rate": BASE_RATE * 16}
     return RuleCase(
         name,
         lambda **carrier: greedylr_jax.greedy_lr(min_scale=1 / 16, max_scale=16.0, **settings, **carrier),
@@ -67,7 +67,7 @@ RULES = [
         "trend",
         lambda **carrier: greedylr_jax.trend_lr(window=4, min_scale=1 / 16, max_scale=16.0, **carrier),
         lambda **carrier: greedylr_jax.trend_lr_schedule(
-            BASE_RATE, window=4, min_value=BASE_RATE / 16, max_value=BASE_RATE * 16, **carrier
+            BASE_RATE, window=4, min_learning_rate=BASE_RATE / 16, max_learning_rate=BASE_RATE * 16, **carrier
         ),
     ),
     RuleCase(
