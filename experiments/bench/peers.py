@@ -17,7 +17,7 @@ from greedylr_jax import greedy_lr_schedule
 
 RULES = 10_000  # under vmap
 ONE, MANY, PUBLISHED = 500_000, 400, 50_000  # losses of a turn
-BOUNDS = {"min_value": 1e-4, "max_value": 1.0}
+BOUNDS = {"min_learning_rate": 1e-4, "max_learning_rate": 1.0}
 _THEIRS = "published class (PyTorch)"
 PUBLISHED_DEFAULTS = {"eps": 1e-8, "reset_at_min": 500}
 
@@ -72,7 +72,7 @@ def _published(count: int) -> Callable[[], list[float]] | None:
 
     def rates() -> list[float]:
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-        bounds = {"min_lr": BOUNDS["min_value"], "max_lr": BOUNDS["max_value"]}
+        bounds = {"min_lr": BOUNDS["min_learning_rate"], "max_lr": BOUNDS["max_learning_rate"]}
         scheduler = GreedyLR(optimizer, **bounds, smooth=True, window_size=50)
         seen = []
         for value in values:
