@@ -2,7 +2,7 @@
 
 Paper: X. Dong et al., "To Raise or Not To Raise: The Autonomous Learning Rate Question", Sections 3.2 and
 3.3. A training run has ten rounds. Each round trains the network for n epochs; from that checkpoint, three
-branches train for n more epochs with the rate raised, kept and lowered, and the label is the branch with the
+branches train for n more epochs with the rate raised, unchanged and lowered; the label is the branch with the
 lowest validation loss. The branch with the highest loss is then discarded, one of the other two is drawn, and
 the next round continues from the checkpoint with its rate. Because that repeats a branch with different
 batches, it shows how reliable the comparison is: if the repeated loss changes the order of the three, the
@@ -44,6 +44,10 @@ class Training(NamedTuple):
     seed: int
     learning_rate: float
     epochs: int  # per round
+
+
+# A configuration, the name of an optimizer, and training runs.
+Planned = tuple[Configuration, str, list[Training]]
 
 
 class Rounds(NamedTuple):
@@ -195,9 +199,7 @@ def samples_of(training: Training, rounds: Rounds) -> Iterator[dict[str, Any]]:
         }
 
 
-def plan(
-    trainings: int, configurations: int = len(CONFIGURATIONS)
-) -> Iterator[tuple[Configuration, str, list[Training]]]:
+def plan(trainings: int, configurations: int = len(CONFIGURATIONS)) -> Iterator[Planned]:
     """Yields the training runs of each configuration and optimizer, with random rates and numbers of epochs.
 
     Args:
@@ -249,23 +251,11 @@ def generate(
         "version": greedylr_jax.__version__,
     }
     store = RunStore(out, settings, fresh=fresh)
-    finished = store.rows()
-    done = (
-        set() if finished is None else set(finished.select("configuration", "optimizer", "seed").iter_rows())
-    )
     planned = list(plan(trainings, configurations))
-    total = sum(len(runs) for _, _, runs in planned)
-    remaining = [
-        (
-            configuration,
-            optimizer,
-            [run for run in runs if (configuration.name, optimizer, run.seed) not in done],
-        )
-        for configuration, optimizer, runs in planned
-    ]
-    num_done = total - sum(len(runs) for _, _, runs in remaining)
+    remaining = _without_finished(planned, store.rows())
+    total, num_remaining = (sum(len(runs) for _, _, runs in each) for each in (planned, remaining))
     with make_progress(console, "trainings") as progress:
-        bar = progress.add_task("", total=total, completed=num_done)
+        bar = progress.add_task("", total=total, completed=total - num_remaining)
         for configuration, optimizer, runs in remaining:
             progress.update(bar, description=f"{configuration.name}, {optimizer}")
             for group, trained in _train(configuration, optimizer, runs) if runs else ():
@@ -277,6 +267,21 @@ def generate(
     console.print(f"{len(samples)} samples are in {out / 'runs.parquet'}.")
     console.print(label_shares(samples))
     return samples
+
+
+def _without_finished(planned: Sequence[Planned], finished: pl.DataFrame | None) -> list[Planned]:
+    """The planned training runs without those that have rows in ``finished``."""
+    if finished is None:
+        return list(planned)
+    done = set(finished.select("configuration", "optimizer", "seed").iter_rows())
+    return [
+        (
+            configuration,
+            optimizer,
+            [run for run in runs if (configuration.name, optimizer, run.seed) not in done],
+        )
+        for configuration, optimizer, runs in planned
+    ]
 
 
 def _rows(

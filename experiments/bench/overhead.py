@@ -171,7 +171,7 @@ def large_operations(text: str, size: int) -> int:
 
 
 def _step(network: Network, tx: optax.GradientTransformationExtraArgs) -> Any:
-    """A jitted training step; a new function at each call, so that it is compiled anew."""
+    """A jitted training step; a new function at each call, so that it is compiled again."""
 
     def step(params: Any, state: Any, batch: Any) -> Any:
         loss, grads = jax.value_and_grad(network.loss)(params, batch)

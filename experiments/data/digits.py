@@ -16,7 +16,7 @@ from experiments.data.builder import EmbeddedBuilder, Example
 
 
 def digit_splits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Images (uint8, 0 to 16, shape (n, 8, 8)) and labels of each split; a stratified fifth is the test split.
+    """Images (uint8, 0 to 16, shape (n, 8, 8)) and labels of each split; the test split is a fifth.
 
     Examples:
       >>> {name: images.shape for name, (images, labels) in digit_splits().items()}

@@ -25,8 +25,8 @@ def load_split(
       config: name of the builder's configuration, such as a language; None: the first one.
 
     Returns:
-      A dict from feature names to arrays whose leading axis is the example, in a fixed order. Text features are
-      arrays of ``bytes`` objects.
+      A dict from feature names to arrays whose leading axis is the example, in a fixed order. Text is an
+      array of ``bytes`` objects.
 
     Examples:
       >>> import tempfile

@@ -79,5 +79,5 @@ TASKS: dict[str, Entry] = {
 def make_task(name: str, data_dir: Path | None = None) -> Task:
     """Builds a task by its name; raises ``UsageError`` for an unknown name."""
     if name not in TASKS:
-        raise UsageError(f"unknown task {name!r}; must be one of: {', '.join(TASKS)}")
+        raise UsageError(f"unknown task {name!r}; there are: {', '.join(TASKS)}")
     return TASKS[name].make(data_dir)
