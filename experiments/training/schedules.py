@@ -248,7 +248,7 @@ _ENTRIES: tuple[Schedule, ...] = (
     PassiveSchedule(
         name="one-cycle",
         source="L. Smith and N. Topin, Super-Convergence, 2018; the initial rate is the maximum",
-        look=Look(palette.PINK, "--"),
+        look=Look(palette.PINK, "-."),
         fractions=lambda steps: optax.linear_onecycle_schedule(steps, 1.0),
     ),
     AdaptiveScale(
@@ -256,7 +256,7 @@ _ENTRIES: tuple[Schedule, ...] = (
         # One decision per epoch, as in PyTorch and Keras. Their default patience of 10 epochs would rarely
         # act in runs this short.
         source="torch.optim.lr_scheduler.ReduceLROnPlateau with factor 0.5 and patience 2",
-        look=Look(palette.GREY),
+        look=Look(palette.GREY, "--"),
         transform=lambda steps_per_epoch, settings: optax.contrib.reduce_on_plateau(
             factor=0.5, patience=2, accumulation_size=steps_per_epoch
         ),
@@ -342,7 +342,7 @@ _ENTRIES: tuple[Schedule, ...] = (
     RateOptimizer(
         name="schedule-free",
         source="A. Defazio et al., The Road Less Scheduled, 2024",
-        look=Look(palette.GREY, "--"),
+        look=Look(palette.PINK, "--"),
         optimizer=lambda optimizer, rate, steps: optax.contrib.schedule_free_adamw(rate),
         reports_rate=False,
     ),
