@@ -15,10 +15,10 @@ import numpy as np
 import polars as pl
 
 from experiments.reporting import drawing, html
+from experiments.reporting.palette import Look
 from experiments.reporting.tables import print_table
 from experiments.studies.base import Job, Sweep, publish
 from experiments.studies.tuning import TUNING_SEEDS, reported
-from experiments.reporting.palette import Look
 from experiments.training.engine import RunSpec, Settings, make_specs
 from experiments.training.schedules import SCHEDULES
 from experiments.training.sweep import Group
@@ -38,7 +38,7 @@ class Submission(NamedTuple):
         return SCHEDULES[self.schedule].look
 
 
-# 0.001 is the default learning rate of Adam in its paper, PyTorch and Keras; baselines have their own defaults.
+# 0.001 is the default of Adam in its paper, PyTorch and Keras; the baselines have their own defaults.
 SUBMISSIONS = (
     Submission("AdamW, constant", "adamw", "constant", 1e-3),
     Submission("AdamW, cosine", "adamw", "cosine", 1e-3),
@@ -111,13 +111,13 @@ def run(job: Job) -> None:
         job,
         "Leaderboard",
         f"{len(chosen['tasks'])} tasks, {chosen['steps']} steps, {chosen['seeds']} seeds, default settings, "
-        "nothing tuned. Target: the held-out loss of AdamW with a cosine schedule and a tuned learning rate after "
-        "75% of the steps; evaluated every 5% of the steps. Times are of this machine, whose cores the runs "
-        "share; numbers of steps ignore the cost of a step.",
+        "nothing tuned. Target: the held-out loss of AdamW with a cosine schedule and a tuned initial rate "
+        "after 75% of the steps; evaluated every 5% of the steps. Times are of this machine, whose cores "
+        "the runs share; numbers of steps ignore the cost of a step.",
         tables={"scores": table, "tasks": tasks},
         figures={"profiles": draw(measured)},
         sections=_sections(measured, table, tasks),
-        recomputed_by="experiments.studies.leaderboard.time_to_target (a row per run), then summarize and by_task",
+        recomputed_by="experiments.studies.leaderboard.time_to_target, then summarize and by_task",
     )
 
 
