@@ -122,10 +122,10 @@ def report(job: Job, runs: pl.DataFrame, title: str) -> None:
     figures = {"initial_rate": draw(table, title)}
     sections = [html.Section(_GAPS, conclusion, [html.Table(headers, cells)])]
     if large := [gap for gap in every if gap.worst > TOLERANCE]:
-        figures["large_gaps"] = draw_large(runs, large)
+        figures["where_it_fails"] = draw_large(runs, large)
         reasons = explain(runs, large)
         job.console.print(reasons)
-        sections.append(html.Section("Gaps above the tolerance", f"{reasons} See large_gaps.png.", []))
+        sections.append(html.Section("Gaps above the tolerance", f"{reasons} See where_it_fails.png.", []))
     publish(
         job,
         title,
