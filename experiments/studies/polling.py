@@ -131,7 +131,7 @@ def _cells(table: pl.DataFrame) -> list[list[str]]:
             f"{row['accuracy']:.2f} ({row['deviation']:.2f})",
             interval_text(row, "+.2f"),
             f"{row['loss']:.3g}",
-            f"{PRINTED[row['schedule']]}" if row["schedule"] in PRINTED and row["start"] == BEST else "",
+            str(PRINTED.get(row["schedule"], "")) if row["start"] == BEST else "",
         ]
         for row in table.iter_rows(named=True)
     ]
