@@ -19,11 +19,12 @@ import polars as pl
 from experiments.arc import DECISIONS, EPOCHS
 from experiments.reporting import drawing, html
 from experiments.reporting.tables import print_table
-from experiments.studies.base import Job, Sweep, publish
+from experiments.studies.base import Job, Sweep, publish, read_published
 from experiments.studies.tuning import TUNING_SEEDS
 from experiments.tasks import make_task
-from experiments.training.engine import OPTIMIZERS, Settings, batch_indices, make_specs, take
-from experiments.training.schedules import arc_with
+from experiments.training.engine import OPTIMIZERS, Settings, make_specs
+from experiments.training.loop import batch_indices, take
+from experiments.training.schedules import SCHEDULES, arc_with
 from experiments.training.store import write_atomically
 from experiments.training.sweep import Group
 from greedylr_jax.arc import load_weights
@@ -107,31 +108,34 @@ def evaluate(job: Job, settings: EvaluationSettings, weights: Path | None, publi
 
 
 def _open_sweep(job: Job, name: str, steps: int, evaluations: int, described: dict[str, Any]) -> Sweep:
-    return Sweep(job._replace(out=job.out / name), Settings(steps, evaluations, validated=True), described)
+    return Sweep(job.in_folder(name), Settings(steps, evaluations, validated=True), described)
 
 
 def _train_case(sweep: Sweep, job: Job, case: Case, variants: dict[str, str], seeds: int) -> pl.DataFrame:
     """Trains all schedules on a case from each of its initial rates; returns the rows."""
     suggested = superconvergence_rate(case)
     job.console.print(f"{case.task}: the range test suggests {suggested:.3g} for superconvergence")
-    specs = make_specs((*PASSIVE_SCHEDULES, *variants.values()), case.learning_rates, range(seeds))
-    specs += make_specs((SUPERCONVERGENCE,), (suggested,), range(seeds))
-    groups = [
-        Group(case.task, case.optimizer, specs),
-        # The line search chooses its steps itself, at most 1, along the gradient.
-        Group(case.task, "sgd", make_specs((LINE_SEARCH,), (1.0,), range(seeds))),
-    ]
-    labels = {schedule: label for label, schedule in variants.items()}
-    rows = sweep.train(groups).with_columns(pl.col("schedule").replace(labels), case=pl.lit(case.key))
-    return rows.with_columns(every=pl.lit(None, pl.Int64))
+    specs = []
+    for label, schedule in ({name: name for name in PASSIVE_SCHEDULES} | variants).items():
+        specs += make_specs((schedule,), case.learning_rates, range(seeds), label=label)
+    specs += make_specs((SUPERCONVERGENCE,), (suggested,), range(seeds), label=SUPERCONVERGENCE)
+    # The line search chooses its steps itself, at most 1, along the gradient.
+    line_search = make_specs((LINE_SEARCH,), (1.0,), range(seeds), label=LINE_SEARCH)
+    rows = sweep.train([Group(case.task, case.optimizer, specs), Group(case.task, "sgd", line_search)])
+    return _rows_of(rows, case, None)
 
 
 def _train_interval(sweep: Sweep, case: Case, schedule: str, interval: int, seeds: int) -> pl.DataFrame:
     """Trains ARC with a decision every ``interval`` epochs; returns the rows."""
-    rows = sweep.train(
-        [Group(case.task, case.optimizer, make_specs((schedule,), case.learning_rates, range(seeds)))]
+    specs = make_specs((schedule,), case.learning_rates, range(seeds), label=ARC)
+    return _rows_of(sweep.train([Group(case.task, case.optimizer, specs)]), case, interval)
+
+
+def _rows_of(rows: pl.DataFrame, case: Case, interval: int | None) -> pl.DataFrame:
+    """The rows with the case, the epochs between two decisions, and the label as the name of the schedule."""
+    return rows.with_columns(
+        schedule=pl.col("label"), case=pl.lit(case.key), every=pl.lit(interval, pl.Int64)
     )
-    return rows.with_columns(schedule=pl.lit(ARC), case=pl.lit(case.key), every=pl.lit(interval, pl.Int64))
 
 
 def _digest(weights: Path | None) -> str:
@@ -270,27 +274,14 @@ def _count_decisions(rates: np.ndarray) -> dict[str, float]:
 
 def published_tables() -> pl.DataFrame:
     """The paper's Tables 2 to 4, in the format of :func:`summarize` without ``worst``."""
-    path = Path(__file__).parents[1] / "studies" / "published" / "arc_tables.csv"
-    return pl.read_csv(path)
+    return read_published("arc_tables")
 
 
-_COLORS = dict(
-    zip(
-        (*PASSIVE_SCHEDULES, SUPERCONVERGENCE, LINE_SEARCH, ARC, ARC_NO_VALIDATION, ARC_PUBLISHED),
-        (
-            drawing.SKY,
-            drawing.BLUE,
-            drawing.GREEN,
-            drawing.GREY,
-            drawing.PINK,
-            drawing.BLACK,
-            drawing.RED,
-            drawing.ORANGE,
-            drawing.YELLOW,
-        ),
-        strict=True,
-    )
-)
+_LOOKS = {name: SCHEDULES[name].look for name in (*PASSIVE_SCHEDULES, SUPERCONVERGENCE, LINE_SEARCH, ARC)} | {
+    ARC_NO_VALIDATION: drawing.Look(drawing.ORANGE),
+    ARC_PUBLISHED: drawing.Look(drawing.YELLOW),
+}
+_COLORS = {name: look.color for name, look in _LOOKS.items()}
 
 
 def _report(job: Job, runs: pl.DataFrame, settings: EvaluationSettings) -> None:
@@ -386,7 +377,7 @@ def draw_histories(runs: pl.DataFrame) -> plt.Figure:
     for (case, rate, by_schedule), metric, rates in zip(cells, panels[::2], panels[1::2], strict=True):
         for schedule, cell in by_schedule.items():
             run = _median_run(cell, case)
-            style = {"color": _COLORS[schedule], "lw": 2 if schedule == ARC else 1, "label": schedule}
+            style = _LOOKS[schedule].matplotlib() | {"lw": 2 if schedule == ARC else 1, "label": schedule}
             for axes, shown in ((metric, _shown_metric(run, case)), (rates, np.array(run["rate"], float))):
                 axes.plot(drawing.percent_of_steps(len(shown)), shown, **style)
         metric.set_title(f"{case.task}, from {rate:g}: {case.metric}", fontsize=9)
@@ -471,7 +462,7 @@ def _case_section(case: Case, table: pl.DataFrame, cells: list[_Cell]) -> html.S
                 run = _median_run(cell, case)
                 shown = _shown_metric(run, case) if name == "metric" else np.array(run["rate"], float)
                 steps = drawing.percent_of_steps(len(shown))
-                curves.append(html.Curve(schedule, steps, shown, {"color": _COLORS[schedule]}))
+                curves.append(html.Curve(schedule, steps, shown, _LOOKS[schedule].plotly()))
             title = f"{case.metric if name == 'metric' else 'learning rate'}, from {rate:g}"
             is_log = name == "rate" or case.lower_is_better
             parts.append(html.line_figure(curves, "steps, %", title, y_log=is_log))

@@ -25,7 +25,8 @@ import greedylr_jax
 from experiments.arc.configurations import CONFIGURATIONS, OPTIMIZERS, RATES, Configuration
 from experiments.progress import make_progress
 from experiments.tasks.base import Batch, Task
-from experiments.training.engine import compiler_options, device_mesh, place, side_by_side, take
+from experiments.training.engine import compiler_options, device_mesh, place, side_by_side
+from experiments.training.loop import take, train_step
 from experiments.training.store import RunStore
 from greedylr_jax.arc import ACTIONS
 from greedylr_jax.arc._controller import MULTIPLIERS
@@ -148,14 +149,14 @@ def _make_train_part(
     train, test = data
 
     def train_part(start: tuple[Any, Any], rate: jax.Array, key: jax.Array) -> tuple[Any, ...]:
+        tx = optax.with_extra_args_support(make_optimizer(rate))
+
         def step(index: jax.Array, carry: Any) -> Any:
             params, state, losses, validation = carry
             drawn = jax.random.randint(
                 jax.random.fold_in(key, index), (task.batch_size,), 0, task.num_examples
             )
-            loss, grads = jax.value_and_grad(task.loss)(params, take(train, drawn))
-            updates, state = make_optimizer(rate).update(grads, state, params)
-            params = optax.apply_updates(params, updates)
+            params, state, loss = train_step(task, tx, params, state, take(train, drawn))
             epoch = index // EPOCH_STEPS
             validation_loss = jax.lax.cond(
                 (index + 1) % EPOCH_STEPS == 0, lambda: task.loss(params, test), lambda: validation[epoch]

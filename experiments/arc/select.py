@@ -58,10 +58,11 @@ def select(candidates: Path, job: Job, settings: SelectionSettings) -> Path:
     schedules = {path.stem: arc_with(str(path), decisions=DECISIONS) for path in paths}
     described = {"candidates": {path.stem: path.stat().st_mtime for path in paths}, "seeds": settings.seeds}
     sweep = Sweep(job, Settings(settings.steps, EPOCHS, validated=True), described)
-    specs = make_specs((*BASELINES, *schedules.values()), LEARNING_RATES, range(settings.seeds))
+    specs = []
+    for label, schedule in ({name: name for name in BASELINES} | schedules).items():
+        specs += make_specs((schedule,), LEARNING_RATES, range(settings.seeds), label=label)
     sweep.train([Group(TASK, OPTIMIZER, specs)])
-    labels = {schedule: label for label, schedule in schedules.items()}
-    runs = sweep.finish().with_columns(pl.col("schedule").replace(labels))
+    runs = sweep.finish().with_columns(schedule=pl.col("label"))
     table = summarize(runs)
     best = table.filter(pl.col("schedule").is_in(list(schedules)))["schedule"][0]
     write_atomically(job.out / "selection.csv", table.write_csv)

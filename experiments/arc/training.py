@@ -25,7 +25,8 @@ from experiments.errors import UsageError
 from experiments.progress import make_progress
 from experiments.reporting import drawing
 from experiments.reporting.tables import print_table
-from experiments.training.engine import compiler_options, device_mesh, place, side_by_side, take
+from experiments.training.engine import compiler_options, device_mesh, place, side_by_side
+from experiments.training.loop import take
 from experiments.training.store import damaged, other_settings, write_atomically
 from greedylr_jax.arc import ACTIONS, batch_features, initial_weights
 from greedylr_jax.arc._network import action_logits

@@ -8,12 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from rich.console import Console
 
 from experiments.reporting.tables import print_table
 from experiments.tasks import make_task
 from experiments.timing import interleaved_medians
-from experiments.training.engine import OPTIMIZERS, take
+from experiments.training.engine import OPTIMIZERS
+from experiments.training.loop import take, train_step
 from experiments.training.store import write_atomically
 from greedylr_jax.arc import arc
 
@@ -70,7 +72,7 @@ def _arc_steps() -> dict[str, Callable[[], Any]]:
 
 def _training_steps(name: str) -> Callable[[], Any]:
     """Training steps of a task with AdamW, without a rule."""
-    task, tx = make_task(name), OPTIMIZERS["adamw"](1e-3)
+    task, tx = make_task(name), optax.with_extra_args_support(OPTIMIZERS["adamw"](1e-3))
     data = jax.device_put(task.train)
     params = task.init(jax.random.key(0))
     rows = np.random.default_rng(0).integers(0, task.num_examples, (_STEPS, task.batch_size))
@@ -78,10 +80,8 @@ def _training_steps(name: str) -> Callable[[], Any]:
     @jax.jit
     def train(carry: Any, data: Any, rows: jax.Array) -> Any:
         def body(carry: Any, indices: jax.Array) -> Any:
-            params, state = carry
-            grads = jax.grad(task.loss)(params, take(data, indices))
-            updates, state = tx.update(grads, state, params)
-            return (jax.tree.map(jnp.add, params, updates), state), None
+            params, state, _ = train_step(task, tx, *carry, take(data, indices))
+            return (params, state), None
 
         return jax.lax.scan(body, carry, rows)[0]
 

@@ -21,7 +21,7 @@ from experiments.reporting.tables import print_table
 from experiments.tasks import make_task
 from experiments.tasks.base import Task
 from experiments.timing import interleaved_medians
-from experiments.training.engine import take
+from experiments.training.loop import take
 from experiments.training.store import write_atomically
 from greedylr_jax import factor_polling, superbatch_loss
 from greedylr_jax.probing import _probe
@@ -131,7 +131,7 @@ def _probing_step(task: Task, name: str) -> tuple[Callable[..., Any], Callable[.
 
     def batches(key, count):
         indices = jax.random.randint(key, (count, task.batch_size), 0, task.num_examples)
-        return take(jax.tree.map(jnp.asarray, task.train), indices)
+        return take(task.train, indices)
 
     @jax.jit
     def step(params, state, key):

@@ -7,23 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from rich.console import Console
 
 from experiments.reporting.tables import print_table
 from experiments.tasks import make_task
 from experiments.tasks.base import Task
-from experiments.training.engine import (
-    OPTIMIZERS,
-    Engine,
-    RunSpec,
-    Settings,
-    batch_indices,
-    make_specs,
-    take,
-)
-from experiments.training.schedules import ADAPTIVE, GREEDY_DEFAULTS, PASSIVE
+from experiments.training.engine import OPTIMIZERS, Engine, RunSpec, Settings, make_specs
+from experiments.training.loop import train
+from experiments.training.schedules import AdaptiveScale, PassiveSchedule, parse
 from experiments.training.store import write_atomically
 
 TASKS, OPTIMIZER_NAMES = ("digits-mlp", "mnist1d-mlp"), ("adamw", "sgd", "adagrad")
@@ -70,29 +62,23 @@ def _train_naively(task: Task, optimizer: str, specs: list[RunSpec]) -> None:
     """A straightforward version: one jitted function per schedule and rate, called for each seed."""
     cells = dict.fromkeys((spec.schedule, spec.learning_rate) for spec in specs)
     for schedule, rate in cells:
-        if schedule in PASSIVE:
-            shape = PASSIVE[schedule](STEPS)
-            tx = OPTIMIZERS[optimizer](lambda step, shape=shape, rate=rate: rate * shape(step))
-        else:
-            tx = optax.chain(
-                OPTIMIZERS[optimizer](rate), ADAPTIVE[schedule](task.steps_per_epoch, GREEDY_DEFAULTS)
-            )
-        train = jax.jit(functools.partial(_train, task, optax.with_extra_args_support(tx)))
+        run = jax.jit(functools.partial(_train, task, _optimizer(task, optimizer, schedule, rate)))
         for spec in specs:
             if (spec.schedule, spec.learning_rate) == (schedule, rate):
-                jax.block_until_ready(train(spec.seed))
+                jax.block_until_ready(run(spec.seed))
 
 
-def _train(task: Task, tx: optax.GradientTransformationExtraArgs, seed: jax.Array) -> Any:
-    init_key, batch_key = jax.random.split(jax.random.key(seed))
-    params = task.init(init_key)
+def _optimizer(task: Task, optimizer: str, schedule: str, rate: float) -> optax.GradientTransformation:
+    """The optimizer with a passive schedule, or followed by an adaptive scale."""
+    entry, settings = parse(schedule)
+    if isinstance(entry, PassiveSchedule):
+        fraction = entry.fractions(STEPS)
+        return OPTIMIZERS[optimizer](lambda step: rate * fraction(step))
+    assert isinstance(entry, AdaptiveScale)
+    scale = entry.transform(task.steps_per_epoch, {**entry.traced, **settings})
+    return optax.chain(OPTIMIZERS[optimizer](rate), scale)
 
-    def body(carry: Any, indices: jax.Array) -> Any:
-        params, state = carry
-        batch = take(jax.tree.map(jnp.asarray, task.train), indices)
-        loss, grads = jax.value_and_grad(task.loss)(params, batch)
-        updates, state = tx.update(grads, state, params, value=loss)
-        return (optax.apply_updates(params, updates), state), loss
 
-    (params, _), losses = jax.lax.scan(body, (params, tx.init(params)), batch_indices(task, STEPS, batch_key))
+def _train(task: Task, tx: optax.GradientTransformation, seed: jax.Array) -> Any:
+    params, losses, _ = train(task, tx, STEPS, seed)
     return losses, task.metric(params, task.test)
