@@ -22,8 +22,8 @@ def check_restorable(saved: Any, target: Any) -> None:
 
     Raises:
       ValueError: if a field is missing in the checkpoint or in the target, or differs in shape or dtype. A
-        rule's ``history.values`` of another length was saved with another ``window``; a missing field indicates
-        another version of the library, or another optimizer.
+        rule's ``history.values`` of another length was saved with another ``window``; a missing field
+        indicates another version of the library, or another optimizer.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -50,7 +50,7 @@ def train_groups(
     waiting = [remote.remote(group) for group in groups]
     try:
         while waiting:
-            (done, *_), waiting = ray.wait(waiting, num_rollbacks=1)
+            (done, *_), waiting = ray.wait(waiting, num_returns=1)
             yield ray.get(done)
     finally:
         for unit in waiting:
