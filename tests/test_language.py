@@ -8,7 +8,8 @@ three views of a file:
 * ``text``: the whole file.
 
 Many terms are ordinary English words as well, so each pattern matches the home-made use only, and ``allowed``
-lists standard phrases that contain it. :func:`test_term` shows both kinds of uses of every term.
+lists standard phrases that contain it. :func:`test_term` shows both kinds of uses of every term. Old names of renamed
+arguments are exempt: the arguments of ``renamed_arguments(...)``, and lines with the comment ``# old name``.
 """
 
 import json
@@ -488,6 +489,7 @@ _PYTHON = re.compile(
     |(?P<comment>\#[^\n]*)""",
     re.VERBOSE | re.DOTALL,
 )
+_OLD_NAMES = re.compile(r"\brenamed_arguments\([^)]*\)|^.*# old name.*$", re.MULTILINE)
 _ONE_WORD = re.compile(r"""(?:\b[rbuf]{1,2})?(["'])\w+\1""")
 _BACKTICKS = re.compile(r"^```.*?^```|``[^`\n]+``|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 _LINE = re.compile(r"[^\n]+")
@@ -500,6 +502,7 @@ def views(text: str, *, is_python: bool) -> dict[str, str]:
 
     What is not in a view is blank there, so that positions are the same in all of them.
     """
+    text = _OLD_NAMES.sub(lambda match: _blank(match[0]), text)
     quoted = _spans(_BACKTICKS, text)
     if not is_python:
         return {"text": text, "prose": text, "names": _only(text, quoted)}
@@ -662,6 +665,18 @@ def test_views_of_python():
     assert {len(view) for view in seen.values()} == {len(text)}
     assert seen["prose"].split() == ['"two', 'words"', '"one"', "#", "see", "`kept`"]
     assert seen["names"].split() == ["x", "=", "f(", ",", '"one"', "`kept`", ")"]
+
+
+def test_old_names_are_exempt():
+    text = """
+@renamed_arguments(
+    leap_factor="accelerated_factor",
+)
+def test_it(leap_factor):
+    trend_lr(leap_factor=2.0)  # old name
+"""
+    (found,) = findings("example.py", text, True)
+    assert found.startswith("example.py:5: leap -> ")
 
 
 def test_notebook_cells_are_read():
