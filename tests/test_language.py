@@ -8,8 +8,9 @@ three views of a file:
 * ``text``: the whole file.
 
 Many terms are ordinary English words as well, so each pattern matches the home-made use only, and ``allowed``
-lists standard phrases that contain it. :func:`test_term` shows both kinds of uses of every term. Old names of renamed
-arguments are exempt: the arguments of ``renamed_arguments(...)``, and lines with the comment ``# old name``.
+lists standard phrases that contain it. :func:`test_term` shows both kinds of uses of every term. Old names of
+renamed arguments are exempt: the arguments of ``renamed_arguments(...)``, and lines with the comment ``# old
+name``.
 """
 
 import json
