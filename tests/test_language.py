@@ -492,7 +492,7 @@ TERMS = [
 PRIVATE = re.compile(
     r"""(?<![\w.:/~-])/(?:work|home|root|Users|mnt|opt|tmp)/[A-Za-z0-9]  # absolute paths
     |(?i:\bwork-?trees?\b)
-    |(?i:\bissues?\s+(?:show\b|\#?\d+))
+    |(?i:\bissues?\s+(?:show\b|\d{1,2}\b))
     |(?i:\b(?:the\s+)?(?:house|mend|auto)\s+issue\b)
     |(?i:\bsub-?agents?\b)""",
     re.VERBOSE,
@@ -668,6 +668,7 @@ def test_term(term):
         ("https://example.com/home/page", False),
         ("results/work/x and runs/tmp/1", False),
         ("the file issues no warning", False),
+        ("see google/jax issue #12345", False),
     ],
 )
 def test_private(text, is_private):
