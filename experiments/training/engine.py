@@ -21,7 +21,6 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
-import greedylr_jax
 from experiments.tasks.base import Batch, Params, Task
 from experiments.training.disturbance import Disturbance, disturbance_inputs
 from experiments.training.loop import batch_indices, take
