@@ -122,8 +122,8 @@ def run_metrics(runs: pl.DataFrame) -> pl.DataFrame:
     Returns:
       A frame with ``task``, ``schedule``, ``seed``, ``kind``, ``strength``, ``target`` (or "undisturbed");
       ``final``: the final loss relative to the undisturbed constant rate; ``damage``: relative to the
-      undisturbed run of the same schedule; ``recovery``: steps after the parameter perturbation until the loss
-      has recovered (infinite if it does not; None without a perturbation).
+      undisturbed run of the same schedule; ``recovery``: steps after the parameter perturbation until the
+      loss has recovered (infinite if it does not; None without a perturbation).
     """
     rows = []
     for row in runs.iter_rows(named=True):

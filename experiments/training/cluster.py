@@ -1,8 +1,8 @@
 """Training on a Ray cluster: a unit of work is the runs of one task and optimizer.
 
 The code of the checkout (``experiments`` and ``greedylr_jax``) is sent to the workers; the machines of the
-cluster need the dependencies only. Ray trains a unit again if its worker dies. Finished units are in the store
-and survive an interruption of the driver.
+cluster need the dependencies only. Ray trains a unit again if its worker dies. Finished units are in the
+store and survive an interruption of the driver.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,13 +13,12 @@ from experiments.errors import UsageError
 
 _RETRIES = 3  # of a unit whose worker died
 _ROOT = Path(__file__).parents[2]  # of the checkout
-# Everything but the two packages, in the syntax of .gitignore.
-_EXCLUDES = ("/*", "!/experiments", "!/greedylr_jax", "__pycache__")
+_PACKAGES = ("experiments", "greedylr_jax")
 
 
 def runtime_env() -> dict[str, Any]:
-    """Ray's runtime environment of the workers: the packages of this checkout as their working directory."""
-    return {"working_dir": str(_ROOT), "excludes": list(_EXCLUDES)}
+    """Ray's runtime environment of the workers, with the packages of this checkout."""
+    return {"py_modules": [str(_ROOT / name) for name in _PACKAGES], "excludes": ["__pycache__"]}
 
 
 def train_groups(
