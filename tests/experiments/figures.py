@@ -16,7 +16,7 @@ def lines_of(axes) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def assert_is_drawn(path: Path, colors: int = 2) -> None:
-    """The picture has at least ``colors`` saturated colours besides black, white and grey, and is not full."""
+    """Fails unless the picture has ``colors`` saturated colours on a background that is mostly white."""
     image = matplotlib.image.imread(path)[..., :3]
     assert min(image.shape[:2]) > 300
     background = (image == 1).all(axis=-1).mean()
