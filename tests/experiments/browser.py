@@ -11,7 +11,7 @@ HAS_BROWSER = bool(shutil.which("chromium") and shutil.which("chromedriver"))
 
 
 def open_and_click(page: Path) -> None:
-    """Opens a page; a click on the first legend hides a curve, and nothing is logged as an error."""
+    """Opens a page and clicks on a legend, which must hide a curve; fails if an error is logged."""
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
     for flag in (
