@@ -84,9 +84,10 @@ def summarize(runs: pl.DataFrame) -> pl.DataFrame:
     """One row for each task, initial rate and schedule.
 
     Returns:
-      A frame with ``task``, ``start`` (the initial rate: :data:`BEST` or :data:`LARGE`), ``schedule``, mean and
-      standard deviation of the final held-out accuracy in percent (``accuracy``, ``deviation``), ``difference`` from
-      the constant rate with its 95% confidence interval, and the mean held-out loss at the end (``loss``).
+      A frame with ``task``, ``start`` (the initial rate: :data:`BEST` or :data:`LARGE`), ``schedule``, mean
+      and standard deviation of the final held-out accuracy in percent (``accuracy``, ``deviation``),
+      ``difference`` from the constant rate with its 95% confidence interval, and the mean held-out loss at
+      the end (``loss``).
     """
     rows = []
     for (task, start), cell in reported(runs).group_by(["task", "label"], maintain_order=True):

@@ -1,5 +1,5 @@
-"""The perturbation study of "Dynamic Learning Rate Scheduling based on Loss Changes": schedules under noise of
-the observed loss, noise of the gradients, and perturbations of the parameters.
+"""The perturbation study of "Dynamic Learning Rate Scheduling based on Loss Changes": schedules under noise
+of the observed loss, noise of the gradients, and perturbations of the parameters.
 
 The paper claims a lower median loss than common schedules, tighter percentile bands, and exceptional recovery
 from perturbations. The kinds of noise are described in :mod:`experiments.training.disturbance`.
@@ -109,7 +109,7 @@ def run(job: Job) -> None:
         tables={"table": table, "against": comparison},
         figures={"bands": draw_bands(measured), "recovery": draw_recovery(runs)},
         sections=_sections(runs, measured, table, comparison),
-        recomputed_by="experiments.studies.robustness.run_metrics (a row per run), then summarize and compare",
+        recomputed_by="experiments.studies.robustness.run_metrics, then summarize and compare",
     )
 
 
@@ -120,10 +120,10 @@ def run_metrics(runs: pl.DataFrame) -> pl.DataFrame:
       runs: the rows of ``runs.parquet``.
 
     Returns:
-      A frame with ``task``, ``schedule``, ``seed``, ``kind``, ``strength``, ``target`` (or
-      "undisturbed"); ``final``: the final loss relative to the undisturbed constant rate; ``damage``: relative
-      to the undisturbed run of the same schedule; ``recovery``: steps after the parameter perturbation until
-      the loss has recovered (infinite if it does not; None without a perturbation).
+      A frame with ``task``, ``schedule``, ``seed``, ``kind``, ``strength``, ``target`` (or "undisturbed");
+      ``final``: the final loss relative to the undisturbed constant rate; ``damage``: relative to the
+      undisturbed run of the same schedule; ``recovery``: steps after the parameter perturbation until the
+      loss has recovered (infinite if it does not; None without a perturbation).
     """
     rows = []
     for row in runs.iter_rows(named=True):
@@ -221,9 +221,9 @@ def compare(measured: pl.DataFrame) -> pl.DataFrame:
 
     Returns:
       A frame with ``target``, ``schedule``, ``lower``: percent of pairs in which GreedyLR's final loss is
-      lower by more than 1%; ``higher``: in which it is higher by more than 1%; ``ratio``: the geometric mean of GreedyLR's
-      loss over the schedule's, with ``ratio_low`` and ``ratio_high``, its 95% confidence interval over the
-      means of the tasks.
+      lower by more than 1%; ``higher``: in which it is higher by more than 1%; ``ratio``: the geometric mean
+      of GreedyLR's loss over the schedule's, with ``ratio_low`` and ``ratio_high``, its 95% confidence
+      interval over the means of the tasks.
     """
     keys = ["task", "seed", "kind", "strength", "target"]
     greedy = measured.filter(pl.col("schedule") == GREEDYLR).select(*keys, greedy="absolute")

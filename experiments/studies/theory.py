@@ -1,8 +1,8 @@
 """Final loss as a function of GreedyLR's factor on convex functions of known smoothness: is 1 - 1/L optimal?
 
 The second GreedyLR paper derives that the factor F = 1 - 1/L_max maximizes the rate of convergence. In this
-study gradient descent with GreedyLR minimizes functions of known smoothness L from several initial rates, with
-every factor of a grid, and with exact and noisy gradients.
+study gradient descent with GreedyLR minimizes functions of known smoothness L from several initial rates,
+with every factor of a grid, and with exact and noisy gradients.
 """
 
 import itertools

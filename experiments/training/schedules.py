@@ -398,7 +398,6 @@ _ENTRIES: tuple[Schedule, ...] = (
     ),
 )
 SCHEDULES: Mapping[str, Schedule] = {entry.name: entry for entry in _ENTRIES}
-_SCALES = tuple(entry for entry in _ENTRIES if isinstance(entry, AdaptiveScale))
 
 
 class ScheduleInputs(NamedTuple):
@@ -407,6 +406,10 @@ class ScheduleInputs(NamedTuple):
     rates: np.ndarray  # shape=(steps,), dtype=float32; the passive part
     scale_index: np.ndarray  # shape=(), dtype=int32; 0: no adaptive scale, n: the n-th of the registry
     settings: tuple[dict[str, np.ndarray], ...]  # of each adaptive scale, each of shape=()
+
+
+def _scales() -> list[AdaptiveScale]:
+    return [entry for entry in SCHEDULES.values() if isinstance(entry, AdaptiveScale)]
 
 
 @functools.cache  # every run of a sweep calls it, and ARC reads a file
@@ -472,9 +475,9 @@ def schedule_inputs(name: str, learning_rate: float, steps: int) -> ScheduleInpu
             )
             for key, default in scale.traced.items()
         }
-        for scale in _SCALES
+        for scale in _scales()
     )
-    index = 1 + _SCALES.index(entry) if isinstance(entry, AdaptiveScale) else 0
+    index = 1 + _scales().index(entry) if isinstance(entry, AdaptiveScale) else 0
     passive = entry.name if isinstance(entry, PassiveSchedule) else "constant"
     return ScheduleInputs(np.float32(learning_rate) * _fractions(passive, steps), np.int32(index), traced)
 
@@ -516,6 +519,6 @@ def adaptive_scale(inputs: ScheduleInputs, steps_per_epoch: int) -> optax.Gradie
     """The adaptive scale that ``inputs`` selects, or the identity."""
     scales = [
         scale.transform(steps_per_epoch, settings)
-        for scale, settings in zip(_SCALES, inputs.settings, strict=True)
+        for scale, settings in zip(_scales(), inputs.settings, strict=True)
     ]
     return switch(inputs.scale_index, [optax.identity(), *scales])
