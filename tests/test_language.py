@@ -641,7 +641,7 @@ PENDING = {
 
 
 def _parameters(pending: set[str]) -> list[Any]:
-    """A parameter per file; those in ``pending`` must fail, so that none stays there when it no longer has to."""
+    """A parameter per file; those in ``pending`` must fail, so that the set does not outlive its reason."""
     names = {path.relative_to(ROOT).as_posix(): path for path in repository_files()}
     fails = pytest.mark.xfail(strict=True, reason="has home-made terms")
     return [
