@@ -243,14 +243,10 @@ def _scalars(state: Any) -> dict[str, jax.Array]:
     fields = {"scale": _scale(state)}
     if isinstance(state, _rule.RuleScheduleState):
         fields["learning_rate"] = _plain(state.rule_state.rule.scale)
-    for name, field in _fields(_rule_state(state)).items():
+    for name, field in _rule_state(state)._asdict().items():
         if name not in fields and not isinstance(field, tuple) and jnp.shape(_plain(field)) == ():
             fields[name] = _plain(field)
     return fields
-
-
-def _fields(rule: Any) -> dict[str, Any]:
-    return rule.readings() if hasattr(rule, "readings") else rule._asdict()
 
 
 def _range_of_rates(rates: Any) -> dict[str, jax.Array]:

@@ -22,8 +22,8 @@ def check_restorable(saved: Any, target: Any) -> None:
 
     Raises:
       ValueError: if a field is missing in the checkpoint or in the target, or differs in shape or dtype. A
-        rule's ``history`` of another length was saved with another ``window``; a missing field indicates
-        another version of the library, or another optimizer.
+        rule's ``history.values`` of another length was saved with another ``window``; a missing field
+        indicates another version of the library, or another optimizer.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -34,7 +34,7 @@ def check_restorable(saved: Any, target: Any) -> None:
       >>> check_restorable(saved, greedy_lr(window=20).init(None))
       Traceback (most recent call last):
       ...
-      ValueError: the checkpoint does not fit: rule.history: float32[50] saved, float32[20] expected ...
+      ValueError: the checkpoint does not fit: rule.history.block_sums: float32[6] saved, ...
     """
     if saved is None:  # a manager's metadata if it was built without a handler
         raise ValueError(
@@ -48,7 +48,7 @@ def check_restorable(saved: Any, target: Any) -> None:
             continue
         found, wanted = there.get(name, "nothing"), here.get(name, "nothing")
         problem = f"{name}: {found} saved, {wanted} expected"
-        if name.endswith("rule.history") and name in there and name in here:
+        if name.endswith("rule.history.values") and name in there and name in here:
             problem += " (the window of the rule: build the rule with the saved window)"
         problems.append(problem)
     if problems:

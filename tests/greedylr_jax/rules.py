@@ -26,7 +26,7 @@ class RuleCase(NamedTuple):
 
 
 def _greedy(name: str, **settings) -> RuleCase:
-    bounds = {"min_value": BASE_RATE / 16, "max_value": BASE_RATE * 16}
+    bounds = {"min_learning_rate": BASE_RATE / 16, "max_learning_rate": BASE_RATE * 16}
     return RuleCase(
         name,
         lambda **adapter: greedylr_jax.greedy_lr(min_scale=1 / 16, max_scale=16.0, **settings, **adapter),
@@ -67,7 +67,7 @@ SCALE_RULES = [
         "trend",
         lambda **adapter: greedylr_jax.trend_lr(window=4, min_scale=1 / 16, max_scale=16.0, **adapter),
         lambda **adapter: greedylr_jax.trend_lr_schedule(
-            BASE_RATE, window=4, min_value=BASE_RATE / 16, max_value=BASE_RATE * 16, **adapter
+            BASE_RATE, window=4, min_learning_rate=BASE_RATE / 16, max_learning_rate=BASE_RATE * 16, **adapter
         ),
     ),
     RuleCase(

@@ -145,11 +145,11 @@ LIMITS = [
     {"reset_after": HUGE, "patience": 0},
     {"reset_after": 1, "algorithm": "paper"},
     {"eps": LARGEST},
-    {"min_value": BASE_RATE},
-    {"max_value": BASE_RATE},
-    {"min_value": BASE_RATE, "max_value": BASE_RATE},
-    {"min_value": TINY, "max_value": LARGEST, "patience": 0},
-    {"min_value": 0.0, "patience": 0},
+    {"min_learning_rate": BASE_RATE},
+    {"max_learning_rate": BASE_RATE},
+    {"min_learning_rate": BASE_RATE, "max_learning_rate": BASE_RATE},
+    {"min_learning_rate": TINY, "max_learning_rate": LARGEST, "patience": 0},
+    {"min_learning_rate": 0.0, "patience": 0},
 ]
 
 
@@ -157,7 +157,11 @@ LIMITS = [
 @pytest.mark.parametrize("mode", ["min", pytest.param("max", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("limits", LIMITS, ids=str)
 def test_each_argument_at_its_limit_follows_the_model(limits, mode):
-    settings = SETTINGS | {"min_value": BASE_RATE / 16, "max_value": BASE_RATE * 16, "mode": mode} | limits
+    settings = (
+        SETTINGS
+        | {"min_learning_rate": BASE_RATE / 16, "max_learning_rate": BASE_RATE * 16, "mode": mode}
+        | limits
+    )
     got, expected = both(settings, losses(160))
     np.testing.assert_array_equal(got, expected)
     assert np.isfinite(got).all()
@@ -166,7 +170,12 @@ def test_each_argument_at_its_limit_follows_the_model(limits, mode):
 @pytest.mark.parametrize("direction", [-1, 1])
 @pytest.mark.parametrize("factor", [0.5, 0.7, 0.999])
 def test_a_rate_stays_exactly_at_its_bound_for_long(factor, direction):
-    settings = SETTINGS | {"min_value": 0.01, "max_value": 0.3, "factor": factor, "patience": 0}
+    settings = SETTINGS | {
+        "min_learning_rate": 0.01,
+        "max_learning_rate": 0.3,
+        "factor": factor,
+        "patience": 0,
+    }
     got, _ = both(settings, direction * np.arange(30_000.0), model=False)
     bound = np.float32(0.3 if direction < 0 else 0.01)
     first = np.flatnonzero(got == bound)[0]
@@ -179,7 +188,13 @@ def test_a_rate_stays_exactly_at_its_bound_for_long(factor, direction):
 def test_after_extreme_losses_ordinary_ones_count_again(loss, window):
     """A sum of three of the largest numbers overflows; no loss would improve on a best value of -inf."""
     schedule = greedylr_jax.greedy_lr_schedule(
-        0.125, min_value=0.01, max_value=8.0, factor=0.5, patience=0, window=window, reset_after=20
+        0.125,
+        min_learning_rate=0.01,
+        max_learning_rate=8.0,
+        factor=0.5,
+        patience=0,
+        window=window,
+        reset_after=20,
     )
     state = schedule.init()
     update = jax.jit(schedule.update)
@@ -210,8 +225,8 @@ def test_a_million_random_losses_follow_the_model(algorithm, window):
             reset_after=generator.choice([None, 300, 2_000]),
             mode=str(generator.choice(["min", "max"])),
             algorithm=algorithm,
-            min_value=BASE_RATE / generator.choice([2, 10, 100]),
-            max_value=BASE_RATE * generator.choice([2, 10, 100]),
+            min_learning_rate=BASE_RATE / generator.choice([2, 10, 100]),
+            max_learning_rate=BASE_RATE * generator.choice([2, 10, 100]),
         )
         if algorithm == "reference":
             settings |= dict(eps=generator.choice([0.0, 1e-3]), reset_at_min=generator.choice([None, 1, 3]))
@@ -237,8 +252,8 @@ def both(settings, values, model=True):
     got = jax.jit(lambda values: jax.lax.scan(body, schedule.init(), values)[1])(values)
     if not model:
         return np.asarray(got), None
-    rest = {name: value for name, value in settings.items() if not name.endswith("_value")}
+    rest = {name: value for name, value in settings.items() if not name.endswith("_learning_rate")}
     plain = GreedyModel(
-        rate=BASE_RATE, min_rate=settings["min_value"], max_rate=settings["max_value"], **rest
+        rate=BASE_RATE, min_rate=settings["min_learning_rate"], max_rate=settings["max_learning_rate"], **rest
     )
     return np.asarray(got), np.array([plain.observe(value) for value in values])

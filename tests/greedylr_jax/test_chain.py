@@ -89,7 +89,7 @@ def test_chain_rejects_what_is_no_transformation(argument):
     )
 
 
-SCHEDULE = greedy_lr_schedule(1e-3, min_value=1e-4, max_value=1e-2)
+SCHEDULE = greedy_lr_schedule(1e-3, min_learning_rate=1e-4, max_learning_rate=1e-2)
 IN_CONTROL = SAME_AS_RIGHT_ORDER | {
     "right order": RIGHT_ORDER,
     "schedule": optax.inject_hyperparams(optax.adamw)(learning_rate=SCHEDULE),
@@ -120,7 +120,7 @@ NOT_IN_CONTROL = {
         {"w": RIGHT_ORDER, "b": optax.chain(greedy_lr(), optax.adam(0.1))}, {"w": "w", "b": "b"}
     ),
     "wrong hyperparameter": optax.inject_hyperparams(optax.adamw)(
-        learning_rate=1e-3, eps=greedy_lr_schedule(1e-8, min_value=1e-9, max_value=1e-7)
+        learning_rate=1e-3, eps=greedy_lr_schedule(1e-8, min_learning_rate=1e-9, max_learning_rate=1e-7)
     ),
 }
 

@@ -98,7 +98,9 @@ def test_another_window_is_a_clear_error(saved, window, other):
     metadata = saved(opt_state(window))
     check_restorable(metadata, opt_state(window))
     shapes = rf"float32\[{window or 1}\] saved, float32\[{other or 1}\] expected"
-    with pytest.raises(ValueError, match=rf"opt_state.1.rule.history: {shapes} \(the window of the rule"):
+    with pytest.raises(
+        ValueError, match=rf"opt_state.1.rule.history.values: {shapes} \(the window of the rule"
+    ):
         check_restorable(metadata, opt_state(other))
 
 

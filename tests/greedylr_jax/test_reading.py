@@ -10,7 +10,7 @@ from greedylr_jax import get_learning_rate, get_scale, greedy_lr, greedy_lr_sche
 PARAMS = {"encoder": jnp.ones(2), "decoder": jnp.ones(3)}
 # With patience 0 the first loss already raises the rate: scale 2 for the rule, 4 for the schedule.
 RULE = greedy_lr(factor=0.5, patience=0)
-SCHEDULE = greedy_lr_schedule(0.25, min_value=0.025, max_value=2.5, factor=0.25, patience=0)
+SCHEDULE = greedy_lr_schedule(0.25, min_learning_rate=0.025, max_learning_rate=2.5, factor=0.25, patience=0)
 
 
 def state_after_one_step(tx):
