@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from greedylr_jax import _numerics, _observe, _rollback, _rule
+from greedylr_jax import _numerics, _observe, _rule
 
 _MAX_PROBE_STEPS = 1024  # more than any sensible number of accumulated micro-batches
 
@@ -30,17 +30,12 @@ def _is_rate(node: Any) -> bool:
     return isinstance(node, _rule.RateState)
 
 
-def _or_kept(wanted: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """Where to stop looking: what is kept to go back to holds rules, too, but none that acts."""
-    return lambda node: wanted(node) or isinstance(node, _rollback.Kept)
-
-
 def _carried(state: _rule.RuleState | _rule.RuleScheduleState) -> _rule.RuleState:
     return state.rule_state if isinstance(state, _rule.RuleScheduleState) else state
 
 
 def _find(opt_state: optax.OptState, wanted: Callable[[Any], bool]) -> list[_Found]:
-    nodes, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=_or_kept(wanted))
+    nodes, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=wanted)
     found = []
     for path, node in nodes:
         if wanted(node):
@@ -346,7 +341,7 @@ def _with_half_scale(opt_state: optax.OptState, index: int) -> optax.OptState:
             return node
         return _rule.map_rates(lambda scale: scale / 2, node)
 
-    return jax.tree.map(halve, opt_state, is_leaf=_or_kept(_is_rule))
+    return jax.tree.map(halve, opt_state, is_leaf=_is_rule)
 
 
 def _assert_halved(rule: _Found, before: optax.Updates, after: optax.Updates) -> None:

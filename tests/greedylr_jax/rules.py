@@ -116,10 +116,10 @@ OWN_RATES = {
         optax.scale_by_adam(), 0.01, 0.05, mode="multiplicative"
     ),
     "lr_tuner-fit": greedylr_jax.lr_tuner(
-        optax.trace(0.9), 0.01, explore_steps=20, recompute_every=3, saturation_threshold=1.0
+        optax.sgd(1.0, momentum=0.9), 0.01, explore_steps=20, recompute_every=3, saturation_threshold=1.0
     ),
     "lr_tuner-taylor": greedylr_jax.lr_tuner(
-        optax.scale_by_adam(), 0.01, explore_steps=20, recompute_every=3, method="taylor", rollback=False
+        optax.adam(1.0), 0.01, explore_steps=20, recompute_every=3, method="taylor", rollback=False
     ),
     "auto_lr": greedylr_jax.auto_lr(optax.identity(), 0.01, ramp_steps=30),
     "with_rollback": greedylr_jax.with_rollback(
