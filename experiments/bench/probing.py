@@ -29,9 +29,9 @@ BATCHES, BATCH = 4, 256  # of the superbatch
 WIDTHS = (64, 512, 512, 512, 10)
 # Direction, learning rate, epsilon threshold of the size that the paper advises for such rates.
 DIRECTIONS = {
-    "sgd": (optax.identity(), 0.1, 1e-3),
-    "momentum": (optax.trace(0.9), 0.02, 1e-4),
-    "adam": (optax.scale_by_adam(), 1e-3, 1e-8),
+    "sgd": (optax.sgd(1.0), 0.1, 1e-3),
+    "momentum": (optax.sgd(1.0, momentum=0.9), 0.02, 1e-4),
+    "adam": (optax.adam(1.0), 1e-3, 1e-8),
 }
 
 

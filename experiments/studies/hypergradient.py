@@ -51,7 +51,7 @@ def _hypergradient(granularity: str) -> Callable[[jax.Array, jax.Array], optax.G
     def make(rate: jax.Array, hyper_rate: jax.Array) -> optax.GradientTransformation:
         labels = _layers if granularity == "group" else None
         return greedylr_jax.hypergradient(
-            optax.identity(), rate, hyper_rate, granularity=granularity, param_labels=labels
+            optax.sgd(1.0), rate, hyper_rate, granularity=granularity, param_labels=labels
         )
 
     return make

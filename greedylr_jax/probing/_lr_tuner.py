@@ -88,8 +88,7 @@ def lr_tuner(
     parameters: ``tx.update(grads, state, params, value=loss, value_fn=superbatch_loss(loss_fn, batches))``.
 
     Args:
-      inner: a direction without a rate (``optax.trace(0.9)``, ``optax.scale_by_adam()``, ...), or an
-        optimizer built with rate 1 (``optax.adam(1.0)``), which is the same.
+      inner: an optimizer built with learning rate 1, such as ``optax.adam(1.0)``.
       learning_rate: the seed rate, > 0; may be traced.
       explore_steps: steps of the explore phase, an integer >= 0; typically 20% to 30% of the training. May
         be traced.
@@ -130,7 +129,7 @@ def lr_tuner(
       >>> import jax, jax.numpy as jnp, optax
       >>> from greedylr_jax import get_learning_rate, lr_tuner
       >>> loss_fn = lambda params: jnp.sum(2.0 * params**2)
-      >>> tx = lr_tuner(optax.identity(), 0.1, explore_steps=10, recompute_every=1, epsilon_threshold=1.0)
+      >>> tx = lr_tuner(optax.sgd(1.0), 0.1, explore_steps=10, recompute_every=1, epsilon_threshold=1.0)
       >>> params = jnp.ones(3)
       >>> state = tx.init(params)
       >>> loss, grads = jax.value_and_grad(loss_fn)(params)
@@ -154,9 +153,10 @@ def lr_tuner(
         rollback_threshold=_checks.check_real("rollback_threshold", rollback_threshold, low=0.0, high=1.0),
         axis_name=axis_name,
     )
-    inner = _inner.as_direction(inner)
+    inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> LRTunerState:
+        _inner.check_descends("lr_tuner", inner, params)
         inner_state = inner.init(params)
         return LRTunerState(
             rate=_rule.RateState(_float(seed_rate)),
@@ -185,7 +185,8 @@ def lr_tuner(
             "value_fn": value_fn,
             "has_value": has_value,
         }
-        direction, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        step, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        direction = jax.tree.map(jnp.negative, step)
 
         window = _numerics.select(observed, observe(state.window, loss), state.window)
         ends = observed & (window.steps >= jnp.asarray(settings.recompute_every, loss.dtype))

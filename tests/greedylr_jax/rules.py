@@ -105,25 +105,29 @@ def crossed(rows: Iterable[str], columns: Iterable[str]) -> list:
 
 # Optimizers that keep their own rates, for parameters {"w": ..., "b": ...}.
 OWN_RATES = {
-    "hypergradient-global": greedylr_jax.hypergradient(optax.trace(0.9), 0.01, 1e-3),
+    "hypergradient-global": greedylr_jax.hypergradient(optax.sgd(1.0, momentum=0.9), 0.01, 1e-3),
     "hypergradient-group": greedylr_jax.hypergradient(
-        optax.trace(0.9), 0.01, 1e-3, granularity="group", param_labels={"w": "weights", "b": "bias"}
+        optax.sgd(1.0, momentum=0.9),
+        0.01,
+        1e-3,
+        granularity="group",
+        param_labels={"w": "weights", "b": "bias"},
     ),
     "hypergradient-parameter": greedylr_jax.hypergradient(
-        optax.trace(0.9), 0.01, 1e-3, granularity="parameter"
+        optax.sgd(1.0, momentum=0.9), 0.01, 1e-3, granularity="parameter"
     ),
     "hypergradient-multiplicative": greedylr_jax.hypergradient(
-        optax.scale_by_adam(), 0.01, 0.05, mode="multiplicative"
+        optax.adam(1.0), 0.01, 0.05, mode="multiplicative"
     ),
     "lr_tuner-fit": greedylr_jax.lr_tuner(
-        optax.trace(0.9), 0.01, explore_steps=20, recompute_every=3, saturation_threshold=1.0
+        optax.sgd(1.0, momentum=0.9), 0.01, explore_steps=20, recompute_every=3, saturation_threshold=1.0
     ),
     "lr_tuner-taylor": greedylr_jax.lr_tuner(
-        optax.scale_by_adam(), 0.01, explore_steps=20, recompute_every=3, method="taylor", rollback=False
+        optax.adam(1.0), 0.01, explore_steps=20, recompute_every=3, method="taylor", rollback=False
     ),
-    "auto_lr": greedylr_jax.auto_lr(optax.identity(), 0.01, ramp_steps=30),
+    "auto_lr": greedylr_jax.auto_lr(optax.sgd(1.0), 0.01, ramp_steps=30),
     "with_rollback": greedylr_jax.with_rollback(
-        greedylr_jax.hypergradient(optax.trace(0.9), 0.01, 1e-3), window=5, patience=5
+        greedylr_jax.hypergradient(optax.sgd(1.0, momentum=0.9), 0.01, 1e-3), window=5, patience=5
     ),
     "factor_polling": optax.chain(
         optax.sgd(0.01, momentum=0.9), greedylr_jax.factor_polling(every=3, sharpness=3.0)

@@ -102,7 +102,7 @@ def inner_optimizers():
         "schedule": optax.inject_hyperparams(optax.adam)(
             learning_rate=greedylr_jax.greedy_lr_schedule(0.01, min_value=1e-3, max_value=0.1)
         ),
-        "hypergradient": greedylr_jax.hypergradient(optax.trace(0.9), 0.01, 1e-4),
+        "hypergradient": greedylr_jax.hypergradient(optax.sgd(1.0, momentum=0.9), 0.01, 1e-4),
     }
 
 
