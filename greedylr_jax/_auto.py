@@ -81,8 +81,7 @@ def auto_lr(
     Call ``update`` with the loss of the step: ``tx.update(grads, state, params, value=loss)``.
 
     Args:
-      inner: a direction without a rate (``optax.scale_by_adam()``, ``optax.trace(0.9)``, ...), or an
-        optimizer built with rate 1 (``optax.adamw(1.0)``).
+      inner: an optimizer built with learning rate 1, such as ``optax.adamw(1.0)``.
       learning_rate: > 0; the ramp goes from a millionth of it to ten thousand times of it. This and all
         numbers may be traced.
       total_steps: length of the training, the search included, an integer >= 1: over the last two fifths of
@@ -108,7 +107,7 @@ def auto_lr(
     Examples:
       >>> import jax, jax.numpy as jnp, optax, greedylr_jax
       >>> loss_fn = lambda params: jnp.sum((params - 1) ** 2)
-      >>> tx = greedylr_jax.auto_lr(optax.identity(), total_steps=300)
+      >>> tx = greedylr_jax.auto_lr(optax.sgd(1.0), total_steps=300)
       >>> def step(carry, _):
       ...     params, state = carry
       ...     loss, grads = jax.value_and_grad(loss_fn)(params)
@@ -125,9 +124,10 @@ def auto_lr(
     if total_steps is not None:
         total_steps = _checks.check_integer("total_steps", total_steps, low=1)
     lengths = _lengths(total_steps, ramp_steps, trial_steps)
-    inner = _inner.as_direction(inner)
+    inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> AutoState:
+        _inner.check_descends("auto_lr", inner, params)
         dtype = _numerics.default_float_dtype()
         return AutoState(
             rate=_rule.RateState(_search.ramp_rate(centre, jnp.zeros((), jnp.int32), lengths)),
@@ -158,7 +158,7 @@ def auto_lr(
         _snapshot.check_params("auto_lr", params)
         loss, observed = _observe.read_loss("auto_lr", value, has_value, state.search.edge.dtype, axis_name)
         extra_args |= {"value": loss if value is None else value, "has_value": has_value}
-        direction, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        step, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
 
         pulls = _observe_pull(state, updates, params, axis_name)
         # Whether this step is still one of the way back shows in the parameters: it is taken as a good one,
@@ -173,7 +173,7 @@ def auto_lr(
         restoring = state.restore_steps_left > 0
         searches = state.search.stage != _search.FOUND
         steps, _, snapshot, restores = _snapshot.save_or_restore(
-            _numerics.scale_updates(direction, -learning_rate),
+            _numerics.scale_updates(step, learning_rate),
             (),
             state.snapshot,
             params=params,

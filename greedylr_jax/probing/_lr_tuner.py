@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from greedylr_jax import _checks, _numerics, _observe, _rule, _snapshot
+from greedylr_jax import _checks, _inner, _numerics, _observe, _rule, _snapshot
 from greedylr_jax._window import LONGEST, Window, empty_window, mean_variance, observe
 from greedylr_jax.probing import _probe
 
@@ -164,6 +164,7 @@ def lr_tuner(
     inner = optax.with_extra_args_support(inner)
 
     def init_fn(params: optax.Params) -> LRTunerState:
+        _inner.check_descends("lr_tuner", inner, params)
         inner_state = inner.init(params)
         return LRTunerState(
             rate=_rule.RateState(_float(initial_rate)),
