@@ -8,9 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from greedylr_jax import _checks, _numerics, _rollback, _rule
-
-_SNAPSHOT = getattr(_rollback, "Kept", ())
+from greedylr_jax import _checks, _numerics, _rule
 
 
 class Found(NamedTuple):
@@ -39,9 +37,7 @@ def _is_rate(node: Any) -> bool:
 
 def find(opt_state: optax.OptState, wanted: Callable[[Any], bool] = is_rule) -> list[Found]:
     """All nodes of an optimizer state for which ``wanted`` is true, by default the rules."""
-    nodes, _ = jax.tree_util.tree_flatten_with_path(
-        opt_state, is_leaf=lambda node: wanted(node) or isinstance(node, _SNAPSHOT)
-    )
+    nodes, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=wanted)
     found = []
     for path, node in nodes:
         if wanted(node):
