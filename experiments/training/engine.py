@@ -266,21 +266,9 @@ class Engine:
             batch = take(train, indices)
             loss, grads = jax.value_and_grad(task.loss)(params, batch)
             observed = loss
-
-            def value_fn(params: Params) -> jax.Array:
-                if stepper.superbatch == 1:
-                    return task.loss(params, batch)
-                rows = (step + jnp.arange(stepper.superbatch)) % len(batches)
-                return superbatch_loss(lambda p, row: task.loss(p, take(train, batches[row])), rows)(params)
-
-            def validation_fn(params: Params) -> jax.Array:
-                # A validation loss is computed in the last step before each evaluation.
-                is_due = (step + 1) % (steps // evaluations) == 0
-                # The parameters are an operand, because Flax merges them at the branch's level of tracing.
-                return jax.lax.cond(
-                    is_due, lambda params: task.loss(params, validation), lambda params: jnp.nan, params
-                )
-
+            value_fn = _value_fn(task, train, batches, step, batch, stepper.superbatch)
+            # A validation loss is computed in the last step before each evaluation.
+            validation_fn = _validation_fn(task, validation, (step + 1) % (steps // evaluations) == 0)
             if disturbed:
                 step_key = jax.random.fold_in(noise_key, step)
                 direction = _direction(step_key, grads, inputs.disturbance.ascent)
@@ -304,6 +292,24 @@ class Engine:
         xs = jax.tree.map(lambda leaf: leaf.reshape(evaluations, -1, *leaf.shape[1:]), xs)
         _, (loss, rate, *tests) = jax.lax.scan(segment, (params, stepper.init(params)), xs)
         return RunResult(loss.ravel(), rate.ravel(), *tests)
+
+
+def _value_fn(
+    task: Task, train: Batch, batches: jax.Array, step: jax.Array, batch: Batch, superbatch: int
+) -> Callable[[Params], jax.Array]:
+    """The loss of the batch of the step, or the mean loss of ``superbatch`` batches from ``step`` on."""
+    if superbatch == 1:
+        return lambda params: task.loss(params, batch)
+    rows = (step + jnp.arange(superbatch)) % len(batches)
+    return superbatch_loss(lambda params, row: task.loss(params, take(train, batches[row])), rows)
+
+
+def _validation_fn(task: Task, validation: Batch, is_due: jax.Array) -> Callable[[Params], jax.Array]:
+    """The validation loss if it is due, otherwise NaN."""
+    # The parameters are an operand, because Flax merges them at the branch's level of tracing.
+    return lambda params: jax.lax.cond(
+        is_due, lambda params: task.loss(params, validation), lambda params: jnp.nan, params
+    )
 
 
 def _direction(key: jax.Array, grads: Params, ascent: jax.Array) -> Params:
