@@ -12,8 +12,8 @@ that of the baseline window, the losses before, by Welch's statistic
   The current window grows, so that a change that is lost in the noise of 20 losses is detected in 40 or 80.
   Once it is twice as long as the baseline it becomes the baseline.
 
-Each cut that follows an increase reduces the step exponent, the power to which all factors are raised, because
-the rate then oscillates around the largest stable one. Smaller increases after one that did not speed up the
+Each cut that follows an increase reduces the step exponent, the power to which all factors are raised: the
+rate then oscillates around the largest stable one. Smaller increases after one that did not speed up the
 decrease of the loss were tried and rejected: the accuracy of perceptrons did not change, that of a vision
 transformer trained with SGD was 4 points lower.
 
