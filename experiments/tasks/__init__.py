@@ -3,10 +3,11 @@
 import functools
 import importlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from experiments.errors import UsageError
 from experiments.tasks.base import Task
+from experiments.tasks.variants import Variant
 
 
 class Entry(NamedTuple):
@@ -24,6 +25,49 @@ class Entry(NamedTuple):
         return function(*self.arguments, *((data_dir,) if self.has_data else ()))
 
 
+def _perceptron(name: str, summary: str, **variant: Any) -> dict[str, Entry]:
+    data = variant.get("data", "mnist1d")
+    summary = f"classification, MLP, {data}, {summary}"
+    return {name: Entry(summary, "variants", arguments=(name, Variant(**variant)))}
+
+
+def _without_data(name: str, summary: str, module: str, function: str = "make", *arguments: Any):
+    return {name: Entry(f"{summary} (no data)", module, function, (name, *arguments), has_data=False)}
+
+
+# Tasks of the suite for rules without a learning rate (:mod:`experiments.tasks.suite`).
+SUITE_TASKS: dict[str, Entry] = {
+    **{
+        name: entry
+        for width in (16, 64, 256, 1024)
+        for name, entry in _perceptron(f"mnist1d-width-{width}", f"width {width}", width=width).items()
+    },
+    **{
+        name: entry
+        for depth in (1, 2, 3, 4, 6, 8)
+        for name, entry in _perceptron(
+            f"mnist1d-depth-{depth}", f"depth {depth}", depth=depth, width=48
+        ).items()
+    },
+    **_perceptron("digits-batch-4", "batches of 4", data="digits", batch_size=4),
+    **_perceptron("mnist1d-batch-4", "batches of 4", batch_size=4),
+    **_perceptron("digits-batch-1024", "batches of 1,024", data="digits", batch_size=1024),
+    **_perceptron("mnist1d-batch-1024", "batches of 1,024", batch_size=1024),
+    **_perceptron("digits-labels-40", "40% wrong labels", data="digits", wrong_labels=0.4),
+    **_perceptron("mnist1d-labels-30", "30% wrong labels", wrong_labels=0.3),
+    **_perceptron("digits-bfloat16", "bfloat16", data="digits", dtype="bfloat16"),
+    **_perceptron("mnist1d-bfloat16", "bfloat16", dtype="bfloat16"),
+    **_perceptron("mnist1d-parameters-1e-6", "parameters stored times 1e-6", parameter_unit=1e-6),
+    **_perceptron("mnist1d-parameters-1e6", "parameters stored times 1e6", parameter_unit=1e6),
+    **_perceptron("mnist1d-loss-1e-6", "loss times 1e-6", loss_unit=1e-6),
+    **_perceptron("mnist1d-loss-1e6", "loss times 1e6", loss_unit=1e6),
+    **_without_data("matrix-completion", "factorisation of a matrix", "factorisation", "make", (200, 150), 5, 0.3),
+    **_without_data("tensor-completion", "factorisation of a tensor", "factorisation", "make", (40, 30, 25), 4, 0.3),
+    **_without_data("outliers-student", "regression, MLP, Student's t noise", "outliers", "make", "student"),
+    **_without_data("outliers-gross", "regression, MLP, 5% gross errors", "outliers", "make", "gross"),
+    **_without_data("pinn-poisson", "physics-informed MLP, Poisson", "pinn", "make_poisson", 4.0),
+    **_without_data("pinn-burgers", "physics-informed MLP, Burgers", "pinn", "make_burgers", 0.05),
+}
 TASKS: dict[str, Entry] = {
     "digits": Entry("image classification, CNN, 8x8 digits", "digits_cnn"),
     "digits-mlp": Entry("image classification, MLP, 8x8 digits", "mlp", "make_digits"),
@@ -72,6 +116,7 @@ TASKS: dict[str, Entry] = {
         for name, classes in (("cifar10", 10), ("cifar100", 100), ("svhn_cropped", 10))
     },
     "imdb-transformer": Entry("text classification, encoder transformer, public set imdb_reviews", "reviews"),
+    **SUITE_TASKS,
 }
 
 

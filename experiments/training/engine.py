@@ -43,6 +43,9 @@ OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
     # As the Hugging Face trainer sets it up: the rate is absolute, and not relative to the parameters.
     "adafactor": lambda rate: optax.adafactor(rate, multiply_by_parameter_scale=False),
     "momentum": lambda rate: optax.sgd(rate, momentum=0.9),
+    "adam": optax.adam,
+    "lion": optax.lion,
+    "muon": optax.contrib.muon,
 }
 RUNS_PER_DEVICE = 16  # at most in one call
 SECONDS_PER_CALL = 5.0  # about what is between two reports of progress
