@@ -38,6 +38,10 @@ class Collector(NamedTuple):
     collect: Callable[[Any, Params, Batch], tuple[Any, Batch]]
 
 
+# A step's batch is the drawn training examples.
+DRAWN = Collector(lambda key, params: (), lambda state, params, batch: (state, batch))
+
+
 class Task(NamedTuple):
     """A fixed model, data set, loss, metric and batch size.
 
@@ -54,8 +58,7 @@ class Task(NamedTuple):
       measure: the kind of metric: "accuracy", from 0 to 1, higher is better; "return", at most 1, higher is
         better; "loss", 0 or more, lower is better.
       test_loss: the loss of held-out examples, if it differs from ``loss`` (dropout, reinforcement learning).
-      collector: makes the batches, if they depend on the parameters; None: a step's batch is the drawn
-        training examples.
+      collector: makes each step's batch from the drawn training examples; :data:`DRAWN` leaves them alone.
     """
 
     name: str
@@ -69,7 +72,7 @@ class Task(NamedTuple):
     learning_rates: Mapping[str, tuple[float, ...]] = LEARNING_RATES
     measure: Literal["accuracy", "return", "loss"] = "accuracy"
     test_loss: Callable[[Params, Batch], jax.Array] | None = None
-    collector: Collector | None = None
+    collector: Collector = DRAWN
 
     @property
     def held_out_loss(self) -> Callable[[Params, Batch], jax.Array]:

@@ -28,7 +28,7 @@ def make(name: str, noise: str, examples: int = 4096) -> Task:
 
     Args:
       name: of the task.
-      noise: of the training targets: "student" (t with 1.5 degrees of freedom) or "gross" (5% of them far off).
+      noise: of the training targets: "student" (t, 1.5 degrees of freedom) or "gross" (5% of them far off).
       examples: for training.
     """
     rng = np.random.default_rng(list(NOISE).index(noise))

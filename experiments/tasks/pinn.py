@@ -39,7 +39,7 @@ class Equation(NamedTuple):
 
 
 def poisson(frequency: float) -> Equation:
-    """u'' = f on [0, 1] with u = 0 at both ends; u = sin(2 pi x) + 0.1 sin(2 pi frequency x)."""
+    """The equation u'' = f on [0, 1] with u = 0 at both ends; u = sin(2 pi x) + 0.1 sin(2 pi frequency x)."""
     low, high = 2 * np.pi, 2 * np.pi * frequency
 
     def residual(field: Field, point: jax.Array) -> jax.Array:
@@ -59,7 +59,7 @@ def poisson(frequency: float) -> Equation:
 
 
 def burgers(viscosity: float) -> Equation:
-    """u_t + u u_x = viscosity u_xx on [0, 1] x [-1, 1], u(0, x) = -sin(pi x), u = 0 at x = -1 and 1."""
+    """The equation u_t + u u_x = viscosity u_xx on [0, 1] x [-1, 1], u(0, x) = -sin(pi x), u = 0 at x = -1 and 1."""
 
     def solution(points: np.ndarray) -> np.ndarray:
         # Cole and Hopf's transformation, its integrals by Gauss-Hermite quadrature.

@@ -254,31 +254,39 @@ class Engine:
                 validated=validated and name in VALIDATED,
             )
         batches = batch_indices(task, steps, batch_key)
+        source = task.collector.init(jax.random.fold_in(batch_key, 2), params)
         if disturbed:
-            first_loss = jnp.abs(task.loss(params, take(train, batches[0])))
+            _, first_batch = task.collector.collect(source, params, take(train, batches[0]))
+            first_loss = jnp.abs(task.loss(params, first_batch))
             first_norm = optax.tree.norm(params)
             noise_key = jax.random.fold_in(batch_key, 1)
 
         def body(carry: Any, step_inputs: Any) -> Any:
-            params, state = carry
+            params, state, source = carry
             rate, step, indices, noise = step_inputs
-            batch = take(train, indices)
+            source, batch = task.collector.collect(source, params, take(train, indices))
             loss, grads = jax.value_and_grad(task.loss)(params, batch)
             observed = loss
+
+            def collected(row: jax.Array) -> Batch:
+                return task.collector.collect(source, params, take(train, batches[row]))[1]
 
             def value_fn(params: Params) -> jax.Array:
                 # The loss on the batch of the step, or on a superbatch, is asked for only now and then.
                 if name not in SUPERBATCHES:
                     return task.loss(params, batch)
                 rows = (step + jnp.arange(SUPERBATCHES[name])) % len(batches)
-                return superbatch_loss(lambda p, row: task.loss(p, take(train, batches[row])), rows)(params)
+                return superbatch_loss(lambda p, row: task.loss(p, collected(row)), rows)(params)
 
             def validation_fn(params: Params) -> jax.Array:
                 # The last step before an evaluation brings a validation loss.
                 is_due = (step + 1) % (steps // evaluations) == 0
                 # As an operand: a module's parameters must belong to the branch that merges them.
                 return jax.lax.cond(
-                    is_due, lambda params: task.loss(params, validation), lambda params: jnp.nan, params
+                    is_due,
+                    lambda params: task.held_out_loss(params, validation),
+                    lambda params: jnp.nan,
+                    params,
                 )
 
             if disturbed:
@@ -292,17 +300,19 @@ class Engine:
             params = optax.apply_updates(params, updates)
             if disturbed:
                 params = optax.tree.add_scale(params, -noise[2] * first_norm, direction)
-            return (params, state), (loss, rate)
+            return (params, state, source), (loss, rate)
 
         def segment(carry: Any, segment_inputs: Any) -> Any:
-            (params, state), histories = jax.lax.scan(body, carry, segment_inputs)
+            carry, histories = jax.lax.scan(body, carry, segment_inputs)
+            params, state, _ = carry
             final = stepper.evaluated(state, params)
-            return (params, state), (*histories, task.loss(final, test), task.metric(final, test))
+            return carry, (*histories, task.held_out_loss(final, test), task.metric(final, test))
 
         noise = inputs.disturbance[:3] if disturbed else None
         xs = (inputs.schedule.rates, jnp.arange(steps), batches, noise)
         xs = jax.tree.map(lambda leaf: leaf.reshape(evaluations, -1, *leaf.shape[1:]), xs)
-        _, (loss, rate, *tests) = jax.lax.scan(segment, (params, stepper.init(params)), xs)
+        carry = (params, stepper.init(params), source)
+        _, (loss, rate, *tests) = jax.lax.scan(segment, carry, xs)
         return RunResult(loss.ravel(), rate.ravel(), *tests)
 
 
