@@ -47,7 +47,7 @@ def make_plain(name: str, data: str, data_dir: Path | None = None) -> Task:
 
 
 def make_variational(name: str, data: str, data_dir: Path | None = None) -> Task:
-    """Eight Gaussian codes, pixels as Bernoulli variables; the loss is the negative evidence bound, in nats."""
+    """Eight Gaussian codes, Bernoulli pixels; the loss is the negative evidence bound, in nats."""
     rng = np.random.default_rng(0)
     train, test = (
         {

@@ -91,8 +91,8 @@ def make_diffusion_digits(name: str, data_dir: Path | None = None) -> Task:
 def _diffusion(name: str, train: Batch, test: Batch) -> Task:
     """A perceptron predicts the noise in an example, with a skip connection from the example.
 
-    There are several copies of each example, each with a seed of its noise; the metric is the squared error of
-    the predicted noise in the test examples.
+    There are several copies of each example, each with a seed of its noise; the metric is the squared error
+    of the noise that is predicted in the test examples.
     """
     size = train["input"].shape[1]
     rng = np.random.default_rng(0)

@@ -59,7 +59,10 @@ def poisson(frequency: float) -> Equation:
 
 
 def burgers(viscosity: float) -> Equation:
-    """The equation u_t + u u_x = viscosity u_xx on [0, 1] x [-1, 1], u(0, x) = -sin(pi x), u = 0 at x = -1 and 1."""
+    """The equation u_t + u u_x = viscosity u_xx for t in [0, 1] and x in [-1, 1].
+
+    Initial and boundary values: u(0, x) = -sin(pi x), u(t, -1) = u(t, 1) = 0.
+    """
 
     def solution(points: np.ndarray) -> np.ndarray:
         # Cole and Hopf's transformation, its integrals by Gauss-Hermite quadrature.
