@@ -12,24 +12,24 @@ from experiments.arc import commands as arc_commands
 from experiments.errors import UsageError
 from experiments.options import at_least, make_console, names, one_of, rates
 
-BENCHMARKS = ("arc", "overhead", "peers", "probing", "sweep")
-MIN_STEPS = 20  # the first stage of the table is 10% of the steps, and its loss a mean over 5%
+BENCHMARKS = ("arc", "overhead", "probing", "published", "sweep")
+MIN_STEPS = 20  # the table shows the loss at 10% of the steps, a mean over 5% of them
 
 
 class _Interruptible(typer.core.TyperGroup):
-    """Says how an interrupted command goes on, as Typer ends at an interrupt without a word."""
+    """Prints how to resume after an interrupt, at which Typer exits silently."""
 
     def invoke(self, ctx: typer.Context) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            print("interrupted: the same command goes on where this one stopped", file=sys.stderr)
+            print("Interrupted. Run the same command again to resume.", file=sys.stderr)
             raise typer.Exit(130) from None
 
 
 app = typer.Typer(
     cls=_Interruptible,
-    help="Honest tests of learning-rate rules: same seeds, same batches, several initial rates.",
+    help="Experiments with learning-rate rules: same seeds, same batches, several initial rates.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -39,44 +39,44 @@ app.add_typer(arc_commands.app, name="arc")
 
 @app.command()
 def compare(
-    task: Annotated[str, typer.Option(help="What to train; the command tasks lists them.")] = "digits",
+    task: Annotated[str, typer.Option(help="Task to train; the command tasks lists them.")] = "digits",
     optimizer: Annotated[
-        str, typer.Option(help="One or more of adamw,sgd,momentum,adagrad,adafactor, with commas.")
+        str, typer.Option(help="One or more of adamw,sgd,momentum,adagrad,adafactor, separated by commas.")
     ] = "adamw,sgd",
-    steps: Annotated[int, typer.Option(help=f"Training steps of a run, at least {MIN_STEPS}.")] = 600,
-    seeds: Annotated[int, typer.Option(help="Runs that differ in parameters and batches.")] = 5,
+    steps: Annotated[int, typer.Option(help=f"Training steps per run, at least {MIN_STEPS}.")] = 600,
+    seeds: Annotated[int, typer.Option(help="Number of seeds of parameters and batches.")] = 5,
     learning_rates: Annotated[
         str | None,
-        typer.Option(help="Initial rates with commas, for every optimizer. Default: three of the task's."),
+        typer.Option(
+            help="Initial rates for every optimizer, separated by commas. Default: three of the task's."
+        ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results/compare"),
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("results/compare"),
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Drop an unfinished comparison instead of going on with it.")
+        bool, typer.Option("--fresh", help="Discard an unfinished comparison instead of resuming it.")
     ] = False,
 ) -> None:
     """Compare GreedyLR with constant, linear, cosine and reduce-on-plateau schedules on real data."""
+    from experiments.studies.base import Job
+    from experiments.studies.compare import Comparison
     from experiments.studies.compare import compare as run
-    from experiments.training import engine  # imports JAX, which the help does without
+    from experiments.training import engine  # imports JAX, which the help does not need
 
     optimizers = names("--optimizer", optimizer, engine.OPTIMIZERS)
     at_least("--steps", steps, MIN_STEPS)
     at_least("--seeds", seeds, 1)
     initial_rates = None if learning_rates is None else rates("--learning-rates", learning_rates)
     engine.configure()
-    run(
-        task,
-        optimizers,
-        steps=steps,
-        seeds=seeds,
-        learning_rates=initial_rates,
-        out=out,
-        fresh=fresh,
-    )
+    arguments = f"--task {task} --optimizer {','.join(optimizers)} --steps {steps} --seeds {seeds}"
+    if initial_rates is not None:
+        arguments += f" --learning-rates {','.join(f'{rate:g}' for rate in initial_rates)}"
+    job = Job("compare", "", out, make_console(), fresh=fresh, command="compare", arguments=arguments)
+    run(job, Comparison(task, optimizers, steps, seeds, initial_rates))
 
 
 @app.command()
 def tasks() -> None:
-    """List the tasks: what a comparison can train."""
+    """List the tasks."""
     from experiments.tasks import TASKS
 
     for name, entry in TASKS.items():
@@ -85,19 +85,19 @@ def tasks() -> None:
 
 @app.command()
 def study(
-    name: Annotated[str | None, typer.Argument(help="Which study; --list shows them.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Study to run; --list shows them.")] = None,
     preset: Annotated[str, typer.Option(help="quick (minutes) or full.")] = "quick",
-    out: Annotated[Path | None, typer.Option(help="Folder for the results. Default: results/NAME.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output folder. Default: results/NAME.")] = None,
     show_list: Annotated[bool, typer.Option("--list", help="List the studies.")] = False,
     cluster: Annotated[
         str | None,
-        typer.Option(help="Train on a Ray cluster: auto (the one of this machine) or an address."),
+        typer.Option(help="Train on a Ray cluster: auto (the cluster of this machine) or an address."),
     ] = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Drop an unfinished study instead of going on with it.")
+        bool, typer.Option("--fresh", help="Discard an unfinished study instead of resuming it.")
     ] = False,
 ) -> None:
-    """Put the claims of a paper to the test."""
+    """Reproduce the experiments of a paper."""
     from experiments.studies import STUDIES
 
     if show_list or name is None:
@@ -115,11 +115,11 @@ def study(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help=f"Which benchmark: {', '.join(BENCHMARKS)}.")],
-    repeats: Annotated[int, typer.Option(help="Turns of each side in a timing.")] = 15,
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results/bench"),
+    name: Annotated[str, typer.Argument(help=f"Benchmark to run: {', '.join(BENCHMARKS)}.")],
+    repeats: Annotated[int, typer.Option(help="Repetitions of each timed variant.")] = 15,
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("results/bench"),
 ) -> None:
-    """Measure costs; all sides take turns in one run, and ratios are compared."""
+    """Time variants in random order and report the ratios of their medians."""
     one_of("NAME", name, BENCHMARKS)
     at_least("--repeats", repeats, 1)
     from experiments.training import engine
@@ -130,7 +130,7 @@ def bench(
 
 
 def main() -> None:
-    """Runs the command line; what a user can mend ends in one line and exit status 2."""
+    """Runs the command line; a ``UsageError`` is printed as one line, with exit status 2."""
     try:
         app()
     except UsageError as error:

@@ -1,5 +1,5 @@
-"""What a user can mend: reported in one line, without a traceback."""
+"""Errors that the command line reports in one line, without a traceback."""
 
 
 class UsageError(Exception):
-    """A wrong option or an unusable file; the message names it, its value and what is allowed."""
+    """A wrong option or an unusable file; the message states its value and the allowed values."""

@@ -1,4 +1,4 @@
-"""Checks of what the command line was given, and where it writes to."""
+"""Checks of command line options, and the console."""
 
 import os
 import sys
@@ -10,35 +10,37 @@ from experiments.errors import UsageError
 
 
 def make_console() -> Console:
-    """A console; a file or a pipe has no width, and tables need some."""
+    """A console; 180 columns wide where standard output is not a terminal."""
     return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 180)
 
 
 def one_of(option: str, value: str, allowed: Collection[str]) -> None:
-    """Refuses a value that is not among those allowed."""
+    """Raises ``UsageError`` if a value is not allowed."""
     if value not in allowed:
         raise UsageError(f"{option} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 def at_least(option: str, value: int, low: int) -> None:
-    """Refuses a number that is too low."""
+    """Raises ``UsageError`` if a number is too small."""
     if value < low:
         raise UsageError(f"{option} must be at least {low}, got {value}")
 
 
 def names(option: str, text: str, allowed: Collection[str]) -> list[str]:
-    """Names with commas between, each of those allowed and none twice."""
+    """Parses names separated by commas, each allowed and none twice."""
     found = [name.strip() for name in text.split(",")]
     for name in found:
         if name not in allowed:
-            raise UsageError(f"{option} must be of {', '.join(allowed)}, with commas, got {name!r}")
+            raise UsageError(
+                f"{option} must be one or more of {', '.join(allowed)}, separated by commas, got {name!r}"
+            )
     if len(set(found)) < len(found):
-        raise UsageError(f"{option} names one twice: {text!r}")
+        raise UsageError(f"{option} must not repeat a value, got {text!r}")
     return found
 
 
 def rates(option: str, text: str) -> list[float]:
-    """Positive numbers with commas between, none twice."""
+    """Parses positive numbers separated by commas, none twice."""
     found = []
     for part in text.split(","):
         try:
@@ -46,8 +48,8 @@ def rates(option: str, text: str) -> list[float]:
         except ValueError:
             rate = float("nan")
         if not 0 < rate < float("inf"):
-            raise UsageError(f"{option} must be positive numbers with commas, got {part.strip()!r}")
+            raise UsageError(f"{option} must be positive numbers separated by commas, got {part.strip()!r}")
         found.append(rate)
     if len(set(found)) < len(found):
-        raise UsageError(f"{option} names one twice: {text!r}")
+        raise UsageError(f"{option} must not repeat a value, got {text!r}")
     return found

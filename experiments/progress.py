@@ -1,14 +1,14 @@
-"""The progress bar of long work."""
+"""The progress bar."""
 
-# Here for its effect: while it is imported the import statement is another one, which raises an error in a
-# thread that imports something at that moment, as that of a bar does whenever it draws.
+# Imported early for its side effect: during its import it replaces the import statement by one that raises an
+# error in other threads, such as the thread that draws a progress bar.
 import tensorflow_datasets as _  # noqa: F401
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 def make_progress(console: Console, unit: str) -> Progress:
-    """A bar with what is being done, how many units of how many, and the time that is left."""
+    """A progress bar with a description, finished and total units, and the remaining time."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

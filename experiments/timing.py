@@ -1,4 +1,4 @@
-"""Timing that a noisy machine does not spoil: sides take turns, and medians are compared."""
+"""Timing on a machine with other load: variants are timed in random order and their medians compared."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -9,24 +9,24 @@ import numpy as np
 
 
 def interleaved_medians(
-    sides: Mapping[str, Callable[[], Any]], repeats: int, *, warm_up: bool = True
+    variants: Mapping[str, Callable[[], Any]], repetitions: int, *, warm_up: bool = True
 ) -> dict[str, float]:
-    """Seconds of each side, the median of its turns; the order changes from turn to turn.
+    """The median duration of each variant in seconds; every repetition runs all variants in a random order.
 
     Args:
-      sides: functions without arguments that return arrays, or nothing that is still computed.
-      repeats: turns of each, >= 1.
-      warm_up: whether each runs once before, as the first call does what no other does.
+      variants: functions without arguments that return arrays.
+      repetitions: of each variant, >= 1.
+      warm_up: whether each variant runs once before it is timed, to exclude compilation.
     """
-    order = list(sides)
+    order = list(variants)
     for name in order if warm_up else ():
-        jax.block_until_ready(sides[name]())
+        jax.block_until_ready(variants[name]())
     seconds: dict[str, list[float]] = {name: [] for name in order}
     generator = np.random.default_rng(0)
-    for _ in range(repeats):
+    for _ in range(repetitions):
         generator.shuffle(order)
         for name in order:
             start = time.perf_counter()
-            jax.block_until_ready(sides[name]())
+            jax.block_until_ready(variants[name]())
             seconds[name].append(time.perf_counter() - start)
     return {name: float(np.median(each)) for name, each in seconds.items()}

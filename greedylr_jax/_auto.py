@@ -133,7 +133,9 @@ def auto_lr(
             rate=_rule.RateState(_search.ramp_rate(centre, jnp.zeros((), jnp.int32), lengths)),
             step=jnp.zeros((), jnp.int32),
             search=_search.begin(),
-            trend=_trend.trend_rule(_trend.TrendSettings(low=_LEAST, high=jnp.inf)).init(jnp.ones((), dtype)),
+            trend=_trend.trend_rule(_trend.TrendSettings(min_scale=_LEAST, max_scale=jnp.inf)).init(
+                jnp.ones((), dtype)
+            ),
             last=empty_window(),
             watch=_rollback.unwatched(),
             kept=_rollback.Kept(jax.tree.map(jnp.array, params), None),
@@ -231,8 +233,8 @@ def _advance(
     # A return is a loss that is not finite to the rule, upon which it cuts.
     observed_loss = jnp.where(watch_returns, jnp.nan, loss)
     moved = _numerics.select(is_found, rule.update(state.trend, observed_loss), state.trend)
-    diverged = moved.verdict == _trend.DIVERGED
-    tested = (moved.verdict != _trend.WAITS) & ~diverged
+    diverged = moved.decision == _trend.DIVERGED
+    tested = (moved.decision != _trend.WAIT) & ~diverged
     last = _numerics.select(tested, moved.window, state.last)
     last = _numerics.select(diverged, empty_window(), last)
     takes = tested & _rollback.improves(watch, last.mean)
@@ -240,7 +242,7 @@ def _advance(
     # At the start the losses are those that the ramp began with.
     at_start = _rollback.unwatched()._replace(limit=_search.start_limit(search.first))
     watch = _numerics.select(begins, at_start, _numerics.select(is_found, watch, state.watch))
-    pulls = _numerics.select(is_found & (moved.verdict == _trend.WAITS), pulls, empty_window())
+    pulls = _numerics.select(is_found & (moved.decision == _trend.WAIT), pulls, empty_window())
     return _Numbers(search, moved, last, watch, pulls), search_returns & ~is_found | watch_returns, takes
 
 
@@ -253,8 +255,8 @@ def _trend_rule(state: AutoState, pull: jax.Array) -> _rule.Rule:
     drifts = (pull < -_WORTH * (first.mean - last.mean)) | ~is_learning
     return _trend.trend_rule(
         _trend.TrendSettings(
-            low=_LEAST,
-            high=_highest_scale(state.search, state.trend.scale, leads_on=pull < 0),
+            min_scale=_LEAST,
+            max_scale=_highest_scale(state.search, state.trend.scale, leads_on=pull < 0),
             window=jnp.maximum(_WINDOW, state.step // _WINDOW_SHARE),
             drift=jnp.where(drifts, _DRIFT, 1.0),
         )

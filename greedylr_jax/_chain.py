@@ -1,4 +1,4 @@
-"""``chain``: a drop-in for ``optax.chain`` in which a rule always acts on the learning rate."""
+"""``chain``: a drop-in for ``optax.chain`` in which a rule acts on the learning rate wherever it stands."""
 
 import optax
 
@@ -6,7 +6,7 @@ from greedylr_jax import _rule
 
 
 class _Chain(optax.GradientTransformationExtraArgs):
-    """The result of :func:`chain`, which remembers its links so that an outer chain can reorder them."""
+    """The result of :func:`chain`, with its links, so that an outer chain can reorder them."""
 
     links: tuple[optax.GradientTransformation, ...]
 
@@ -16,12 +16,13 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
 
     In a plain ``optax.chain(greedy_lr(), optax.adamw(1e-3))`` the rule would multiply the *gradients*,
     and Adam divides a constant factor out again. Here the rules are applied last, in the order given,
-    so this chain is exactly ``optax.chain(optax.adamw(1e-3), greedy_lr())``, state included. Chains made
-    by this function may be nested; a rule that stands inside another wrapper (``optax.masked``, a plain
-    ``optax.chain``, ...) is not seen: :func:`greedylr_jax.assert_controls_learning_rate` tells.
+    so ``chain(greedy_lr(), optax.adamw(1e-3))`` equals ``optax.chain(optax.adamw(1e-3), greedy_lr())``,
+    including its state. Chains made by this function may be nested. A rule inside another wrapper
+    (``optax.masked``, a plain ``optax.chain``, ...) is not moved; check such transformations with
+    :func:`greedylr_jax.assert_controls_learning_rate`.
 
     Args:
-      *transforms: gradient transformations, learning-rate rules among them at any place.
+      *transforms: gradient transformations, with learning-rate rules at any position.
 
     Returns:
       A ``GradientTransformationExtraArgs``; its state is the tuple of the states in the order of

@@ -228,7 +228,7 @@ def _scalars(state: _rule.RuleState | _rule.RuleScheduleState | _rule.RateState)
     if isinstance(state, _rule.RuleScheduleState):
         fields["learning_rate"] = jnp.asarray(state.rule_state.rule.scale)
     rule = _carried(state).rule
-    for name, field in (rule.readings() if hasattr(rule, "readings") else rule._asdict()).items():
+    for name, field in rule._asdict().items():
         if name not in fields and not isinstance(field, tuple) and jnp.shape(field) == ():
             fields[name] = jnp.asarray(field)
     return fields

@@ -1,1 +1,1 @@
-"""How results are shown: summaries, tables, figures and HTML pages."""
+"""Summaries, tables, figures and HTML reports of results."""

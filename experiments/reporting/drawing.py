@@ -1,36 +1,43 @@
-"""What the figures of all studies share."""
+"""Parts of figures that all studies share."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # files only, whatever the machine's display
+matplotlib.use("Agg")  # writes files only and needs no display
 
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.training.store import write_atomically
-
-# Okabe and Ito's palette: told apart by readers who do not see all colours.
-BLUE, SKY, GREEN, ORANGE, RED, PINK, YELLOW, GREY, BLACK, BROWN = (
-    "#0072B2",
-    "#56B4E9",
-    "#009E73",
-    "#E69F00",
-    "#D55E00",
-    "#CC79A7",
-    "#F0E442",
-    "#999999",
-    "#000000",
-    "#8C510A",
+from experiments.reporting.palette import (  # noqa: F401  (figures use them as drawing.BLUE)
+    BLACK,
+    BLUE,
+    BROWN,
+    GREEN,
+    GREY,
+    ORANGE,
+    PINK,
+    RED,
+    SKY,
+    YELLOW,
+    Look,
 )
+from experiments.training.store import write_atomically
 
 
 def panels(
     count: int, columns: int, *, width: float = 4.4, height: float = 3.4, **options: object
 ) -> tuple[plt.Figure, list[plt.Axes]]:
-    """A figure with a grid of axes; places beyond ``count`` stay empty."""
+    """A figure with a grid of ``count`` axes; the unused cells of the grid are invisible.
+
+    Args:
+      count: number of axes, >= 1.
+      columns: columns of the grid; fewer if there are fewer axes.
+      width: of one panel, inches.
+      height: of one panel, inches.
+      options: for ``plt.subplots``.
+    """
     columns = min(columns, count)
     rows = -(-count // columns)
     size = width * columns, height * rows + 0.6
@@ -43,7 +50,7 @@ def panels(
 
 
 def add_legend(figure: plt.Figure, axes: plt.Axes, columns: int = 4) -> None:
-    """One legend for all panels, below them, from the lines of one."""
+    """Adds one legend for all panels below the figure, from the lines of ``axes``."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(
         handles,
@@ -56,7 +63,7 @@ def add_legend(figure: plt.Figure, axes: plt.Axes, columns: int = 4) -> None:
 
 
 def draw_boxes(axes: plt.Axes, boxes: Mapping[str, Sequence[float]], colors: Mapping[str, str]) -> None:
-    """A box for each list of values, labelled below; values that are not finite are left out."""
+    """Draws a labelled box plot for each list of values; values that are not finite are omitted."""
     finite = [[value for value in values if np.isfinite(value)] for values in boxes.values()]
     drawn = axes.boxplot(finite, patch_artist=True, medianprops={"color": BLACK})
     for patch, name in zip(drawn["boxes"], boxes, strict=True):
@@ -65,13 +72,13 @@ def draw_boxes(axes: plt.Axes, boxes: Mapping[str, Sequence[float]], colors: Map
 
 
 def save(figure: plt.Figure, path: Path) -> None:
-    """Writes a figure as PNG, and lets it go."""
+    """Writes a figure as PNG and closes it."""
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150))
     plt.close(figure)
 
 
 def percent_of_steps(count: int) -> np.ndarray:
-    """How far a training is, in percent, at each of ``count`` values that are evenly spread over it.
+    """Progress of training in percent at ``count`` evenly spaced values, the last at the end.
 
     Examples:
       >>> percent_of_steps(4)

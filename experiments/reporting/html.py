@@ -1,4 +1,4 @@
-"""A report as one HTML file: tables and interactive figures, which open without a network."""
+"""A report as one HTML file with tables and interactive figures, which needs no network."""
 
 import html
 from collections.abc import Sequence
@@ -21,14 +21,14 @@ th { border-bottom: 2px solid #888; }
 
 
 class Table(NamedTuple):
-    """A table of a page; cells are text."""
+    """A table of text cells."""
 
     headers: Sequence[str]
     rows: Sequence[Sequence[str]]
 
 
 class Section(NamedTuple):
-    """A heading, a paragraph, and what follows it."""
+    """A heading, a paragraph, and tables and figures."""
 
     title: str
     text: str
@@ -36,14 +36,14 @@ class Section(NamedTuple):
 
 
 def write_page(path: Path, title: str, text: str, sections: Sequence[Section]) -> None:
-    """Writes a page that holds all it needs, the plotting library included.
+    """Writes a self-contained page, which includes the plotting library.
 
     Args:
       path: the HTML file.
-      title: its title and first heading.
-      text: a paragraph below that: what was done, and by which command.
-      sections: what it shows. Curves of a figure are toggled by a click on their legend; figures zoom and
-        show values on hover.
+      title: title and first heading.
+      text: the first paragraph.
+      sections: the content. A click on the legend of a figure hides or shows a curve; figures zoom and show
+        values on hover.
 
     Raises:
       UsageError: if the file cannot be written.
@@ -55,7 +55,7 @@ def write_page(path: Path, title: str, text: str, sections: Sequence[Section]) -
     page = (
         f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        # Without an icon of its own a browser asks the server for one, and logs an error.
+        # Without an icon, browsers request one from the server and log an error.
         '<link rel="icon" href="data:,">'
         f"<style>{_STYLE}</style><script>{plotly.offline.get_plotlyjs()}</script></head>"
         f"<body>{''.join(body)}</body></html>"
@@ -64,7 +64,7 @@ def write_page(path: Path, title: str, text: str, sections: Sequence[Section]) -
 
 
 class Curve(NamedTuple):
-    """A line of a figure, with what Plotly takes as its style."""
+    """A line of a figure; ``line`` is its style as Plotly takes it, such as ``Look.plotly()``."""
 
     name: str
     x: Sequence[float]
@@ -75,7 +75,7 @@ class Curve(NamedTuple):
 def line_figure(
     curves: Sequence[Curve], x_title: str, y_title: str, *, x_log: bool = False, y_log: bool = False
 ) -> go.Figure:
-    """An interactive figure of curves, toggled by a click on the legend."""
+    """An interactive figure of curves."""
     figure = go.Figure()
     for name, x, y, line in curves:
         figure.add_scatter(x=list(x), y=list(y), name=name, line=line, mode="lines")

@@ -1,7 +1,7 @@
-"""The table and the figures of a comparison."""
+"""The table, the figures and the report of the command ``compare``."""
 
 import math
-from pathlib import Path
+from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -9,15 +9,11 @@ import polars as pl
 from rich import box
 from rich.table import Table
 
-from experiments.reporting import drawing
-from experiments.reporting.summary import OURS, STAGES, interval_text
-from experiments.training.schedules import COMPARED
-from experiments.training.store import write_atomically
+from experiments.reporting import drawing, html
+from experiments.reporting.summary import GREEDYLR, STAGES, TIE_BAND, interval_text
+from experiments.training.schedules import SCHEDULES
 
-_PALETTE = (drawing.SKY, drawing.GREEN, drawing.BLUE, drawing.ORANGE, drawing.RED)
-COLORS = dict(zip(COMPARED, _PALETTE, strict=True))
 _OUTCOME_COLORS = {"beats": "#d9f0d9", "loses": "#f7d9d4"}
-LINES = dict.fromkeys(COMPARED, "-") | {"plateau": "--"}  # often on top of the constant rate
 HEADERS = (
     "optimizer",
     "initial rate",
@@ -27,11 +23,11 @@ HEADERS = (
     *(f"GreedyLR\nat {stage}%" for stage in STAGES),
     "final loss minus\nGreedyLR's [95% CI]",
 )
-_WIDE = 120  # columns of a terminal that shows the whole table
+_WIDE = 120  # minimum columns of a terminal for the whole table
 
 
 def table_cells(table: pl.DataFrame) -> list[tuple[str, ...]]:
-    """The cells of the printed table, one tuple a row, in the order of :data:`HEADERS`."""
+    """The cells of the table, one tuple per row, in the order of :data:`HEADERS`."""
     cells = []
     for row in table.iter_rows(named=True):
         cells.append(
@@ -57,13 +53,13 @@ def _interval(row: dict[str, float | None]) -> str:
 
 
 def rich_table(table: pl.DataFrame, title: str, width: int) -> Table:
-    """The table for a terminal of ``width`` columns; a narrow one is spared the confidence intervals."""
+    """The table for a terminal of ``width`` columns, without confidence intervals if it is narrow."""
     shown = HEADERS[2:] if width >= _WIDE else HEADERS[2:-1]
     caption = None if width >= _WIDE else "Confidence intervals: table.csv, table.png, or a wider terminal."
     printed = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for header in shown:
         broken = header.replace("loss at", "loss\nat")
-        printed.add_column(broken if width >= _WIDE else broken.replace(OURS, "Greedy"), no_wrap=True)
+        printed.add_column(broken if width >= _WIDE else broken.replace(GREEDYLR, "Greedy"), no_wrap=True)
     previous = None
     for optimizer, rate, *cells in table_cells(table):
         if (optimizer, rate) != previous:
@@ -75,30 +71,18 @@ def rich_table(table: pl.DataFrame, title: str, width: int) -> Table:
 
 
 def make_title(task: str, steps: int, seeds: int) -> str:
-    """What the table and the figures say above."""
-    return f"{task}: median of {seeds} seeds, {steps} steps; a tie is a difference under 0.1"
+    """The title of the table and the figures."""
+    return f"{task}: median of {seeds} seeds, {steps} steps; a tie is a difference below {TIE_BAND:g}"
 
 
-def verdict(table: pl.DataFrame) -> str:
-    """One sentence: how often GreedyLR beats, ties and loses over all cells and stages."""
+def count_outcomes(table: pl.DataFrame) -> str:
+    """A sentence on how often GreedyLR beats, ties and loses, over all cells and stages."""
     outcomes = [row for stage in STAGES for row in table[f"at_{stage}"].drop_nulls()]
     counts = {name: outcomes.count(name) for name in ("beats", "ties", "loses")}
     return (
-        f"Of {len(outcomes)} comparisons (schedule x optimizer x initial rate x stage) {OURS} beats "
+        f"Of {len(outcomes)} comparisons (schedule x optimizer x initial rate x stage) {GREEDYLR} beats "
         f"{counts['beats']}, ties {counts['ties']} and loses {counts['loses']}."
     )
-
-
-def write(runs: pl.DataFrame, table: pl.DataFrame, folder: Path) -> None:
-    """Writes ``table.csv``, ``table.png`` and ``histories.png`` into ``folder``."""
-    write_atomically(folder / "table.csv", table.write_csv)
-    task, steps = runs["task"][0], runs["steps"][0]
-    title = make_title(task, steps, runs["seed"].n_unique())
-    for name, figure in (
-        ("table.png", draw_table(table, title)),
-        ("histories.png", draw_histories(runs, title)),
-    ):
-        drawing.save(figure, folder / name)
 
 
 def draw_table(table: pl.DataFrame, title: str) -> plt.Figure:
@@ -120,7 +104,7 @@ def draw_table(table: pl.DataFrame, title: str) -> plt.Figure:
         text = cell.get_text()
         if row == 0:
             text.set_weight("bold")
-        elif cells[row - 1][2] == OURS:
+        elif cells[row - 1][2] == GREEDYLR:
             text.set_weight("bold")
             cell.set_facecolor("#fdf3e7")
         elif cells[row - 1][column] in _OUTCOME_COLORS:
@@ -128,63 +112,88 @@ def draw_table(table: pl.DataFrame, title: str) -> plt.Figure:
     return figure
 
 
+def _by_optimizer_and_rate(runs: pl.DataFrame) -> dict[str, dict[float, pl.DataFrame]]:
+    """The runs of each optimizer and initial learning rate."""
+    cells: dict[str, dict[float, pl.DataFrame]] = {}
+    for (optimizer, rate), cell in runs.group_by(["optimizer", "learning_rate"], maintain_order=True):
+        cells.setdefault(optimizer, {})[rate] = cell
+    return {optimizer: dict(sorted(cells[optimizer].items())) for optimizer in cells}
+
+
 def draw_histories(runs: pl.DataFrame, title: str) -> plt.Figure:
-    """Loss above learning rate, a pair of rows for each optimizer and a column for each initial rate."""
-    optimizers = runs["optimizer"].unique(maintain_order=True).to_list()
-    rates = {
-        name: runs.filter(pl.col("optimizer") == name)["learning_rate"].unique(maintain_order=True).to_list()
-        for name in optimizers
-    }
-    columns = max(map(len, rates.values()))
+    """Loss above learning rate: a pair of rows for each optimizer, a column for each initial rate."""
+    cells = _by_optimizer_and_rate(runs)
+    columns = max(map(len, cells.values()))
     figure, grid = plt.subplots(
-        2 * len(optimizers),
+        2 * len(cells),
         columns,
-        figsize=(4.2 * columns + 1.2, 4.6 * len(optimizers)),
+        figsize=(4.2 * columns + 1.2, 4.6 * len(cells)),
         sharex=True,
         squeeze=False,
         layout="constrained",
     )
-    for row, optimizer in enumerate(optimizers):
-        for column in range(columns):
+    for axes in grid.flat:
+        axes.set_visible(False)
+    for row, (optimizer, by_rate) in enumerate(cells.items()):
+        for column, (rate, cell) in enumerate(by_rate.items()):
             pair = grid[2 * row : 2 * row + 2, column]
-            if column >= len(rates[optimizer]):
-                for axes in pair:
-                    axes.set_visible(False)
-                continue
-            rate = rates[optimizer][column]
-            cell = runs.filter((pl.col("optimizer") == optimizer) & (pl.col("learning_rate") == rate))
             _draw_cell(pair, cell)
             pair[0].set_title(f"{optimizer}, initial rate {rate:g}", fontsize=10)
-    for row in range(2 * len(optimizers)):
+    for row in range(2 * len(cells)):
         grid[row, 0].set_ylabel("training loss" if row % 2 == 0 else "learning rate")
     for axes in grid[-1]:
         axes.set_xlabel("step")
-    drawing.add_legend(figure, grid[0, 0], columns=len(COMPARED))
-    figure.suptitle(f"{title}; line: median, band: least to greatest", fontsize=12)
+    drawing.add_legend(figure, grid[0, 0], columns=8)
+    figure.suptitle(f"{title}; line: median, band: minimum to maximum", fontsize=12)
     return figure
 
 
-def _draw_cell(pair: np.ndarray, cell: pl.DataFrame) -> None:
-    steps = int(cell["steps"][0])
-    width = max(1, steps // 40)
-    for schedule in COMPARED:
-        rows = cell.filter(pl.col("schedule") == schedule)
-        if rows.is_empty():
-            continue
-        style = {"color": COLORS[schedule], "linestyle": LINES[schedule]}
-        style["linewidth"] = 2.0 if schedule == OURS else 1.2
-        order = {"zorder": 3 if schedule == OURS else 2}
-        losses = np.array([drawing.smooth(np.array(loss), width) for loss in rows["loss"].to_list()])
+def _histories(rows: pl.DataFrame) -> tuple[np.ndarray, np.ndarray, int]:
+    """Running means of the losses, shape (runs, steps - width + 1); learning rates, shape (runs, steps); and
+    the width of the running mean.
+    """
+    width = max(1, int(rows["steps"][0]) // 40)
+    losses = np.array([drawing.smooth(np.array(loss), width) for loss in rows["loss"].to_list()])
+    return losses, np.array(rows["rate"].to_list()), width
+
+
+def _draw_cell(pair: Sequence[plt.Axes], cell: pl.DataFrame) -> None:
+    for (schedule,), rows in cell.group_by(["schedule"], maintain_order=True):
+        look, is_greedy = SCHEDULES[schedule].look, schedule == GREEDYLR
+        style = {**look.matplotlib(), "linewidth": 2.0 if is_greedy else 1.2, "zorder": 3 if is_greedy else 2}
+        losses, rates, width = _histories(rows)
         x = np.arange(losses.shape[1]) + width
-        pair[0].plot(x, np.median(losses, axis=0), label=schedule, **style, **order)
-        pair[0].fill_between(
-            x, losses.min(axis=0), losses.max(axis=0), color=COLORS[schedule], alpha=0.15, lw=0
-        )
-        learning_rates = np.array(rows["rate"].to_list())
-        pair[1].plot(np.arange(1, steps + 1), np.median(learning_rates, axis=0), **style, **order)
+        pair[0].plot(x, np.median(losses, axis=0), label=schedule, **style)
+        pair[0].fill_between(x, losses.min(axis=0), losses.max(axis=0), color=look.color, alpha=0.15, lw=0)
+        pair[1].plot(np.arange(1, rates.shape[1] + 1), np.median(rates, axis=0), **style)
     initial = float(cell["learning_rate"][0])
-    pair[0].set_yscale("log")
-    pair[1].set_yscale("log")
-    pair[1].set_ylim(initial / 30, initial * 15)  # passive schedules go to zero, off any log axis
+    # Passive schedules decay to 0, which a logarithmic axis cannot show.
+    pair[1].set_ylim(initial / 30, initial * 15)
     for axes in pair:
+        axes.set_visible(True)
+        axes.set_yscale("log")
         axes.grid(alpha=0.25, linewidth=0.5)
+
+
+def sections(runs: pl.DataFrame, table: pl.DataFrame) -> list[html.Section]:
+    """The report: the table, and loss and learning rate for each optimizer and initial rate."""
+    headers = [header.replace("\n", " ") for header in HEADERS]
+    parts = [html.Section("Table", "", [html.Table(headers, table_cells(table))])]
+    for optimizer, by_rate in _by_optimizer_and_rate(runs).items():
+        for rate, cell in by_rate.items():
+            losses, rates = [], []
+            for (schedule,), rows in cell.group_by(["schedule"], maintain_order=True):
+                entry = SCHEDULES[schedule]
+                run_losses, run_rates, width = _histories(rows)
+                loss, rate_history = np.median(run_losses, axis=0), np.median(run_rates, axis=0)
+                style = entry.look.plotly()
+                losses.append(html.Curve(entry.label, np.arange(len(loss)) + width, loss, style))
+                rates.append(
+                    html.Curve(entry.label, np.arange(1, len(rate_history) + 1), rate_history, style)
+                )
+            figures = [
+                html.line_figure(losses, "step", "training loss, running mean", y_log=True),
+                html.line_figure(rates, "step", "learning rate", y_log=True),
+            ]
+            parts.append(html.Section(f"{optimizer} from {rate:g}", "Medians over seeds.", figures))
+    return parts

@@ -1,4 +1,4 @@
-"""From runs to a table: every number of a report, recomputed from the rows of ``runs.parquet``."""
+"""The table of a comparison, from the rows of ``runs.parquet``, and statistics that studies share."""
 
 import math
 from collections.abc import Mapping
@@ -9,13 +9,13 @@ from scipy import stats
 
 STAGES = (10, 50, 100)  # percent of the steps, as in Tables V to X of paper 000
 TIE_BAND = 0.1  # "no significant difference" in those tables
-OURS = "GreedyLR"
+GREEDYLR = "GreedyLR"  # the schedule that all others are compared with
 
 
 def stage_losses(loss: np.ndarray) -> dict[int, float]:
     """The training loss at each stage: the mean of the batch losses over the 5% of steps before it.
 
-    One batch's loss would be mostly noise. A run whose loss is not finite there counts as infinite.
+    The loss of a single batch is mostly noise. The loss is infinite if any of the batch losses is not finite.
 
     Examples:
       >>> stage_losses(np.arange(100.0, 0.0, -1.0))
@@ -30,23 +30,23 @@ def stage_losses(loss: np.ndarray) -> dict[int, float]:
     return result
 
 
-def outcome(baseline: float, ours: float) -> str:
-    """How a loss of ours stands to a baseline's: ``"beats"``, ``"ties"`` (within 0.1) or ``"loses"``.
+def outcome(baseline: float, greedy: float) -> str:
+    """Compares GreedyLR's loss with a baseline's: ``"beats"``, ``"ties"`` (within 0.1) or ``"loses"``.
 
     Examples:
       >>> outcome(1.0, 0.5), outcome(1.0, 0.95), outcome(0.5, 1.0), outcome(math.inf, math.inf)
       ('beats', 'ties', 'loses', 'ties')
     """
-    if baseline == ours or abs(baseline - ours) < TIE_BAND:
+    if baseline == greedy or abs(baseline - greedy) < TIE_BAND:
         return "ties"
-    return "beats" if ours < baseline else "loses"
+    return "beats" if greedy < baseline else "loses"
 
 
 def confidence_interval(differences: np.ndarray) -> tuple[float, float]:
     """The 95% confidence interval of a mean difference over seeds (Student's t).
 
     Returns:
-      Its ends; NaN with fewer than two finite differences, as there is none then.
+      The lower and the upper bound; NaN if there are fewer than two differences or one is not finite.
 
     Examples:
       >>> low, high = confidence_interval(np.array([1.0, 2.0, 3.0]))
@@ -63,7 +63,7 @@ def confidence_interval(differences: np.ndarray) -> tuple[float, float]:
 
 
 def interval_text(row: Mapping[str, float], spec: str) -> str:
-    """The ``difference`` of a row of a table, with its confidence interval, as text.
+    """The ``difference`` of a table's row with its confidence interval, as text.
 
     Examples:
       >>> interval_text({"difference": 0.5, "difference_low": -1.0, "difference_high": 2.0}, "+.1f")
@@ -77,14 +77,14 @@ def summarize(runs: pl.DataFrame) -> pl.DataFrame:
     """One row for each optimizer, initial rate and schedule.
 
     Args:
-      runs: one row a run, as ``runs.parquet`` holds them.
+      runs: one row per run, the rows of ``runs.parquet``.
 
     Returns:
       A frame with the columns ``optimizer``, ``learning_rate``, ``schedule``; ``loss_10``, ``loss_50``,
-      ``loss_100``: medians over the seeds of :func:`stage_losses`; ``test_metric``: its median, in
-      percent; ``at_10``, ``at_50``, ``at_100``: the outcome for GreedyLR against this schedule;
-      ``difference``, ``difference_low``, ``difference_high``: mean final loss of this schedule minus that
-      of GreedyLR, paired by seed, with its 95% confidence interval (positive: GreedyLR was lower).
+      ``loss_100``: medians over the seeds of :func:`stage_losses`; ``test_metric``: the median, in percent;
+      ``at_10``, ``at_50``, ``at_100``: the :func:`outcome` of GreedyLR against this schedule;
+      ``difference``, ``difference_low``, ``difference_high``: mean final loss of this schedule minus
+      GreedyLR's, paired by seed, with its 95% confidence interval (positive: GreedyLR's is lower).
     """
     keys = ["optimizer", "learning_rate", "schedule", "seed"]
     stages = pl.DataFrame(
@@ -98,22 +98,22 @@ def summarize(runs: pl.DataFrame) -> pl.DataFrame:
     rows = []
     cells = stages.group_by(["optimizer", "learning_rate"], maintain_order=True)
     for (optimizer, learning_rate), cell in cells:
-        ours = cell.filter(pl.col("schedule") == OURS).sort("seed")
+        greedy = cell.filter(pl.col("schedule") == GREEDYLR).sort("seed")
         for (schedule,), runs_of_schedule in cell.group_by(["schedule"], maintain_order=True):
             row = {"optimizer": optimizer, "learning_rate": learning_rate, "schedule": schedule}
-            rows.append(row | _cell(runs_of_schedule.sort("seed"), ours, schedule == OURS))
+            rows.append(row | _cell(runs_of_schedule.sort("seed"), greedy, schedule == GREEDYLR))
     return pl.DataFrame(rows, infer_schema_length=None)
 
 
-def _cell(theirs: pl.DataFrame, ours: pl.DataFrame, is_ours: bool) -> dict[str, float | str | None]:
-    losses = {stage: float(np.median(theirs[f"loss_{stage}"])) for stage in STAGES}
+def _cell(own: pl.DataFrame, greedy: pl.DataFrame, is_greedy: bool) -> dict[str, float | str | None]:
+    losses = {stage: float(np.median(own[f"loss_{stage}"])) for stage in STAGES}
     cell: dict[str, float | str | None] = {f"loss_{stage}": losses[stage] for stage in STAGES}
-    cell["test_metric"] = float(np.median(theirs["test_metric"]))
+    cell["test_metric"] = float(np.median(own["test_metric"]))
     for stage in STAGES:
-        reached = float(np.median(ours[f"loss_{stage}"]))
-        cell[f"at_{stage}"] = None if is_ours else outcome(losses[stage], reached)
-    differences = theirs["loss_100"].to_numpy() - ours["loss_100"].to_numpy()
+        reached = float(np.median(greedy[f"loss_{stage}"]))
+        cell[f"at_{stage}"] = None if is_greedy else outcome(losses[stage], reached)
+    differences = own["loss_100"].to_numpy() - greedy["loss_100"].to_numpy()
     low, high = confidence_interval(differences)
     names = ("difference", "difference_low", "difference_high")
-    values = (None, None, None) if is_ours else (float(np.mean(differences)), low, high)
+    values = (None, None, None) if is_greedy else (float(np.mean(differences)), low, high)
     return cell | dict(zip(names, values, strict=True))

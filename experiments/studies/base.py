@@ -1,4 +1,4 @@
-"""What studies share: how one is started, and what it leaves."""
+"""The parts that all studies share: the job, the training, and the output."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,36 +15,76 @@ from experiments.training.engine import Engine, Settings
 from experiments.training.store import RunStore, write_atomically
 from experiments.training.sweep import Group, run_sweep
 
+_ROW_FORMAT = 2  # of the stored rows; unfinished studies of another format cannot be resumed
+
 
 class Job(NamedTuple):
-    """One call of a study from the command line."""
+    """One call of a study from the command line.
+
+    Attributes:
+      name: of the study.
+      preset: key of the study's ``PRESETS``.
+      out: folder for the results.
+      console: for tables and progress.
+      address: of a Ray cluster to train on; None: this process.
+      fresh: discard an unfinished study instead of resuming it.
+      command: the command that runs the study, after ``python -m experiments``.
+      arguments: of the command; None: the name and the preset.
+    """
 
     name: str
     preset: str
     out: Path
     console: Console
-    address: str | None = None  # of a Ray cluster
-    fresh: bool = False  # drop an unfinished study instead of going on with it
-    command: str = "study"  # of the command line, that it is one of
+    address: str | None = None
+    fresh: bool = False
+    command: str = "study"
+    arguments: str | None = None
+
+    @property
+    def call(self) -> str:
+        """The command line that repeats this job."""
+        arguments = f"{self.name} --preset {self.preset}" if self.arguments is None else self.arguments
+        return f"python -m experiments {self.command} {arguments}"
+
+    def in_folder(self, name: str) -> "Job":
+        """The same job with a subfolder for its results."""
+        return self._replace(out=self.out / name)
 
     def refuse_cluster(self) -> None:
-        """For studies that are too short to be spread over machines."""
+        """Raises ``UsageError`` if a cluster was requested; for studies that take only minutes."""
         if self.address is not None:
             raise UsageError(f"study {self.name} takes a few minutes on one machine: leave out --cluster")
 
 
 class Sweep:
-    """The training of a study: kept on disk as runs finish, resumed by the same command."""
+    """The training of a study: stored on disk as runs finish, resumed by the same command."""
 
     def __init__(self, job: Job, settings: Settings, described: Mapping[str, Any]):
-        """Opens the folder; ``described`` is all that the runs depend on besides ``settings``."""
+        """Opens the folder of the job.
+
+        Args:
+          job: the call of the study.
+          settings: of all runs.
+          described: everything else that the runs depend on, as JSON values.
+        """
         self._job, self._settings = job, settings
-        everything = {**described, **settings._asdict(), "version": greedylr_jax.__version__}
+        everything = {
+            **described,
+            **settings._asdict(),
+            "version": greedylr_jax.__version__,
+            "row_format": _ROW_FORMAT,
+        }
         self._store = RunStore(job.out, everything, fresh=job.fresh)
         self._engines: dict[tuple[str, str], Engine] = {}
 
+    @property
+    def num_compilations(self) -> int:
+        """Number of training programs compiled so far by calls with ``keep_programs``."""
+        return sum(engine.num_compilations for engine in self._engines.values())
+
     def train(self, groups: Sequence[Group], *, keep_programs: bool = False) -> pl.DataFrame:
-        """Trains what is not there yet, and returns all rows so far."""
+        """Trains the runs that are not stored yet and returns all rows so far."""
         engines = self._engines if keep_programs else None
         run_sweep(
             groups, self._settings, self._store, self._job.console, address=self._job.address, engines=engines
@@ -52,8 +92,13 @@ class Sweep:
         return self._store.rows()
 
     def finish(self) -> pl.DataFrame:
-        """Puts all rows into ``runs.parquet`` and returns them."""
+        """Writes all rows to ``runs.parquet`` and returns them."""
         return self._store.finish()
+
+
+def read_published(name: str) -> pl.DataFrame:
+    """The numbers that a paper printed, from ``published/NAME.csv``."""
+    return pl.read_csv(Path(__file__).parent / "published" / f"{name}.csv")
 
 
 def publish(
@@ -66,24 +111,21 @@ def publish(
     sections: Sequence[html.Section],
     recomputed_by: str,
 ) -> None:
-    """Writes tables as CSV, figures as PNG and ``report.html`` into the job's folder.
+    """Writes tables as CSV, figures as PNG, and ``report.html`` into the job's folder.
 
     Args:
       job: the call of the study.
       title: of the report.
-      text: what was done.
-      tables: by file name, without its ending.
-      figures: by file name, without its ending.
+      text: what was trained and what the columns mean.
+      tables: by file name without suffix.
+      figures: by file name without suffix.
       sections: of the report.
-      recomputed_by: the function that makes every number of the report from ``runs.parquet``.
+      recomputed_by: the functions that compute every number of the report from ``runs.parquet``.
     """
     for name, table in tables.items():
         write_atomically(job.out / f"{name}.csv", table.write_csv)
     for name, figure in figures.items():
         drawing.save(figure, job.out / f"{name}.png")
-    source = (
-        f"All numbers follow from runs.parquet by {recomputed_by}. "
-        f"Made by: python -m experiments {job.command} {job.name} --preset {job.preset}."
-    )
+    source = f"All numbers are computed from runs.parquet by {recomputed_by}. Command: {job.call}."
     html.write_page(job.out / "report.html", title, f"{text} {source}", sections)
     job.console.print(f"Tables, figures, runs.parquet and report.html are in {job.out}.")

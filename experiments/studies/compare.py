@@ -1,90 +1,80 @@
-"""The main job: GreedyLR beside the usual schedules, with the same seeds, batches and initial rates."""
+"""The command ``compare``: GreedyLR and common schedules with the same seeds, batches and initial rates."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import polars as pl
-from rich.console import Console
 
-import greedylr_jax
 from experiments.reporting import report, summary
+from experiments.studies.base import Job, Sweep, publish
 from experiments.tasks import make_task
-from experiments.training.engine import Engine, Settings, make_specs
-from experiments.training.schedules import COMPARED
-from experiments.training.store import RunStore
-from experiments.training.sweep import Group, run_sweep
+from experiments.training.engine import Settings, make_specs
+from experiments.training.sweep import Group
 
+SCHEDULES = ("constant", "linear", "cosine", "plateau", "GreedyLR")
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
-def compare(
-    task_name: str,
-    optimizers: Sequence[str],
-    *,
-    steps: int,
-    seeds: int,
-    learning_rates: Sequence[float] | None,
-    out: Path,
-    fresh: bool = False,
-    console: Console | None = None,
-) -> pl.DataFrame:
-    """Trains every schedule at every initial rate and seed, and leaves table, figure and rows in ``out``.
+class Comparison(NamedTuple):
+    """The runs of a comparison.
 
-    Args:
-      task_name: a name in ``experiments.tasks.TASKS``.
-      optimizers: names in ``experiments.training.engine.OPTIMIZERS``.
+    Attributes:
+      task: a key of ``experiments.tasks.TASKS``.
+      optimizers: keys of ``experiments.training.engine.OPTIMIZERS``.
       steps: training steps of a run, >= 20.
-      seeds: runs that differ in their initial parameters and batches, >= 1.
-      learning_rates: initial rates, > 0; None: those of the task for each optimizer.
-      out: folder for ``runs.parquet``, ``table.csv``, ``table.png`` and ``histories.png``.
-      fresh: drop an unfinished comparison instead of going on with it.
-      console: where to print.
+      seeds: number of runs with different initial parameters and batches, >= 1.
+      learning_rates: initial learning rates, > 0; None: those of the task for each optimizer.
+    """
 
-    Returns:
-      One row a run, as in ``runs.parquet``.
+    task: str
+    optimizers: Sequence[str]
+    steps: int
+    seeds: int
+    learning_rates: Sequence[float] | None = None
+
+
+def compare(job: Job, comparison: Comparison) -> None:
+    """Trains every schedule at every initial rate and seed, and writes rows, table, figures and report.
 
     Raises:
-      UsageError: if the task is unknown or ``out`` cannot be used.
+      UsageError: if the task is unknown or the output folder cannot be used.
     """
-    console = console or Console()
+    task_name, optimizers, steps, seeds, learning_rates = comparison
     task = make_task(task_name)
     rates = {name: tuple(learning_rates or task.learning_rates[name]) for name in optimizers}
-    settings = {
-        "task": task_name,
-        "steps": steps,
-        "seeds": seeds,
-        "learning_rates": rates,
-        "schedules": COMPARED,
-        "version": greedylr_jax.__version__,
-    }
-    store = RunStore(out, settings, fresh=fresh)
+    described = {"task": task_name, "seeds": seeds, "learning_rates": rates, "schedules": SCHEDULES}
+    sweep = Sweep(job, Settings(steps), described)
     compilations = _CompilationCount()
     groups = [
-        Group(task_name, optimizer, make_specs(COMPARED, rates[optimizer], range(seeds)))
+        Group(task_name, optimizer, make_specs(SCHEDULES, rates[optimizer], range(seeds)))
         for optimizer in optimizers
     ]
-    engines: dict[tuple[str, str], Engine] = {}
-    run_sweep(groups, Settings(steps), store, console, engines=engines)
-    runs = store.finish()
+    sweep.train(groups, keep_programs=True)
+    runs = sweep.finish()
     compilations.stop()
 
     table = summary.summarize(runs)
-    console.print(report.rich_table(table, report.make_title(task_name, steps, seeds), console.width))
-    console.print(report.verdict(table))
-    report.write(runs, table, out)
-    programs = sum(engine.num_compilations for engine in engines.values())
-    console.print(
-        f"{len(runs)} runs. Compilations: {programs} training programs (one an optimizer serves all its "
-        f"schedules, rates and seeds); {compilations.total} in all with the small ones of the set-up."
+    title = report.make_title(task_name, steps, seeds)
+    conclusion = report.count_outcomes(table)
+    job.console.print(report.rich_table(table, title, job.console.width))
+    job.console.print(conclusion)
+    job.console.print(
+        f"{len(runs)} runs. Compilations: {sweep.num_compilations} training programs (one per optimizer for "
+        f"all schedules, rates and seeds); {compilations.total} in total, with small ones of the set-up."
     )
-    console.print(f"Table, figures and rows are in {out}.")
-    return runs
+    publish(
+        job,
+        f"GreedyLR and common schedules: {task_name}",
+        f"{title}. {conclusion}",
+        tables={"table": table},
+        figures={"table": report.draw_table(table, title), "histories": report.draw_histories(runs, title)},
+        sections=report.sections(runs, table),
+        recomputed_by="experiments.reporting.summary.summarize",
+    )
 
 
 class _CompilationCount:
-    """Counts what XLA compiles in this process, by JAX's own monitoring."""
+    """Counts the programs that XLA compiles in this process, by JAX's monitoring."""
 
     def __init__(self):
         self.total = 0

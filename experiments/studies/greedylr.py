@@ -1,16 +1,14 @@
-"""Tables II to X and figures 1 to 7 of "Zeroth Order GreedyLR": six kinds of tasks, four pairs of an
-optimizer and a schedule, each against GreedyLR with the same optimizer, seed, batches and initial rate.
+"""Tables II to X and figures 1 to 7 of "Zeroth Order GreedyLR": six kinds of tasks and four pairs of an
+optimizer and a schedule, compared with GreedyLR with the same optimizer, seed, batches and initial rate.
 
-The paper fine-tunes published models; here smaller ones are trained from the start on data that this machine
-holds. Its own numbers lie in ``published/greedylr_tables.csv``, typed off Tables V to X. (In Table X a line
-of xlm-roberta-base stands under camembert-large, which has two lines for SGD; it is put back.) Its "final
-loss delta" is the baseline's loss minus GreedyLR's, whatever the header says: positive where GreedyLR is
-better.
+The paper fine-tunes published models; this study trains smaller ones from scratch on local data. The paper's
+numbers are in ``published/greedylr_tables.csv``, transcribed from Tables V to X. (In Table X a row of
+xlm-roberta-base is printed under camembert-large, which has two rows for SGD; it is moved back.) Its "final
+loss delta" is the baseline's loss minus GreedyLR's, contrary to its header: positive if GreedyLR is better.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -19,15 +17,15 @@ import plotly.graph_objects as go
 import polars as pl
 
 from experiments.reporting import drawing, html
-from experiments.reporting.summary import OURS, STAGES, TIE_BAND, confidence_interval, stage_losses
+from experiments.reporting.summary import GREEDYLR, STAGES, TIE_BAND, confidence_interval, stage_losses
 from experiments.reporting.tables import print_table
-from experiments.studies.base import Job, Sweep, publish
+from experiments.studies.base import Job, Sweep, publish, read_published
 from experiments.tasks.base import LEARNING_RATES
 from experiments.training.engine import Settings, make_specs
 from experiments.training.sweep import Group
 
 PAIRS = {"adamw": "linear", "adafactor": "cosine", "adagrad": "polynomial", "sgd": "warmup"}
-# Kind of task: the paper's table, and our tasks; the first of them alone with the preset quick.
+# Kind of task: the paper's table and the tasks of this study; the preset quick has the first task only.
 KINDS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "translation": ("V", ("translation-fr", "translation-de", "translation-es")),
     "question answering": ("VI", ("question-answering",)),
@@ -40,7 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quick": {"tasks": 1, "rates": 3, "steps": 200, "seeds": 3},
     "full": {"tasks": 3, "rates": 3, "steps": 1000, "seeds": 5},
 }
-# Those that figures 2 to 7 show, as (kind, optimizer).
+# Shown by figures 2 to 7: (kind, optimizer).
 SHOWN = (("image classification", "adagrad"), ("summarization", "adafactor"), ("tagging", "sgd"))
 OUTCOMES = ("yes", "yes*", "no", "no*")
 # Table II of the paper, and Tables III and IV, as printed.
@@ -59,8 +57,8 @@ PRINTED = {
     "overall as good, %": "62.24",
     "clearly better, %": "24.49",
     "average benefit": "0.16",
-    "greatest benefit": "2.3",
-    "greatest deficit": "-0.62",
+    "maximum benefit": "2.3",
+    "maximum deficit": "-0.62",
     "as good or better at 10%, %": "92.42",
     "as good or better at 50%, %": "81.81",
     "as good or better at 100%, %": "85.94",
@@ -68,17 +66,20 @@ PRINTED = {
 
 
 def run(job: Job) -> None:
-    """Trains all runs, and leaves rows, tables, figures and report; goes on where it stopped."""
+    """Trains all runs and writes rows, tables, figures and report; resumes an interrupted job."""
     chosen = PRESETS[job.preset]
     groups = [
         Group(
             task,
             optimizer,
             make_specs(
-                (schedule, OURS), LEARNING_RATES[optimizer][: chosen["rates"]], range(chosen["seeds"])
+                (schedule, GREEDYLR),
+                LEARNING_RATES[optimizer][: chosen["rates"]],
+                range(chosen["seeds"]),
+                label=kind,
             ),
         )
-        for _, tasks in KINDS.values()
+        for kind, (_, tasks) in KINDS.items()
         for task in tasks[: chosen["tasks"]]
         for optimizer, schedule in PAIRS.items()
     ]
@@ -87,47 +88,42 @@ def run(job: Job) -> None:
     runs = sweep.finish()
 
     table = summarize(runs)
-    ours, theirs = tally(table), tally(published())
-    rows = [(name, ours[name], theirs[name], PRINTED[name]) for name in PRINTED]
+    here, paper = tally(table), tally(published())
+    rows = [(name, here[name], paper[name], PRINTED[name]) for name in PRINTED]
     print_table(job.console, "Tables II to IV", _SUMMARY_HEADERS, rows)
     for kind, (number, _) in KINDS.items():
         print_table(job.console, f"Table {number}, {kind}", _HEADERS, _cells(table, kind), left=4)
-    job.console.print(_verdict(table))
+    job.console.print(_conclude(table))
     publish(
         job,
-        "GreedyLR against the usual schedules",
+        "GreedyLR against common schedules",
         f"Six kinds of tasks, {chosen['steps']} steps, {chosen['seeds']} seeds, the published settings of "
-        "GreedyLR. Yes: GreedyLR's loss is lower; * by less than 0.1; losses are means over seeds of the "
+        "GreedyLR. Yes: GreedyLR's loss is lower; *: by less than 0.1; losses are means over seeds of the "
         "mean over the 5% of steps before a stage. Difference: the baseline's final loss minus GreedyLR's, "
-        "with its 95% confidence interval over seeds: positive where GreedyLR is better. " + _verdict(table),
+        "with "
+        "its 95% confidence interval over seeds; positive if GreedyLR is better. " + _conclude(table),
         tables={"table": table, "summary": pl.DataFrame(rows, schema=list(_SUMMARY_HEADERS), orient="row")},
         figures={"fig1_histogram": draw_histogram(runs), "fig2_to_7": draw_histories(runs)},
         sections=_sections(runs, table, rows),
-        recomputed_by="experiments.studies.greedylr.summarize (a row an experiment), then tally",
+        recomputed_by="experiments.studies.greedylr.summarize (a row per experiment), then tally",
     )
 
 
-def kind_of(task: str) -> str:
-    """The kind that a task belongs to."""
-    return next(kind for kind, (_, tasks) in KINDS.items() if task in tasks)
-
-
 def published() -> pl.DataFrame:
-    """The paper's own Tables V to X, a row an experiment, with the columns of :func:`summarize`."""
-    path = Path(__file__).parent / "published" / "greedylr_tables.csv"
-    return pl.read_csv(path)
+    """Tables V to X of the paper, a row per experiment, with the columns of :func:`summarize`."""
+    return read_published("greedylr_tables")
 
 
 def summarize(runs: pl.DataFrame) -> pl.DataFrame:
     """One row for each task, optimizer and initial rate: an experiment of the paper's tables.
 
     Args:
-      runs: one row a run, as ``runs.parquet`` holds them.
+      runs: the rows of ``runs.parquet``.
 
     Returns:
       A frame with ``kind``, ``task``, ``steps``, ``learning_rate``, ``optimizer``, ``schedule``; ``at_10``,
       ``at_50``, ``at_100``: whether GreedyLR's mean loss is lower ("yes", "no"; "*" if by less than 0.1;
-      "dnf" if a baseline's run is not finite there); ``difference`` with ``difference_low`` and
+      "dnf" if the baseline's loss is not finite); ``difference`` with ``difference_low`` and
       ``difference_high``: the mean over seeds of the baseline's final loss minus GreedyLR's, and its 95%
       confidence interval.
     """
@@ -137,15 +133,15 @@ def summarize(runs: pl.DataFrame) -> pl.DataFrame:
     ):
         schedule = PAIRS[optimizer]
         losses = {}
-        for name in (schedule, OURS):
+        for name in (schedule, GREEDYLR):
             own = cell.filter(pl.col("schedule") == name).sort("seed")["loss"].to_list()
             stages = [stage_losses(np.array(loss, float)) for loss in own]
             losses[name] = {stage: np.array([each[stage] for each in stages]) for stage in STAGES}
-        differences = _differences(losses[schedule][100], losses[OURS][100])
+        differences = _differences(losses[schedule][100], losses[GREEDYLR][100])
         low, high = confidence_interval(differences)
         rows.append(
             {
-                "kind": kind_of(task),
+                "kind": cell["label"][0],
                 "task": task,
                 "steps": cell["steps"][0],
                 "learning_rate": rate,
@@ -153,7 +149,7 @@ def summarize(runs: pl.DataFrame) -> pl.DataFrame:
                 "schedule": schedule,
                 **{
                     f"at_{stage}": outcome(
-                        float(losses[schedule][stage].mean()), float(losses[OURS][stage].mean())
+                        float(losses[schedule][stage].mean()), float(losses[GREEDYLR][stage].mean())
                     )
                     for stage in STAGES
                 },
@@ -165,14 +161,14 @@ def summarize(runs: pl.DataFrame) -> pl.DataFrame:
     return pl.DataFrame(rows, infer_schema_length=None)
 
 
-def _differences(baseline: np.ndarray, ours: np.ndarray) -> np.ndarray:
-    """Baseline minus ours; NaN where either is infinite."""
-    finite = np.isfinite(baseline) & np.isfinite(ours)
-    return np.where(finite, np.where(finite, baseline, 0) - np.where(finite, ours, 0), np.nan)
+def _differences(baseline: np.ndarray, greedy: np.ndarray) -> np.ndarray:
+    """Baseline minus GreedyLR; NaN where either is infinite."""
+    finite = np.isfinite(baseline) & np.isfinite(greedy)
+    return np.where(finite, np.where(finite, baseline, 0) - np.where(finite, greedy, 0), np.nan)
 
 
-def outcome(baseline: float, ours: float) -> str:
-    """Whether GreedyLR beats the baseline, in the paper's words.
+def outcome(baseline: float, greedy: float) -> str:
+    """Whether GreedyLR's loss is lower than the baseline's, in the notation of the paper.
 
     Examples:
       >>> outcome(1.0, 0.5), outcome(1.0, 0.95), outcome(0.95, 1.0), outcome(0.5, 1.0), outcome(math.inf, 1.0)
@@ -180,12 +176,12 @@ def outcome(baseline: float, ours: float) -> str:
     """
     if not math.isfinite(baseline):
         return "dnf"
-    star = "*" if abs(baseline - ours) < TIE_BAND else ""
-    return ("yes" if ours < baseline else "no") + star
+    star = "*" if abs(baseline - greedy) < TIE_BAND else ""
+    return ("yes" if greedy < baseline else "no") + star
 
 
 def tally(table: pl.DataFrame) -> dict[str, str]:
-    """The paper's Tables II to IV of the experiments of a table; "dnf" is left out, as in the paper."""
+    """The numbers of the paper's Tables II to IV for a table of experiments, without "dnf"."""
     stages = {stage: [each for each in table[f"at_{stage}"] if each in OUTCOMES] for stage in STAGES}
     everything = [each for stage in stages.values() for each in stage]
     counts = {name: everything.count(name) for name in OUTCOMES}
@@ -208,13 +204,13 @@ def tally(table: pl.DataFrame) -> dict[str, str]:
         "overall as good, %": share(("yes*", "no*")),
         "clearly better, %": share(("yes",)),
         "average benefit": f"{deltas[deltas > 0].mean():.2g}" if (deltas > 0).any() else "",
-        "greatest benefit": f"{deltas.max():.2g}",
-        "greatest deficit": f"{deltas.min():.2g}",
+        "maximum benefit": f"{deltas.max():.2g}",
+        "maximum deficit": f"{deltas.min():.2g}",
         **{f"as good or better at {stage}%, %": share(good, stages[stage]) for stage in STAGES},
     }
 
 
-_SUMMARY_HEADERS = ("", "here", "from the paper's Tables V to X", "as the paper prints it")
+_SUMMARY_HEADERS = ("", "here", "from the paper's Tables V to X", "printed in the paper")
 _HEADERS = (
     "model and data",
     "optimizer",
@@ -230,7 +226,7 @@ _HEADERS = (
 
 
 def _cells(table: pl.DataFrame, kind: str) -> list[list[str]]:
-    """Our rows, then the paper's."""
+    """The rows of this study, then those of the paper."""
     cells = []
     for source, rows in (("here", table), ("paper", published())):
         for row in rows.filter(pl.col("kind") == kind).iter_rows(named=True):
@@ -253,12 +249,13 @@ def _cells(table: pl.DataFrame, kind: str) -> list[list[str]]:
     return cells
 
 
-def _verdict(table: pl.DataFrame) -> str:
-    """What the confidence intervals say."""
+def _conclude(table: pl.DataFrame) -> str:
+    """The number of significant differences."""
     better, worse = (table["difference_low"] > 0).sum(), (table["difference_high"] < 0).sum()
     return (
-        f"Of {len(table)} experiments {OURS} ends surely lower in {better} and surely higher in {worse} (95% "
-        "confidence intervals over seeds that leave out 0, not corrected for their number)."
+        f"In {len(table)} experiments the final loss of {GREEDYLR} is significantly lower in {better} and "
+        f"significantly higher in {worse} (95% confidence intervals over seeds that exclude 0, not corrected "
+        "for multiple comparisons)."
     )
 
 
@@ -272,12 +269,12 @@ def _deltas(runs: pl.DataFrame) -> list[float]:
             row["schedule"]: stage_losses(np.array(row["loss"], float))[100]
             for row in cell.iter_rows(named=True)
         }
-        deltas.append(final[PAIRS[optimizer]] - final[OURS])
+        deltas.append(final[PAIRS[optimizer]] - final[GREEDYLR])
     return [delta for delta in deltas if math.isfinite(delta)]
 
 
 def draw_histogram(runs: pl.DataFrame) -> plt.Figure:
-    """Figure 1: final differences, ours and the paper's."""
+    """Figure 1: final differences of this study and of the paper."""
     figure, (axes,) = drawing.panels(1, 1, width=7, height=4)
     bins = np.linspace(-2.4, 2.4, 49)
     for label, deltas, color in (
@@ -302,12 +299,12 @@ def _curves(runs: pl.DataFrame, task: str, optimizer: str, rate: float, column: 
     )
     return {
         name: np.array(cell.filter(pl.col("schedule") == name)[column].to_list(), float).mean(axis=0)
-        for name in (PAIRS[optimizer], OURS)
+        for name in (PAIRS[optimizer], GREEDYLR)
     }
 
 
 def draw_histories(runs: pl.DataFrame) -> plt.Figure:
-    """Figures 2 to 7: rates above losses of three pairs."""
+    """Figures 2 to 7: learning rates above losses for three pairs."""
     figure, panels = drawing.panels(6, 3, width=4.6, height=3.2)
     for column, (kind, optimizer) in enumerate(SHOWN):
         task, rate = KINDS[kind][1][0], LEARNING_RATES[optimizer][1]
@@ -318,13 +315,13 @@ def draw_histories(runs: pl.DataFrame) -> plt.Figure:
             for schedule, values in _curves(runs, task, optimizer, rate, name).items():
                 width = max(1, len(values) // 20) if name == "loss" else 1
                 shown = drawing.smooth(values, width)
-                label = OURS if schedule == OURS else "baseline"
-                color = drawing.RED if schedule == OURS else drawing.BLUE
+                label = GREEDYLR if schedule == GREEDYLR else "baseline"
+                color = drawing.RED if schedule == GREEDYLR else drawing.BLUE
                 axes.plot(np.arange(len(shown)) + width, shown, color=color, lw=1.5, label=label)
-            what = "learning rate" if name == "rate" else "training loss"
+            title = "learning rate" if name == "rate" else "training loss"
             axes.set_title(f"Figure {number}: {task}, {optimizer}, {PAIRS[optimizer]}", fontsize=9)
             axes.set_xlabel("step")
-            axes.set_ylabel(what)
+            axes.set_ylabel(title)
     drawing.add_legend(figure, panels[0])
     figure.suptitle("Mean over seeds; losses smoothed over 5% of the steps", fontsize=12)
     return figure
@@ -357,10 +354,10 @@ def _sections(runs: pl.DataFrame, table: pl.DataFrame, rows: Sequence[Sequence[s
                 ).items():
                     width = max(1, len(values) // 20)
                     shown = drawing.smooth(values, width)
-                    dash = "solid" if name == OURS else "dot"
+                    dash = "solid" if name == GREEDYLR else "dot"
                     curves.append(
                         html.Curve(
-                            f"{optimizer}, {OURS if name == OURS else schedule}",
+                            f"{optimizer}, {GREEDYLR if name == GREEDYLR else schedule}",
                             np.arange(len(shown)) + width,
                             shown,
                             {"color": color, "dash": dash},

@@ -1,8 +1,8 @@
-"""Figures 8 to 10 of "Zeroth Order GreedyLR": one network trained with SGD at a constant rate, with GreedyLR,
-and with hypergradient descent per parameter and per parameter group.
+"""Figures 8 to 10 of "Zeroth Order GreedyLR": one network trained with SGD at a constant learning rate, with
+GreedyLR, and with hypergradient descent per parameter and per parameter group.
 
-The paper names neither its network nor its hyper learning rate. Here it is the digits network, each layer a
-group, and each method takes the hyper learning rate of a grid that gave it the lowest training loss on seeds
+The paper states neither its network nor its hyper learning rate. This study uses the digits network with each
+layer as a group, and for each method the hyper learning rate of a grid with the lowest training loss on seeds
 that are not reported.
 """
 
@@ -20,12 +20,13 @@ import polars as pl
 import greedylr_jax
 from experiments.progress import make_progress
 from experiments.reporting import drawing, html
+from experiments.reporting.palette import Look
 from experiments.reporting.summary import confidence_interval, interval_text, stage_losses
 from experiments.reporting.tables import print_table
 from experiments.studies.base import Job, publish
 from experiments.tasks import make_task
 from experiments.tasks.base import Task
-from experiments.training.engine import batch_indices
+from experiments.training import loop
 from experiments.training.store import write_atomically
 
 INITIAL_RATES = (0.01, 0.1)
@@ -33,76 +34,79 @@ HYPER_RATES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 TUNING_SEEDS = (1000, 1001)
 _WIDTH = 20  # steps, of the running mean in the figures
 PRESETS = {"quick": {"steps": 300, "seeds": 3}, "full": {"steps": 1200, "seeds": 10}}
-# Colours as in the paper's figure 8.
-COLORS = {
-    "constant SGD": "#CC3311",
-    "GreedyLR": "#111111",
-    "per parameter": drawing.GREEN,
-    "per group": drawing.BLUE,
-}
+
+
+class Method(NamedTuple):
+    """A way to set the learning rate of SGD.
+
+    Attributes:
+      make: initial and hyper learning rate -> the optimizer.
+      look: in figures; the colours are those of the paper's figure 8.
+      has_hyper_rate: whether it depends on the hyper learning rate.
+      read: optimizer state and initial rate -> the learning rates to record.
+    """
+
+    make: Callable[[jax.Array, jax.Array], optax.GradientTransformation]
+    look: Look
+    has_hyper_rate: bool
+    read: Callable[[optax.OptState, jax.Array], dict[str, jax.Array]]
 
 
 def _layers(params: optax.Params) -> Any:
-    """The layer that each array belongs to, its group."""
+    """The layer of each array, its parameter group."""
     return jax.tree_util.tree_map_with_path(lambda path, _: str(path[0].key), params)
 
 
-def _hypergradient(granularity: str) -> Callable[[jax.Array, jax.Array], optax.GradientTransformation]:
+def _hypergradient(granularity: str, look: Look) -> Method:
     def make(rate: jax.Array, hyper_rate: jax.Array) -> optax.GradientTransformation:
         labels = _layers if granularity == "group" else None
         return greedylr_jax.hypergradient(
-            optax.identity(), rate, hyper_rate, granularity=granularity, param_labels=labels
+            optax.sgd(1.0), rate, hyper_rate, granularity=granularity, param_labels=labels
         )
 
-    return make
+    def read(state: optax.OptState, rate: jax.Array) -> dict[str, jax.Array]:
+        del rate
+        return {name: value for name, value in greedylr_jax.metrics(state).items() if "learning_rate" in name}
+
+    return Method(make, look, True, read)
 
 
-METHODS: dict[str, Callable[[jax.Array, jax.Array], optax.GradientTransformation]] = {
-    "constant SGD": lambda rate, hyper_rate: optax.sgd(rate),
-    "GreedyLR": lambda rate, hyper_rate: optax.chain(optax.sgd(rate), greedylr_jax.greedy_lr()),
-    "per parameter": _hypergradient("parameter"),
-    "per group": _hypergradient("group"),
+METHODS: dict[str, Method] = {
+    "constant SGD": Method(
+        lambda rate, hyper_rate: optax.sgd(rate),
+        Look("#CC3311"),
+        False,
+        lambda state, rate: {"learning_rate": rate},
+    ),
+    "GreedyLR": Method(
+        lambda rate, hyper_rate: optax.chain(optax.sgd(rate), greedylr_jax.greedy_lr()),
+        Look("#111111"),
+        False,
+        lambda state, rate: {"learning_rate": rate * greedylr_jax.get_scale(state)},
+    ),
+    "per parameter": _hypergradient("parameter", Look(drawing.GREEN)),
+    "per group": _hypergradient("group", Look(drawing.BLUE)),
 }
-HAS_HYPER_RATE = ("per parameter", "per group")
 
 
 class History(NamedTuple):
-    """What a run leaves; ``rates`` holds least, mean and greatest, or one for each group."""
+    """The histories of a run; ``rates`` are the minimum, mean and maximum, or one for each group."""
 
     loss: np.ndarray  # shape=(steps,)
     rates: dict[str, np.ndarray]  # each of shape=(steps,)
     test_accuracy: np.ndarray  # shape=()
 
 
-def _rates(method: str, state: optax.OptState, rate: jax.Array) -> dict[str, jax.Array]:
-    if method == "constant SGD":
-        return {"learning_rate": rate}
-    if method == "GreedyLR":
-        return {"learning_rate": rate * greedylr_jax.get_scale(state)}
-    read = greedylr_jax.metrics(state)
-    return {name: value for name, value in read.items() if "learning_rate" in name}
-
-
 def train(task: Task, method: str, steps: int, runs: list[tuple[int, float, float]]) -> list[History]:
     """Trains runs of one method, each (seed, initial rate, hyper learning rate), in one compiled program."""
+    make, _, _, read = METHODS[method]
 
     def one(run: tuple[jax.Array, jax.Array, jax.Array]) -> History:
         seed, rate, hyper_rate = run
-        init_key, batch_key = jax.random.split(jax.random.key(seed))
-        params = task.init(init_key)
-        tx = optax.with_extra_args_support(METHODS[method](rate, hyper_rate))
-
-        def body(carry: Any, indices: jax.Array) -> Any:
-            params, state = carry
-            batch = jax.tree.map(lambda examples: jnp.asarray(examples)[indices], task.train)
-            loss, grads = jax.value_and_grad(task.loss)(params, batch)
-            updates, state = tx.update(grads, state, params, value=loss)
-            return (optax.apply_updates(params, updates), state), (loss, _rates(method, state, rate))
-
-        (params, _), (loss, rates) = jax.lax.scan(
-            body, (params, tx.init(params)), batch_indices(task, steps, batch_key)
+        params, losses, rates = loop.train(
+            task, make(rate, hyper_rate), steps, seed, read=lambda state: read(state, rate)
         )
-        return History(loss, rates, task.metric(params, task.test))
+        return History(losses, rates, task.metric(params, task.test))
 
     columns = tuple(jnp.array(column) for column in zip(*runs, strict=True))
     histories = jax.device_get(jax.jit(lambda all_runs: jax.lax.map(one, all_runs))(columns))
@@ -111,7 +115,7 @@ def train(task: Task, method: str, steps: int, runs: list[tuple[int, float, floa
 
 def tune(task: Task, method: str, steps: int) -> dict[float, float]:
     """For each initial rate the hyper learning rate with the lowest final loss on the tuning seeds."""
-    if method not in HAS_HYPER_RATE:
+    if not METHODS[method].has_hyper_rate:
         return dict.fromkeys(INITIAL_RATES, 0.0)
     runs = list(itertools.product(TUNING_SEEDS, INITIAL_RATES, HYPER_RATES))
     losses = [stage_losses(history.loss)[100] for history in train(task, method, steps, runs)]
@@ -120,7 +124,7 @@ def tune(task: Task, method: str, steps: int) -> dict[float, float]:
 
 
 def run(job: Job) -> None:
-    """Trains all, and leaves ``runs.parquet``, ``table.csv``, the three figures and a report."""
+    """Trains all runs and writes rows, table, figures and report."""
     job.refuse_cluster()
     steps, seeds = PRESETS[job.preset]["steps"], PRESETS[job.preset]["seeds"]
     task = make_task("digits")
@@ -171,7 +175,7 @@ def _row(method: str, spec: tuple[int, float, float], history: History) -> dict[
 
 
 def summarize(runs: pl.DataFrame) -> pl.DataFrame:
-    """One row for each initial rate and method: mean final loss, its difference from constant SGD's."""
+    """One row for each initial rate and method: mean final loss and its difference from constant SGD."""
     rows = []
     for (rate,), cell in runs.group_by(["learning_rate"], maintain_order=True):
         baseline = cell.filter(pl.col("method") == "constant SGD").sort("seed")["final_loss"].to_numpy()
@@ -203,7 +207,7 @@ def _cells(table: pl.DataFrame) -> list[list[str]]:
             [
                 f"{row['learning_rate']:g}",
                 row["method"],
-                f"{row['hyper_learning_rate']:g}" if row["method"] in HAS_HYPER_RATE else "",
+                f"{row['hyper_learning_rate']:g}" if METHODS[row["method"]].has_hyper_rate else "",
                 f"{row['final_loss']:.3g}",
                 "" if row["method"] == "constant SGD" else interval_text(row, "+.2g"),
                 f"{row['test_accuracy']:.1f}",
@@ -216,12 +220,12 @@ def _sections(runs: pl.DataFrame, table: pl.DataFrame) -> list[html.Section]:
     sections = []
     for rate in INITIAL_RATES:
         losses, rates = [], []
-        for method, color in COLORS.items():
+        for method, (_, look, _, _) in METHODS.items():
             mean = drawing.smooth(_histories(runs, method, rate, "loss").mean(axis=0), _WIDTH)
-            losses.append(html.Curve(method, np.arange(len(mean)) + _WIDTH, mean, {"color": color}))
+            losses.append(html.Curve(method, np.arange(len(mean)) + _WIDTH, mean, look.plotly()))
             first = runs.filter((pl.col("method") == method) & (pl.col("learning_rate") == rate))["rates"][0]
             rates += [
-                html.Curve(f"{method}: {name}", np.arange(len(values)), values, {"color": color})
+                html.Curve(f"{method}: {name}", np.arange(len(values)), values, look.plotly())
                 for name, values in first.items()
                 if values is not None
             ]
@@ -258,29 +262,30 @@ def draw_losses(runs: pl.DataFrame) -> plt.Figure:
     """Figure 8: loss histories of the four methods."""
     figure, panels = _panels(runs, f"Training loss (mean of the seeds, running mean over {_WIDTH} steps)")
     for axes, rate in panels:
-        for method, color in COLORS.items():
+        for method, (_, look, _, _) in METHODS.items():
             mean = _histories(runs, method, rate, "loss").mean(axis=0)
             smooth = drawing.smooth(mean, _WIDTH)
-            axes.plot(np.arange(len(smooth)) + _WIDTH, smooth, color=color, lw=1.5, label=method)
+            axes.plot(np.arange(len(smooth)) + _WIDTH, smooth, **look.matplotlib(), lw=1.5, label=method)
         axes.set_ylabel("training loss")
     drawing.add_legend(figure, panels[0][0], columns=3)
     return figure
 
 
 def draw_greedy(runs: pl.DataFrame) -> plt.Figure:
-    """Figure 9: the rate of GreedyLR beside the constant one."""
+    """Figure 9: the learning rate of GreedyLR and the constant one."""
     figure, panels = _panels(runs, "Learning rate of GreedyLR (each line one seed) and of constant SGD")
     for axes, rate in panels:
         for method in ("constant SGD", "GreedyLR"):
             for index, values in enumerate(_histories(runs, method, rate, "learning_rate")):
-                axes.plot(values, color=COLORS[method], lw=1, label=method if index == 0 else None)
+                label = method if index == 0 else None
+                axes.plot(values, **METHODS[method].look.matplotlib(), lw=1, label=label)
         axes.set_ylabel("learning rate")
     drawing.add_legend(figure, panels[0][0], columns=3)
     return figure
 
 
 def draw_groups(runs: pl.DataFrame) -> plt.Figure:
-    """Figure 10: rates per parameter (mean and extent) and per group, of the first seed."""
+    """Figure 10: learning rates per parameter (mean and range) and per group, of the first seed."""
     figure, panels = _panels(runs, "Learning rates of hypergradient descent (first seed)")
     for axes, rate in panels:
         low, mean, high = (
@@ -290,7 +295,7 @@ def draw_groups(runs: pl.DataFrame) -> plt.Figure:
         steps = np.arange(len(mean))
         axes.fill_between(steps, np.maximum(low, rate / 1e3), high, color=drawing.BLUE, alpha=0.2, lw=0)
         axes.plot(
-            steps, mean, color=drawing.BLUE, lw=1.5, label="per parameter: mean (band: least to greatest)"
+            steps, mean, color=drawing.BLUE, lw=1.5, label="per parameter: mean (band: minimum to maximum)"
         )
         cell = runs.filter((pl.col("method") == "per group") & (pl.col("learning_rate") == rate))
         groups = {name: values for name, values in cell["rates"][0].items() if values is not None}
@@ -300,6 +305,6 @@ def draw_groups(runs: pl.DataFrame) -> plt.Figure:
             axes.plot(steps, values, color="#CC3311", lw=1.3, ls=style, label=label)
         axes.axhline(rate, color="#777777", lw=1, label="constant SGD")
         axes.set_ylabel("learning rate")
-        axes.set_ylim(rate / 2e3, None)  # rates may be zero, which a logarithmic axis has no place for
+        axes.set_ylim(rate / 2e3, None)  # rates may be 0, which a logarithmic axis cannot show
     drawing.add_legend(figure, panels[0][0], columns=3)
     return figure

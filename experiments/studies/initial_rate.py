@@ -1,7 +1,7 @@
-"""How schedules and rules cope with an initial rate from 1/1000 to 1000 times the best one.
+"""Accuracy of schedules and rules for initial rates from 1/1000 to 1000 times the best one.
 
-The papers' rules are sold as freeing the user from the choice of a rate. Here each is given seven initial
-rates, the same for all, with the same seeds and batches.
+The papers claim that their rules remove the choice of a learning rate. Here every schedule starts from the
+same seven initial rates, with the same seeds and batches.
 """
 
 from typing import Any, NamedTuple
@@ -17,31 +17,30 @@ from experiments.reporting.tables import print_table
 from experiments.studies.base import Job, Sweep, publish
 from experiments.studies.tuning import TUNING_SEEDS, best_rates, reported
 from experiments.tasks.base import LEARNING_RATES
-from experiments.training.engine import Settings, make_specs
+from experiments.training.engine import RunSpec, Settings, make_specs
+from experiments.training.schedules import SCHEDULES as REGISTRY
 from experiments.training.sweep import Group
 
 FACTORS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)
-# Each with the colour and the line that it is drawn with: dashed what is neither a schedule nor a rule here.
-LOOKS = {
-    "constant": (drawing.SKY, "-"),
-    "linear": (drawing.BLUE, ":"),
-    "cosine": (drawing.BLUE, "-"),
-    "knee": (drawing.PINK, "-"),
-    "plateau": (drawing.GREY, "-"),
-    "GreedyLR": (drawing.RED, "-"),
-    "hypergradient": (drawing.ORANGE, "-"),
-    "LRTuner": (drawing.YELLOW, "-"),
-    "polling": (drawing.GREEN, "-"),
-    "ARC": (drawing.BROWN, "-"),
-    "schedule-free": (drawing.GREY, "--"),
-    "mechanic": (drawing.SKY, "--"),
-    "dog-guess": (drawing.GREEN, "--"),
-    "prodigy-guess": (drawing.ORANGE, "--"),
-    "auto": (drawing.BLACK, "-"),
-}
-SCHEDULES = tuple(LOOKS)
-OURS, MEASURE = "auto", "cosine"
-# The settings of auto_lr were chosen on these, or changes to them were tried on these, and not made.
+SCHEDULES = (
+    "constant",
+    "linear",
+    "cosine",
+    "knee",
+    "plateau",
+    "GreedyLR",
+    "hypergradient",
+    "LRTuner",
+    "polling",
+    "ARC",
+    "schedule-free",
+    "mechanic",
+    "dog-guess",
+    "prodigy-guess",
+    "auto",
+)
+RULE, BASELINE = "auto", "cosine"  # the pair that the conclusion compares
+# The tasks on which the settings of auto_lr were chosen or rejected.
 DEVELOPMENT = (
     "digits-mlp",
     "mnist1d-mlp",
@@ -57,7 +56,7 @@ LOSS_TOLERANCE = 1.1  # times the held-out loss
 OPTIMIZERS = ("adamw", "sgd", "adagrad")
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {"tasks": DEVELOPMENT[:3], "schedules": SCHEDULES, "steps": 1000, "seeds": 5},
-    # The other kinds of tasks, with the two schedules that the verdict compares.
+    # The other kinds of tasks, with the two schedules that the conclusion compares.
     "full": {
         "tasks": (
             "digits-vit",
@@ -67,27 +66,27 @@ PRESETS: dict[str, dict[str, Any]] = {
             "translation-de",
             "question-answering",
         ),
-        "schedules": (MEASURE, OURS),
+        "schedules": (BASELINE, RULE),
         "steps": 1000,
         "seeds": 5,
     },
 }
 
 _EXPLANATION = (
-    "Median test accuracy in percent. The best rate of each task and optimizer is that of the cosine "
-    "schedule, of a grid of half decades, on seeds that are not reported. Polling takes seven more forward "
-    "passes a step than the others; nothing here is corrected for that. Prodigy and schedule-free are forms "
-    "of Adam, whatever the optimizer, and DoG one of SGD; to Prodigy and DoG the initial rate is that which "
-    "their own estimate starts from. The search of auto_lr is among its steps. Its settings were chosen, and "
-    f"others tried, on {', '.join(DEVELOPMENT)}, and on small networks outside the suite (digits with "
-    "wrong labels, by sigmoids and by a GRU, an autoencoder, the next character by a perceptron, "
-    "wines), and on no other task; but that its drift needs a least use, and an error in its search, "
-    "were noticed on digits and on question-answering."
+    "Median test accuracy in percent. The best rate of each task and optimizer is the best rate of the "
+    "cosine schedule on a grid with two rates per factor of ten, on seeds that are not reported. Polling "
+    "needs seven more forward passes per step than the others; the results are not corrected for that. "
+    "Prodigy and schedule-free are variants of Adam whatever the optimizer, and DoG of SGD; for Prodigy "
+    "and DoG the initial rate is their initial estimate. The steps of auto_lr include its search. Its "
+    f"settings were chosen on {', '.join(DEVELOPMENT)} and on small networks outside the suite (digits with "
+    "wrong labels, networks of sigmoids, a GRU, an autoencoder, character prediction by a perceptron, "
+    "wines), and on no other task; two corrections, a minimum of its drift and an error in its search, "
+    "were motivated by digits and question-answering."
 )
 
 
 def run(job: Job) -> None:
-    """Trains all runs, and leaves rows, table, figure and report; goes on where it stopped."""
+    """Trains all runs and writes rows, tables, figures and report; resumes an interrupted job."""
     chosen = PRESETS[job.preset]
     steps, seeds = chosen["steps"], chosen["seeds"]
     described = {"preset": chosen, "factors": FACTORS, "optimizers": OPTIMIZERS}
@@ -95,28 +94,38 @@ def run(job: Job) -> None:
     pairs = [(task, optimizer) for task in chosen["tasks"] for optimizer in OPTIMIZERS]
     tuning = [Group(*pair, make_specs(("cosine",), _grid(pair[1]), TUNING_SEEDS)) for pair in pairs]
     best = best_rates(sweep.train(tuning, keep_programs=True))
-    rates = {pair: [best[pair] * factor for factor in FACTORS] for pair in pairs}
-    groups = [Group(*pair, make_specs(chosen["schedules"], rates[pair], range(seeds))) for pair in pairs]
+    groups = [
+        Group(
+            *pair,
+            [
+                RunSpec(schedule, best[pair] * factor, seed, label=f"{factor:g}")
+                for seed in range(seeds)
+                for factor in FACTORS
+                for schedule in chosen["schedules"]
+            ],
+        )
+        for pair in pairs
+    ]
     sweep.train(groups, keep_programs=True)
-    leave(job, sweep.finish(), f"Initial rates: {steps} steps, {seeds} seeds")
+    report(job, sweep.finish(), f"Initial rates: {steps} steps, {seeds} seeds")
 
 
-def leave(job: Job, runs: pl.DataFrame, title: str) -> None:
-    """Prints and writes everything that follows from the rows."""
+def report(job: Job, runs: pl.DataFrame, title: str) -> None:
+    """Prints and writes tables, figures and the report."""
     table = summarize(runs)
     every = gaps(runs)
     _print(table, job.console)
     headers, cells = _gap_cells(every)
     print_table(job.console, _GAPS, headers, cells, left=2)
-    verdict_text = verdict(every)
-    job.console.print(verdict_text)
+    conclusion = conclude(every)
+    job.console.print(conclusion)
     figures = {"initial_rate": draw(table, title)}
-    sections = [html.Section(_GAPS, verdict_text, [html.Table(headers, cells)])]
-    if failures := [gap for gap in every if gap.worst > TOLERANCE]:
-        figures["where_it_fails"] = draw_failures(runs, failures)
-        reasons = explain(runs, failures)
+    sections = [html.Section(_GAPS, conclusion, [html.Table(headers, cells)])]
+    if large := [gap for gap in every if gap.worst > TOLERANCE]:
+        figures["where_it_fails"] = draw_large(runs, large)
+        reasons = explain(runs, large)
         job.console.print(reasons)
-        sections.append(html.Section("Where it fails", f"{reasons} See where_it_fails.png.", []))
+        sections.append(html.Section("Gaps above the tolerance", f"{reasons} See where_it_fails.png.", []))
     publish(
         job,
         title,
@@ -129,7 +138,7 @@ def leave(job: Job, runs: pl.DataFrame, title: str) -> None:
 
 
 def _grid(optimizer: str) -> list[float]:
-    """Half decades around the middle one of the usual rates."""
+    """Two rates per factor of ten, from 1/10 to 100 times the middle one of the common rates."""
     middle = LEARNING_RATES[optimizer][1]
     return [float(middle * 10 ** (exponent / 2)) for exponent in range(-2, 5)]
 
@@ -138,11 +147,11 @@ def summarize(runs: pl.DataFrame) -> pl.DataFrame:
     """One row for each task, optimizer, schedule and factor.
 
     Args:
-      runs: one row a run, as ``runs.parquet`` holds them, those of the tuning seeds among them.
+      runs: the rows of ``runs.parquet``, including those of the tuning seeds.
 
     Returns:
-      A frame with ``task``, ``optimizer``, ``schedule``, ``factor`` (of the best rate), the median, least
-      and greatest test accuracy over the seeds, in percent, and the median test loss.
+      A frame with ``task``, ``optimizer``, ``schedule``, ``factor`` (initial rate over the best rate), the
+      median, minimum and maximum of the test accuracy over the seeds, in percent, and the median test loss.
     """
     rows = []
     keys = ["task", "optimizer", "schedule", "factor"]
@@ -161,57 +170,54 @@ def summarize(runs: pl.DataFrame) -> pl.DataFrame:
 
 
 def _with_factors(runs: pl.DataFrame) -> pl.DataFrame:
-    """The reported runs, with their ``factor`` of the best rate and their ``accuracy`` in percent."""
-    best, own = best_rates(runs), reported(runs)
-    ratios = np.array([row[2] / best[row[:2]] for row in own[["task", "optimizer", "learning_rate"]].rows()])
-    nearest = np.abs(np.log(ratios[:, None] / np.array(FACTORS))).argmin(axis=1)
-    return own.with_columns(
-        factor=pl.Series(np.array(FACTORS)[nearest]), accuracy=100 * pl.col("test_metric").cast(pl.Float64)
+    """The reported runs with their ``factor`` of the best rate and ``accuracy`` in percent."""
+    return reported(runs).with_columns(
+        factor=pl.col("label").cast(pl.Float64), accuracy=100 * pl.col("test_metric").cast(pl.Float64)
     )
 
 
 def _median_loss(cell: pl.DataFrame) -> float:
-    """That of the held-out examples; infinite where half of the runs have none."""
+    """The median held-out loss; losses that are not finite count as infinite."""
     losses = cell["test_loss"].cast(pl.Float64).to_numpy()
     return float(np.median(np.where(np.isfinite(losses), losses, np.inf)))
 
 
 class Gap(NamedTuple):
-    """How far ``auto_lr`` is below the best of cosine, on a task with an optimizer."""
+    """The gap between ``auto_lr`` and cosine from its best initial rate, for one task and optimizer."""
 
     task: str
     optimizer: str
-    ours: float  # factor of the initial rate at which auto_lr is worst
-    measure: float  # factor at which cosine is best
-    best: float  # accuracy of cosine there, percent; the median of the seeds
-    worst: float  # points that the worst of auto_lr is below; negative where it is above
-    loss: float  # the greatest held-out loss of auto_lr over the least of cosine
-    middle: float  # points that its median over the initial rates is below, mean over seeds
-    middle_low: float  # the ends of the 95% confidence interval of that, over seeds
+    rule_factor: float  # of the initial rate from which auto_lr is worst
+    baseline_factor: float  # of the initial rate from which cosine is best
+    best: float  # median accuracy of cosine from there, percent
+    worst: float  # best minus the median accuracy of auto_lr from rule_factor, percentage points
+    loss: float  # maximum held-out loss of auto_lr over the minimum of cosine
+    middle: float  # best minus auto_lr's median over the initial rates, mean over seeds, percentage points
+    middle_low: float  # its 95% confidence interval over seeds
     middle_high: float
 
 
 def gaps(runs: pl.DataFrame) -> list[Gap]:
-    """One for each pair of a task and an optimizer, from rows as :func:`summarize` takes them."""
+    """The gap of each pair of a task and an optimizer, from the same rows as :func:`summarize`."""
     result = []
     every = _with_factors(runs)
     for (task, optimizer), table in summarize(runs).group_by(["task", "optimizer"], maintain_order=True):
-        ours = table.filter(schedule=OURS).sort("accuracy")
-        measure = table.filter(schedule=MEASURE).sort("accuracy")
-        best = measure["factor"][-1]
+        rule = table.filter(schedule=RULE).sort("accuracy")
+        baseline = table.filter(schedule=BASELINE).sort("accuracy")
+        best = baseline["factor"][-1]
         own = every.filter(task=task, optimizer=optimizer)
-        median = own.filter(schedule=OURS).group_by("seed").agg(ours=pl.col("accuracy").median())
-        pairs = median.join(own.filter(schedule=MEASURE, factor=best), on="seed")
-        below = (pairs["accuracy"] - pairs["ours"]).to_numpy()
+        median = own.filter(schedule=RULE).group_by("seed").agg(rule=pl.col("accuracy").median())
+        pairs = median.join(own.filter(schedule=BASELINE, factor=best), on="seed")
+        below = (pairs["accuracy"] - pairs["rule"]).to_numpy()
         result.append(
             Gap(
                 task,
                 optimizer,
-                ours=ours["factor"][0],
-                measure=best,
-                best=measure["accuracy"][-1],
-                worst=measure["accuracy"][-1] - ours["accuracy"][0],
-                loss=_ratio(ours["test_loss"].max(), measure["test_loss"].min()),
+                rule_factor=rule["factor"][0],
+                baseline_factor=best,
+                best=baseline["accuracy"][-1],
+                worst=baseline["accuracy"][-1] - rule["accuracy"][0],
+                loss=_ratio(rule["test_loss"].max(), baseline["test_loss"].min()),
                 middle=float(below.mean()),
                 **dict(zip(("middle_low", "middle_high"), confidence_interval(below), strict=True)),
             )
@@ -219,15 +225,15 @@ def gaps(runs: pl.DataFrame) -> list[Gap]:
     return result
 
 
-def _ratio(loss: float, least: float) -> float:
-    """How many times ``least`` a loss is, none of them negative; infinite above a loss of 0."""
-    if least > 0:
-        return loss / least
-    return 1.0 if loss == least else float("inf")
+def _ratio(loss: float, minimum: float) -> float:
+    """``loss / minimum`` for losses >= 0; for a minimum of 0 it is 1 if both are 0 and infinite otherwise."""
+    if minimum > 0:
+        return loss / minimum
+    return 1.0 if loss == minimum else float("inf")
 
 
-def verdict(every: list[Gap]) -> str:
-    """How often ``auto_lr`` at its worst, and in the middle, is as good as cosine at its best rate."""
+def conclude(every: list[Gap]) -> str:
+    """How often ``auto_lr`` from its worst and its median initial rate equals cosine from its best one."""
     sentences = []
     for name, is_development in (("development tasks", True), ("other tasks", False)):
         own = [gap for gap in every if (gap.task in DEVELOPMENT) == is_development]
@@ -238,48 +244,49 @@ def verdict(every: list[Gap]) -> str:
         either = [a or b for a, b in zip(near, near_by_loss, strict=True)]
         not_below = [not gap.middle_low > 0 for gap in own]
         sentences.append(
-            f"Of {len(own)} pairs of the {name}, the worst of auto_lr over the {len(FACTORS)} initial "
-            f"rates is within {TOLERANCE:g} points of cosine at its best rate on {sum(near)} (largest gap "
-            f"{max(gap.worst for gap in own):.1f}), its held-out loss within {LOSS_TOLERANCE - 1:.0%} of "
-            f"cosine's least on {sum(near_by_loss)}, and one or the other holds on {sum(either)}; its median "
-            "over the rates is not below cosine at its best rate by more than the 95% confidence interval on "
-            f"{sum(not_below)} (largest mean gap {max(gap.middle for gap in own):.1f} points)."
+            f"Over {len(own)} pairs of the {name}, the worst accuracy of auto_lr over the {len(FACTORS)} "
+            f"initial rates is within {TOLERANCE:g} points of cosine at its best rate for {sum(near)} "
+            f"(maximum gap {max(gap.worst for gap in own):.1f}), its held-out loss is within "
+            f"{LOSS_TOLERANCE - 1:.0%} of the minimum of cosine for {sum(near_by_loss)}, and at least one "
+            f"of them holds for {sum(either)}. Its median over the rates is not significantly (95%) below "
+            f"cosine at its best rate for {sum(not_below)} (maximum mean gap "
+            f"{max(gap.middle for gap in own):.1f} points)."
         )
     return " ".join(sentences)
 
 
-def explain(runs: pl.DataFrame, failures: list[Gap]) -> str:
-    """How the rate of ``auto_lr`` went where it fails, beside that of cosine from its best initial rate."""
+def explain(runs: pl.DataFrame, large: list[Gap]) -> str:
+    """The learning rate of ``auto_lr`` for the gaps above the tolerance, relative to that of cosine."""
     every = _with_factors(runs)
     sentences = []
-    for gap in failures:
+    for gap in large:
         own = every.filter(task=gap.task, optimizer=gap.optimizer)
-        ours, measure = (
+        rule, baseline = (
             np.stack(own.filter(schedule=schedule, factor=factor)["rate"].to_list()).astype(float)
-            for schedule, factor in ((OURS, gap.ours), (MEASURE, gap.measure))
+            for schedule, factor in ((RULE, gap.rule_factor), (BASELINE, gap.baseline_factor))
         )
-        searched = ours.shape[1] // 3  # the search is over by then
-        at, highest = np.median(ours[:, searched]), np.median(ours[:, searched:].max(axis=1))
-        first, there = np.median(measure.max(axis=1)), np.median(measure[:, searched])
+        third = rule.shape[1] // 3  # the search has ended by then
+        at, highest = np.median(rule[:, third]), np.median(rule[:, third:].max(axis=1))
+        peak, there = np.median(baseline.max(axis=1)), np.median(baseline[:, third])
         sentences.append(
-            f"{gap.task}, {gap.optimizer}, x{gap.ours:g}: {gap.worst:.1f} points below. A third of the way "
-            f"its rate is {at / there:.2g} times that of cosine, and from there on at most "
-            f"{highest / first:.2g} times cosine's highest. Its held-out loss is at worst {gap.loss:.2f} "
-            f"times cosine's least."
+            f"{gap.task}, {gap.optimizer}, x{gap.rule_factor:g}: {gap.worst:.1f} points below. After a "
+            f"third of the steps its learning rate is {at / there:.2g} times that of cosine; the maximum "
+            f"from then on is {highest / peak:.2g} times the maximum of cosine. Its maximum held-out loss "
+            f"is {gap.loss:.2f} times the minimum of cosine."
         )
     return " ".join(sentences)
 
 
-_GAPS = f"{OURS} from its worst initial rate beside {MEASURE} from its best one"
+_GAPS = f"{RULE} from its worst initial rate and {BASELINE} from its best one"
 
 
 def _gap_cells(every: list[Gap]) -> tuple[tuple[str, ...], list[list[str]]]:
-    """Headers and rows of the table that the verdict is of."""
+    """Headers and rows of the table of gaps."""
     headers = (
         "task",
         "optimizer",
-        f"{MEASURE}, %",
-        f"{OURS}, %",
+        f"{BASELINE}, %",
+        f"{RULE}, %",
         "points below",
         "loss ratio",
         "median below",
@@ -293,7 +300,7 @@ def _gap_cells(every: list[Gap]) -> tuple[tuple[str, ...], list[list[str]]]:
 
 
 def _cells(table: pl.DataFrame) -> list[tuple[str, str, list[list[str]]]]:
-    """For each task and optimizer the rows of the printed table: a schedule and its accuracies."""
+    """For each task and optimizer the rows of the printed table, a schedule with its accuracies."""
     result = []
     for (task, optimizer), part in table.group_by(["task", "optimizer"], maintain_order=True):
         rows = []
@@ -305,9 +312,9 @@ def _cells(table: pl.DataFrame) -> list[tuple[str, str, list[list[str]]]]:
 
 
 def _shown(part: pl.DataFrame) -> list[str]:
-    """The schedules that there are runs of, in the order of the legend."""
-    there = set(part["schedule"])
-    return [schedule for schedule in LOOKS if schedule in there]
+    """The schedules of the rows, in the order of :data:`SCHEDULES`."""
+    present = set(part["schedule"])
+    return [schedule for schedule in SCHEDULES if schedule in present]
 
 
 _HEADERS = ("schedule", *(f"x{factor:g}" for factor in FACTORS), "worst")
@@ -324,48 +331,44 @@ def draw(table: pl.DataFrame, title: str) -> plt.Figure:
     figure, panels = drawing.panels(len(parts), len(OPTIMIZERS), sharey=True)
     for axes, ((task, optimizer), part) in zip(panels, parts, strict=True):
         for schedule in _shown(part):
-            color, line = LOOKS[schedule]
+            entry = REGISTRY[schedule]
             own = part.filter(pl.col("schedule") == schedule).sort("factor")
-            look = {"color": color, "ls": line, "lw": 2.4 if schedule == OURS else 1.4}
-            axes.plot(own["factor"], own["accuracy"], marker="o", ms=3, label=schedule, **look)
-            if schedule in (OURS, MEASURE):
-                axes.fill_between(
-                    own["factor"], own["accuracy_low"], own["accuracy_high"], color=color, alpha=0.12, lw=0
-                )
+            style = {**entry.look.matplotlib(), "lw": 2.4 if schedule == RULE else 1.4}
+            axes.plot(own["factor"], own["accuracy"], marker="o", ms=3, label=entry.label, **style)
+            if schedule in (RULE, BASELINE):
+                band = own["accuracy_low"], own["accuracy_high"]
+                axes.fill_between(own["factor"], *band, color=entry.look.color, alpha=0.12, lw=0)
         axes.set_xscale("log")
         axes.set_title(f"{task}, {optimizer}", fontsize=10)
         axes.set_xlabel("initial rate / best rate")
         axes.set_ylabel("test accuracy, %")
     drawing.add_legend(figure, panels[0], columns=8)
-    bands = f"band of {OURS} and {MEASURE}: least to greatest"
+    bands = f"band of {RULE} and {BASELINE}: minimum to maximum"
     figure.suptitle(f"{title}; line: median, {bands}", fontsize=12)
     return figure
 
 
-def draw_failures(runs: pl.DataFrame, failures: list[Gap]) -> plt.Figure:
-    """Loss and rate of all seeds where it fails, beside those of cosine at its best rate."""
+def draw_large(runs: pl.DataFrame, large: list[Gap]) -> plt.Figure:
+    """Loss and learning rate of all seeds for the gaps above the tolerance, with those of cosine."""
     every = _with_factors(runs)
-    figure, panels = drawing.panels(2 * len(failures), 2)
-    for failure, pair in zip(failures, zip(panels[::2], panels[1::2], strict=True), strict=True):
-        for schedule, factor in ((OURS, failure.ours), (MEASURE, failure.measure)):
-            cell = every.filter(
-                task=failure.task, optimizer=failure.optimizer, schedule=schedule, factor=factor
-            )
+    figure, panels = drawing.panels(2 * len(large), 2)
+    for gap, pair in zip(large, zip(panels[::2], panels[1::2], strict=True), strict=True):
+        for schedule, factor in ((RULE, gap.rule_factor), (BASELINE, gap.baseline_factor)):
+            cell = every.filter(task=gap.task, optimizer=gap.optimizer, schedule=schedule, factor=factor)
             for number, run in enumerate(cell.iter_rows(named=True)):
                 for axes, name in zip(pair, ("loss", "rate"), strict=True):
-                    seen = np.array(run[name], float)
+                    values = np.array(run[name], float)
                     label = f"{schedule}, x{factor:g}" if number == 0 else None
-                    percent = drawing.percent_of_steps(len(seen))
-                    axes.plot(percent, seen, color=LOOKS[schedule][0], lw=1, alpha=0.7, label=label)
+                    percent = drawing.percent_of_steps(len(values))
+                    color = REGISTRY[schedule].look.color
+                    axes.plot(percent, values, color=color, lw=1, alpha=0.7, label=label)
         for axes, name in zip(pair, ("training loss", "learning rate"), strict=True):
             axes.set_yscale("log")
-            axes.set_title(
-                f"{failure.task}, {failure.optimizer}: {failure.worst:.1f} points below", fontsize=10
-            )
+            axes.set_title(f"{gap.task}, {gap.optimizer}: {gap.worst:.1f} points below", fontsize=10)
             axes.set_xlabel("% of the steps")
             axes.set_ylabel(name)
             axes.legend(fontsize=8)
-    figure.suptitle("Where the worst of auto_lr is not near the best of cosine", fontsize=12)
+    figure.suptitle(f"{RULE} more than {TOLERANCE:g} points below the best of {BASELINE}", fontsize=12)
     return figure
 
 
@@ -375,10 +378,9 @@ def _sections(table: pl.DataFrame) -> list[html.Section]:
         part = table.filter((pl.col("task") == task) & (pl.col("optimizer") == optimizer))
         curves = []
         for schedule in _shown(part):
-            color, line = LOOKS[schedule]
+            entry = REGISTRY[schedule]
             own = part.filter(pl.col("schedule") == schedule).sort("factor")
-            style = {"color": color, "dash": {"-": "solid", "--": "dash", ":": "dot"}[line]}
-            curves.append(html.Curve(schedule, own["factor"], own["accuracy"], style))
+            curves.append(html.Curve(entry.label, own["factor"], own["accuracy"], entry.look.plotly()))
         figure = html.line_figure(curves, "initial rate / best rate", "test accuracy, %", x_log=True)
         sections.append(html.Section(f"{task}, {optimizer}", "", [figure, html.Table(_HEADERS, rows)]))
     return sections

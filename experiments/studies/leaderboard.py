@@ -1,10 +1,11 @@
-"""All rules and strong peers from Optax over all tasks, each with its default settings and nothing tuned.
+"""All rules and strong baselines from Optax on all tasks, each with its default settings and nothing tuned.
 
-As in AlgoPerf (G. Dahl et al., "Benchmarking Neural Network Training Algorithms", 2023) a task has a target,
-a submission is timed until it reaches it, and submissions are compared by performance profiles: for each
-factor tau the fraction of tasks on which a submission is at most tau times slower than the fastest one there.
-The score is the area under the profile from 1 to 4. The target is the held-out loss of AdamW with a cosine
-schedule, its rate the best of a grid on seeds that are not reported, after three quarters of the steps.
+As in AlgoPerf (G. Dahl et al., "Benchmarking Neural Network Training Algorithms", 2023), every task has a
+target, each submission is timed until it reaches the target, and submissions are compared by performance
+profiles: for each factor tau, the fraction of tasks on which a submission takes at most tau times as long as
+the fastest submission. The score is the area under the profile from 1 to 4. The target is the held-out loss
+of AdamW with a cosine schedule after three quarters of the steps, with the best learning rate of a grid on
+seeds that are not reported.
 """
 
 from typing import Any, NamedTuple
@@ -14,43 +15,48 @@ import numpy as np
 import polars as pl
 
 from experiments.reporting import drawing, html
+from experiments.reporting.palette import Look
 from experiments.reporting.tables import print_table
 from experiments.studies.base import Job, Sweep, publish
 from experiments.studies.tuning import TUNING_SEEDS, reported
 from experiments.training.engine import RunSpec, Settings, make_specs
+from experiments.training.schedules import SCHEDULES
 from experiments.training.sweep import Group
 
 
 class Submission(NamedTuple):
-    """What is timed: an optimizer with a schedule or rule, from a default initial rate."""
+    """An optimizer with a schedule or rule and its default initial learning rate."""
 
     name: str
     optimizer: str
     schedule: str
     learning_rate: float
-    color: str
-    dash: str = "-"
+
+    @property
+    def look(self) -> Look:
+        """Its colour and line style in figures: those of the schedule."""
+        return SCHEDULES[self.schedule].look
 
 
-# 0.001 is the default rate of Adam in its paper, PyTorch and Keras; the peers have their own defaults.
+# 0.001 is the default of Adam in its paper, PyTorch and Keras; the baselines have their own defaults.
 SUBMISSIONS = (
-    Submission("AdamW, constant", "adamw", "constant", 1e-3, drawing.SKY),
-    Submission("AdamW, cosine", "adamw", "cosine", 1e-3, drawing.BLUE),
-    Submission("AdamW, plateau", "adamw", "plateau", 1e-3, drawing.GREY),
-    Submission("AdamW, GreedyLR", "adamw", "GreedyLR", 1e-3, drawing.RED),
-    Submission("AdamW, hypergradient", "adamw", "hypergradient", 1e-3, drawing.ORANGE),
-    Submission("AdamW, LRTuner", "adamw", "LRTuner", 1e-3, drawing.YELLOW),
-    Submission("AdamW, polling", "adamw", "polling", 1e-3, drawing.GREEN),
-    Submission("schedule-free AdamW", "adamw", "schedule-free", 2.5e-3, drawing.PINK, "--"),
-    Submission("Prodigy", "adamw", "prodigy", 1.0, drawing.BLACK, "--"),
-    Submission("Mechanic, AdamW", "adamw", "mechanic", 1.0, drawing.ORANGE, "--"),
-    Submission("MoMo-Adam", "adamw", "momo", 1e-2, drawing.GREEN, "--"),
-    Submission("SGD, Armijo", "sgd", "Armijo", 1.0, drawing.BLUE, "--"),
+    Submission("AdamW, constant", "adamw", "constant", 1e-3),
+    Submission("AdamW, cosine", "adamw", "cosine", 1e-3),
+    Submission("AdamW, plateau", "adamw", "plateau", 1e-3),
+    Submission("AdamW, GreedyLR", "adamw", "GreedyLR", 1e-3),
+    Submission("AdamW, hypergradient", "adamw", "hypergradient", 1e-3),
+    Submission("AdamW, LRTuner", "adamw", "LRTuner", 1e-3),
+    Submission("AdamW, polling", "adamw", "polling", 1e-3),
+    Submission("schedule-free AdamW", "adamw", "schedule-free", 2.5e-3),
+    Submission("Prodigy", "adamw", "prodigy", 1.0),
+    Submission("Mechanic, AdamW", "adamw", "mechanic", 1.0),
+    Submission("MoMo-Adam", "adamw", "momo", 1e-2),
+    Submission("SGD, Armijo", "sgd", "Armijo", 1.0),
 )
-GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # of the cosine schedule that sets the targets
+GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # of the cosine schedule that defines the targets
 EVALUATIONS = 20
 _TARGET_AT = 3 * EVALUATIONS // 4 - 1
-GREATEST_FACTOR = 4.0  # as in AlgoPerf
+MAX_FACTOR = 4.0  # as in AlgoPerf
 _FUNCTIONS = ("quadratic-10", "quadratic-1000", "rosenbrock", "rastrigin", "ackley")
 _SMALL = ("digits-mlp", "mnist1d-mlp", "digits", "digits-vit", "tagging", "translation-fr")
 PRESETS: dict[str, dict[str, Any]] = {
@@ -73,29 +79,29 @@ PRESETS: dict[str, dict[str, Any]] = {
         "seeds": 5,
     },
 }
-MEASURES = {"steps": "steps to the target", "seconds": "time to the target"}
+COSTS = {"steps": "steps to the target", "seconds": "time to the target"}
 
 
 def run(job: Job) -> None:
-    """Trains all runs, and leaves rows, tables, figures and report; goes on where it stopped."""
+    """Trains all runs and writes rows, tables, figures and report; resumes an interrupted job."""
     chosen = PRESETS[job.preset]
     groups = []
     for task in chosen["tasks"]:
         for optimizer in ("adamw", "sgd"):
             specs = make_specs(("cosine",), GRID, TUNING_SEEDS) if optimizer == "adamw" else []
             specs += [
-                RunSpec(each.schedule, each.learning_rate, seed)
+                RunSpec(each.schedule, each.learning_rate, seed, label=each.name)
                 for each in SUBMISSIONS
                 if each.optimizer == optimizer
                 for seed in range(chosen["seeds"])
             ]
             groups.append(Group(task, optimizer, specs))
-    described = {"preset": chosen, "submissions": [each[:4] for each in SUBMISSIONS], "grid": GRID}
+    described = {"preset": chosen, "submissions": SUBMISSIONS, "grid": GRID}
     sweep = Sweep(job, Settings(chosen["steps"], EVALUATIONS), described)
     sweep.train(groups)
     runs = sweep.finish()
 
-    measured = measure(runs)
+    measured = time_to_target(runs)
     table = summarize(measured)
     scores = "Scores: area under the performance profile from 1 to 4"
     print_table(job.console, scores, _HEADERS, _cells(table))
@@ -105,18 +111,18 @@ def run(job: Job) -> None:
         job,
         "Leaderboard",
         f"{len(chosen['tasks'])} tasks, {chosen['steps']} steps, {chosen['seeds']} seeds, default settings, "
-        "nothing tuned. Target: the held-out loss of AdamW with a cosine schedule and a tuned rate after 75% "
-        "of the steps; it is looked at every 5% of the steps. Times are of this machine, in which runs share "
-        "its cores; steps do not count what a step costs.",
+        "nothing tuned. Target: the held-out loss of AdamW with a cosine schedule and a tuned initial rate "
+        "after 75% of the steps; evaluated every 5% of the steps. Times are of this machine, whose cores "
+        "the runs share; numbers of steps ignore the cost of a step.",
         tables={"scores": table, "tasks": tasks},
         figures={"profiles": draw(measured)},
         sections=_sections(measured, table, tasks),
-        recomputed_by="experiments.studies.leaderboard.measure (a row a run), then summarize and by_task",
+        recomputed_by="experiments.studies.leaderboard.time_to_target, then summarize and by_task",
     )
 
 
 def targets(runs: pl.DataFrame) -> dict[str, float]:
-    """The held-out loss to be reached, for each task."""
+    """The target of each task, a held-out loss."""
     tuned = runs.filter(pl.col("seed").is_in(TUNING_SEEDS))
     result = {}
     for (task,), cell in tuned.group_by(["task"], maintain_order=True):
@@ -129,25 +135,24 @@ def targets(runs: pl.DataFrame) -> dict[str, float]:
     return result
 
 
-def measure(runs: pl.DataFrame) -> pl.DataFrame:
-    """One row a run of a submission.
+def time_to_target(runs: pl.DataFrame) -> pl.DataFrame:
+    """One row per run of a submission.
 
     Args:
-      runs: as ``runs.parquet`` holds them.
+      runs: the rows of ``runs.parquet``.
 
     Returns:
       A frame with ``submission``, ``task``, ``seed``, ``steps`` (the fraction of the steps after which the
-      target is reached) and ``seconds`` (the time until then); infinite if it never is.
+      target is reached) and ``seconds`` (the time until then); infinite if it is not reached.
     """
     goal, rows = targets(runs), []
-    names = {(each.optimizer, each.schedule, each.learning_rate): each.name for each in SUBMISSIONS}
     for row in reported(runs).iter_rows(named=True):
         history = np.array(row["test_losses"], float)
         reached = np.flatnonzero(history <= goal[row["task"]])
         steps = (reached[0] + 1) / len(history) if len(reached) else np.inf
         rows.append(
             {
-                "submission": names[row["optimizer"], row["schedule"], row["learning_rate"]],
+                "submission": row["label"],
                 "task": row["task"],
                 "seed": row["seed"],
                 "steps": float(steps),
@@ -158,22 +163,22 @@ def measure(runs: pl.DataFrame) -> pl.DataFrame:
 
 
 def by_task(measured: pl.DataFrame) -> pl.DataFrame:
-    """Medians over the seeds of each submission and task, as :func:`measure` names them."""
+    """Medians over the seeds of each submission and task, with the columns of :func:`time_to_target`."""
     return measured.group_by(["submission", "task"], maintain_order=True).agg(
         pl.col("steps").median(), pl.col("seconds").median()
     )
 
 
 def profile(times: np.ndarray, factors: np.ndarray) -> np.ndarray:
-    """AlgoPerf's performance profiles.
+    """Performance profiles as defined by AlgoPerf.
 
     Args:
-      times: to the target, shape (submissions, tasks); infinite if it was not reached.
-      factors: at which to look, shape (factors,), >= 1.
+      times: times to the target, shape (submissions, tasks); infinite if it was not reached.
+      factors: shape (factors,), >= 1.
 
     Returns:
       Shape (submissions, factors): the fraction of tasks on which a submission took at most that many times
-      as long as the fastest one. A task whose target nobody reached counts against all.
+      as long as the fastest one. A task whose target no submission reached counts against all.
 
     Examples:
       >>> profile(np.array([[1.0, 4.0, np.inf], [2.0, 2.0, np.inf]]), np.array([1.0, 2.0]))
@@ -184,7 +189,7 @@ def profile(times: np.ndarray, factors: np.ndarray) -> np.ndarray:
 
 
 def _ratios(times: np.ndarray) -> np.ndarray:
-    """Times over the fastest one's of each task; infinite where nobody reached the target."""
+    """Times divided by the shortest time of each task; infinite if no submission reached the target."""
     fastest = times.min(axis=0)
     solved = np.isfinite(fastest)
     return np.where(solved, times / np.where(solved, fastest, 1.0), np.inf)
@@ -197,17 +202,17 @@ def score(times: np.ndarray) -> np.ndarray:
       >>> score(np.array([[1.0, 1.0], [2.0, 9.0]])).round(3)
       array([1.   , 0.333])
     """
-    return (np.clip(GREATEST_FACTOR - _ratios(times), 0, None) / (GREATEST_FACTOR - 1)).mean(axis=1)
+    return (np.clip(MAX_FACTOR - _ratios(times), 0, None) / (MAX_FACTOR - 1)).mean(axis=1)
 
 
-def _times(measured: pl.DataFrame, measure_name: str) -> np.ndarray:
+def _times(measured: pl.DataFrame, cost: str) -> np.ndarray:
     """Medians over seeds, shape (submissions, tasks)."""
     table = by_task(measured)
     tasks = table["task"].unique(maintain_order=True)
     return np.array(
         [
             [
-                table.filter((pl.col("submission") == each.name) & (pl.col("task") == task))[measure_name][0]
+                table.filter((pl.col("submission") == each.name) & (pl.col("task") == task))[cost][0]
                 for task in tasks
             ]
             for each in SUBMISSIONS
@@ -219,13 +224,13 @@ def summarize(measured: pl.DataFrame) -> pl.DataFrame:
     """One row for each submission, the best score by time first.
 
     Returns:
-      A frame with ``submission``; ``score_steps`` and ``score_seconds`` of the medians over seeds, and the
-      same of each seed alone, least and greatest (``score_steps_low``, ``score_steps_high``, ...);
+      A frame with ``submission``; ``score_steps`` and ``score_seconds`` of the medians over seeds, with the
+      minimum and maximum over single seeds (``score_steps_low``, ``score_steps_high``, ...);
       ``reached``: the percent of tasks whose target it reached.
     """
     seeds = measured["seed"].unique(maintain_order=True)
     columns: dict[str, Any] = {"submission": [each.name for each in SUBMISSIONS]}
-    for name in MEASURES:
+    for name in COSTS:
         alone = np.array([score(_times(measured.filter(pl.col("seed") == seed), name)) for seed in seeds])
         columns[f"score_{name}"] = score(_times(measured, name))
         columns[f"score_{name}_low"], columns[f"score_{name}_high"] = alone.min(axis=0), alone.max(axis=0)
@@ -261,15 +266,15 @@ def _task_cells(tasks: pl.DataFrame) -> list[list[str]]:
 
 def draw(measured: pl.DataFrame) -> plt.Figure:
     """Performance profiles, by steps and by time."""
-    factors = np.linspace(1, GREATEST_FACTOR, 301)
-    figure, panels = drawing.panels(len(MEASURES), len(MEASURES), width=6, height=4.4)
-    for axes, (name, title) in zip(panels, MEASURES.items(), strict=True):
+    factors = np.linspace(1, MAX_FACTOR, 301)
+    figure, panels = drawing.panels(len(COSTS), len(COSTS), width=6, height=4.4)
+    for axes, (name, title) in zip(panels, COSTS.items(), strict=True):
         curves = profile(_times(measured, name), factors)
         for each, curve in zip(SUBMISSIONS, curves, strict=True):
-            width = 2.4 if "GreedyLR" in each.name else 1.4
-            axes.plot(factors, curve, color=each.color, ls=each.dash, lw=width, label=each.name)
+            width = 2.4 if each.schedule == "GreedyLR" else 1.4
+            axes.plot(factors, curve, **each.look.matplotlib(), lw=width, label=each.name)
         axes.set_title(title, fontsize=10)
-        axes.set_xlabel("times the fastest")
+        axes.set_xlabel("factor of the shortest time")
         axes.set_ylabel("fraction of tasks")
         axes.set_ylim(-0.02, 1.02)
     drawing.add_legend(figure, panels[0], columns=4)
@@ -278,21 +283,16 @@ def draw(measured: pl.DataFrame) -> plt.Figure:
 
 
 def _sections(measured: pl.DataFrame, table: pl.DataFrame, tasks: pl.DataFrame) -> list[html.Section]:
-    factors = np.linspace(1, GREATEST_FACTOR, 301)
+    factors = np.linspace(1, MAX_FACTOR, 301)
     sections = [
         html.Section("Scores", "Area under the profile from 1 to 4.", [html.Table(_HEADERS, _cells(table))])
     ]
-    for name, title in MEASURES.items():
+    for name, title in COSTS.items():
         curves = [
-            html.Curve(
-                each.name,
-                factors,
-                curve,
-                {"color": each.color, "dash": "solid" if each.dash == "-" else "dash"},
-            )
+            html.Curve(each.name, factors, curve, each.look.plotly())
             for each, curve in zip(SUBMISSIONS, profile(_times(measured, name), factors), strict=True)
         ]
-        figure = html.line_figure(curves, "times the fastest", "fraction of tasks")
+        figure = html.line_figure(curves, "factor of the shortest time", "fraction of tasks")
         sections.append(html.Section(f"Profiles: {title}", "", [figure]))
     each_task = html.Table(_task_headers(tasks), _task_cells(tasks))
     sections.append(html.Section("Steps to the target, % of all", "-: not reached.", [each_task]))

@@ -1,10 +1,10 @@
-"""Tables 1 to 4 of "LRTuner: A Learning Rate Tuner for Deep Neural Networks", in small: hand-made schedules
-against LRTuner, and the steps that it saves.
+"""Tables 1 to 4 of "LRTuner: A Learning Rate Tuner for Deep Neural Networks" on small tasks: LRTuner against
+hand-tuned schedules, and the steps that it saves.
 
 The paper trains ResNets on ImageNet and CIFAR-10 with momentum and a step schedule, fine-tunes BERT on SQuAD
 with AdamW and a linear one, and trains a transformer on IWSLT with Adam, warmup and an inverse square root.
-Here are the same pairs on our tasks. As in the paper, LRTuner starts from the baseline's initial rate; that
-of the baseline is the best of a grid on seeds that are not reported.
+This study has the same pairs on its own tasks. As in the paper, LRTuner starts from the baseline's initial
+rate, which is the best of a grid on seeds that are not reported.
 """
 
 from typing import Any, NamedTuple
@@ -21,12 +21,12 @@ from experiments.studies.tuning import TUNING_SEEDS, best_rates, reported
 from experiments.training.engine import Settings, make_specs
 from experiments.training.sweep import Group
 
-OURS = "LRTuner"
+RULE = "LRTuner"
 EVALUATIONS = 20
 
 
 class Case(NamedTuple):
-    """A table of the paper, and what stands for it here."""
+    """A table of the paper and its counterpart in this study."""
 
     table: str
     paper: str  # what the paper reports
@@ -77,7 +77,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def run(job: Job) -> None:
-    """Trains all runs, and leaves rows, table, figure and report; goes on where it stopped."""
+    """Trains all runs and writes rows, table, figure and report; resumes an interrupted job."""
     chosen = PRESETS[job.preset]
     sweep = Sweep(job, Settings(chosen["steps"], EVALUATIONS), {"preset": chosen, "cases": CASES})
     tuning = [
@@ -89,20 +89,25 @@ def run(job: Job) -> None:
         Group(
             case.task,
             case.optimizer,
-            make_specs((case.schedule, OURS), (best[case.task, case.optimizer],), range(chosen["seeds"])),
+            make_specs(
+                (case.schedule, RULE),
+                (best[case.task, case.optimizer],),
+                range(chosen["seeds"]),
+                label=f"Table {case.table}",
+            ),
         )
         for case in CASES
     ]
     sweep.train(groups, keep_programs=True)
     runs = sweep.finish()
     table = summarize(runs)
-    print_table(job.console, "LRTuner against hand-made schedules", _HEADERS, _cells(table), left=4)
+    print_table(job.console, "LRTuner against hand-tuned schedules", _HEADERS, _cells(table), left=4)
     publish(
         job,
-        "LRTuner against hand-made schedules",
-        f"{chosen['steps']} steps, {chosen['seeds']} seeds, mean (standard deviation). Steps saved: how much "
-        "earlier LRTuner's held-out metric, looked at every 5% of the steps, reaches the baseline's "
-        "final one for good (mean over seeds), in percent of all steps; none if it never does.",
+        "LRTuner against hand-tuned schedules",
+        f"{chosen['steps']} steps, {chosen['seeds']} seeds, mean (standard deviation). Steps saved: steps "
+        "before the end, in percent of all steps, at which LRTuner's held-out metric (mean over seeds, "
+        "evaluated every 5% of the steps) permanently reaches the baseline's final one; none if it does not.",
         tables={"table": table},
         figures={"histories": draw(runs)},
         sections=_sections(runs, table),
@@ -122,9 +127,9 @@ def summarize(runs: pl.DataFrame) -> pl.DataFrame:
     """
     rows = []
     for case in CASES:
-        cell = reported(runs).filter(pl.col("task") == case.task)
+        cell = reported(runs).filter(pl.col("label") == f"Table {case.table}")
         baseline = cell.filter(pl.col("schedule") == case.schedule).sort("seed")
-        for schedule in (case.schedule, OURS):
+        for schedule in (case.schedule, RULE):
             own = cell.filter(pl.col("schedule") == schedule).sort("seed")
             losses = np.array([stage_losses(np.array(loss, float))[100] for loss in own["loss"].to_list()])
             differences = 100 * (own["test_metric"] - baseline["test_metric"]).to_numpy()
@@ -149,13 +154,13 @@ def summarize(runs: pl.DataFrame) -> pl.DataFrame:
     return pl.DataFrame(rows, infer_schema_length=None)
 
 
-def saved(ours: pl.DataFrame, baseline: pl.DataFrame) -> float | None:
-    """Percent of the steps saved to reach the baseline's mean final metric for good, by the mean over seeds.
+def saved(own: pl.DataFrame, baseline: pl.DataFrame) -> float | None:
+    """Percent of the steps saved to reach the baseline's final metric permanently, for means over seeds.
 
-    For good: from there on the metric stays at or above it. None if it never is.
+    Permanently: the metric stays at or above it until the end. None if it ends below it.
     """
     target = baseline["test_metric"].mean()
-    history = np.array(ours["test_metrics"].to_list()).mean(axis=0)
+    history = np.array(own["test_metrics"].to_list()).mean(axis=0)
     below = np.flatnonzero(history < target)
     needed = below[-1] + 2 if len(below) else 1
     return 100 * (1 - needed / len(history)) if needed <= len(history) else None
@@ -177,7 +182,7 @@ _HEADERS = (
 def _cells(table: pl.DataFrame) -> list[list[str]]:
     cells = []
     for row in table.iter_rows(named=True):
-        ours = row["schedule"] == OURS
+        is_rule = row["schedule"] == RULE
         steps = "none" if row["saved"] is None else f"{row['saved']:.0f}%"
         cells.append(
             [
@@ -188,15 +193,15 @@ def _cells(table: pl.DataFrame) -> list[list[str]]:
                 f"{row['learning_rate']:g}",
                 f"{row['loss']:.3g} ({row['loss_deviation']:.1g})",
                 f"{row['metric']:.2f} ({row['metric_deviation']:.2f})",
-                interval_text(row, "+.2f") if ours else "",
-                steps if ours else "",
+                interval_text(row, "+.2f") if is_rule else "",
+                steps if is_rule else "",
             ]
         )
     return cells
 
 
 def _means(runs: pl.DataFrame, case: Case, schedule: str, column: str) -> np.ndarray:
-    cell = reported(runs).filter((pl.col("task") == case.task) & (pl.col("schedule") == schedule))
+    cell = reported(runs).filter(label=f"Table {case.table}", schedule=schedule)
     return np.array(cell[column].to_list(), float).mean(axis=0)
 
 
@@ -208,13 +213,13 @@ def draw(runs: pl.DataFrame) -> plt.Figure:
             (("loss", "training loss"), ("test_metrics", "held-out metric"), ("rate", "learning rate"))
         ):
             axes = panels[row * len(CASES) + column]
-            for schedule, color in ((case.schedule, drawing.ORANGE), (OURS, drawing.BLUE)):
+            for schedule, color in ((case.schedule, drawing.ORANGE), (RULE, drawing.BLUE)):
                 values = _means(runs, case, schedule, name)
                 steps = drawing.percent_of_steps(len(values))
                 if name == "loss":
                     width = max(1, len(values) // 20)
                     values, steps = drawing.smooth(values, width), steps[width - 1 :]
-                axes.plot(steps, values, color=color, lw=1.5, label=OURS if schedule == OURS else "baseline")
+                axes.plot(steps, values, color=color, lw=1.5, label=RULE if schedule == RULE else "baseline")
             axes.set_ylabel(title)
             axes.set_xlabel("steps, %")
             if name != "test_metrics":
@@ -238,7 +243,7 @@ def _sections(runs: pl.DataFrame, table: pl.DataFrame) -> list[html.Section]:
             ("rate", "learning rate", True),
         ):
             curves = []
-            for schedule, color in ((case.schedule, drawing.ORANGE), (OURS, drawing.BLUE)):
+            for schedule, color in ((case.schedule, drawing.ORANGE), (RULE, drawing.BLUE)):
                 values = _means(runs, case, schedule, name)
                 if name == "loss":
                     values = drawing.smooth(values, max(1, len(values) // 20))

@@ -1,9 +1,9 @@
 """Table 1 and figures 2 and 3 of "Automated learning rate scheduling with in-training information": factor
-polling against the usual schedules, the number of factors, and the number of batches that score them.
+polling against common schedules, the number of factors, and the number of batches that evaluate them.
 
-The paper trains a ResNet-18 on CIFAR-10 and CIFAR-100 for 100 epochs from a rate of 0.005 and polls once an
-epoch; here the digits networks are trained, with a factor polled at every step. The paper names no optimizer;
-PyTorch's usual one is plain SGD. Its last experiment, an initial rate 200 times too large, is here, too.
+The paper trains a ResNet-18 on CIFAR-10 and CIFAR-100 for 100 epochs from a rate of 0.005 and polls once per
+epoch; this study trains networks on digits and polls at every step. The paper does not name its optimizer;
+this study uses SGD. It includes the paper's last experiment, an initial rate 200 times too large.
 """
 
 from typing import Any
@@ -18,16 +18,16 @@ from experiments.reporting.tables import print_table
 from experiments.studies.base import Job, Sweep, publish
 from experiments.studies.tuning import TUNING_SEEDS, best_rates, reported
 from experiments.training.engine import Settings, make_specs
+from experiments.training.schedules import SCHEDULES as REGISTRY
 from experiments.training.sweep import Group
 
 TASKS = ("digits-resnet", "digits")
 OPTIMIZER = "sgd"
-USUAL = ("constant", "linear", "cosine", "step")
 FACTORS = ("polling-3", "polling-5", "polling")
 BATCHES = ("polling-5", "polling-5-4batches", "polling-5-16batches")
-OURS = "polling-5"  # "our scheduler with 5 factors"
+PAPER_VARIANT = "polling-5"  # "our scheduler with 5 factors"
 # The paper's Table 1, test accuracy on CIFAR-10 in percent.
-PRINTED = {"constant": 83.5, "linear": 85.2, "cosine": 85.0, "step": 84.4, OURS: 87.0}
+PRINTED = {"constant": 83.5, "linear": 85.2, "cosine": 85.0, "step": 84.4, PAPER_VARIANT: 87.0}
 GRID = (0.01, 0.03, 0.1, 0.3, 1.0)
 TOO_LARGE = 200.0
 EVALUATIONS = 20
@@ -35,48 +35,32 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quick": {"steps": 300, "seeds": 3},
     "full": {"steps": 2000, "seeds": 10},
 }
-TITLES = {
-    "constant": "constant",
-    "linear": "linear",
-    "cosine": "cosine",
-    "step": "step",
-    "polling-3": "3 factors",
-    "polling-5": "5 factors",
-    "polling": "7 factors",
-    "polling-5-4batches": "5 factors, 4 batches",
-    "polling-5-16batches": "5 factors, 16 batches",
-}
-COLORS = dict(
-    zip(
-        TITLES,
-        (
-            drawing.SKY,
-            drawing.GREEN,
-            drawing.BLUE,
-            drawing.GREY,
-            drawing.YELLOW,
-            drawing.RED,
-            drawing.ORANGE,
-            drawing.PINK,
-            drawing.BLACK,
-        ),
-        strict=True,
-    )
+SCHEDULES = (
+    "constant",
+    "linear",
+    "cosine",
+    "step",
+    "polling-3",
+    "polling-5",
+    "polling",
+    "polling-5-4batches",
+    "polling-5-16batches",
 )
+BEST, LARGE = "best", f"{TOO_LARGE:g} x best"  # labels of the runs: their initial rate
 
 
 def run(job: Job) -> None:
-    """Trains all runs, and leaves rows, table, figures and report; goes on where it stopped."""
+    """Trains all runs and writes rows, table, figures and report; resumes an interrupted job."""
     chosen = PRESETS[job.preset]
-    sweep = Sweep(job, Settings(chosen["steps"], EVALUATIONS), {"preset": chosen, "schedules": list(TITLES)})
+    sweep = Sweep(job, Settings(chosen["steps"], EVALUATIONS), {"preset": chosen, "schedules": SCHEDULES})
     tuning = [Group(task, OPTIMIZER, make_specs(("cosine",), GRID, TUNING_SEEDS)) for task in TASKS]
     best = best_rates(sweep.train(tuning, keep_programs=True))
     seeds = range(chosen["seeds"])
     groups = []
     for task in TASKS:
         rate = best[task, OPTIMIZER]
-        specs = make_specs(tuple(TITLES), (rate,), seeds)
-        specs += make_specs(("constant", *FACTORS), (TOO_LARGE * rate,), seeds)
+        specs = make_specs(SCHEDULES, (rate,), seeds, label=BEST)
+        specs += make_specs(("constant", *FACTORS), (TOO_LARGE * rate,), seeds, label=LARGE)
         groups.append(Group(task, OPTIMIZER, specs))
     sweep.train(groups, keep_programs=True)
     runs = sweep.finish()
@@ -85,10 +69,10 @@ def run(job: Job) -> None:
     publish(
         job,
         "Factor polling",
-        f"{chosen['steps']} steps, {chosen['seeds']} seeds, {OPTIMIZER}, initial rate: the best of a grid "
-        "for the cosine schedule on seeds that are not reported, and 200 times that. A step with n factors "
-        "costs n forward passes more on each scoring batch; nothing here is corrected for that. Difference: "
-        "from the constant rate, paired by seed.",
+        f"{chosen['steps']} steps, {chosen['seeds']} seeds, {OPTIMIZER}; initial rate: the best of a grid "
+        "for the cosine schedule on seeds that are not reported, and 200 times that rate. A step with n "
+        "factors costs n more forward passes on each evaluation batch; the results are not corrected for "
+        "that. Difference: from the constant rate, paired by seed.",
         tables={"table": table},
         figures={"fig2_factors": draw(runs, FACTORS), "fig3_batches": draw(runs, BATCHES)},
         sections=_sections(runs, table),
@@ -100,12 +84,13 @@ def summarize(runs: pl.DataFrame) -> pl.DataFrame:
     """One row for each task, initial rate and schedule.
 
     Returns:
-      A frame with ``task``, ``start`` (the initial rate over the best), ``schedule``, mean and standard
-      deviation of the final held-out accuracy in percent (``accuracy``, ``deviation``), ``difference`` from
-      the constant rate with its 95% confidence interval, and the mean held-out loss at the end (``loss``).
+      A frame with ``task``, ``start`` (the initial rate: :data:`BEST` or :data:`LARGE`), ``schedule``, mean
+      and standard deviation of the final held-out accuracy in percent (``accuracy``, ``deviation``),
+      ``difference`` from the constant rate with its 95% confidence interval, and the mean held-out loss at
+      the end (``loss``).
     """
-    best, rows = best_rates(runs), []
-    for (task, rate), cell in reported(runs).group_by(["task", "learning_rate"], maintain_order=True):
+    rows = []
+    for (task, start), cell in reported(runs).group_by(["task", "label"], maintain_order=True):
         baseline = cell.filter(pl.col("schedule") == "constant").sort("seed")["test_metric"]
         for (schedule,), own in cell.group_by(["schedule"], maintain_order=True):
             metric = own.sort("seed")["test_metric"]
@@ -114,7 +99,7 @@ def summarize(runs: pl.DataFrame) -> pl.DataFrame:
             rows.append(
                 {
                     "task": task,
-                    "start": rate / best[task, OPTIMIZER],
+                    "start": start,
                     "schedule": schedule,
                     "accuracy": 100 * float(metric.mean()),
                     "deviation": 100 * float(metric.std()),
@@ -142,30 +127,25 @@ def _cells(table: pl.DataFrame) -> list[list[str]]:
     return [
         [
             row["task"],
-            TITLES[row["schedule"]],
-            "best" if row["start"] < TOO_LARGE / 2 else f"{row['start']:.0f} x best",
+            REGISTRY[row["schedule"]].label,
+            row["start"],
             f"{row['accuracy']:.2f} ({row['deviation']:.2f})",
             interval_text(row, "+.2f"),
             f"{row['loss']:.3g}",
-            f"{PRINTED[row['schedule']]}"
-            if row["schedule"] in PRINTED and row["start"] < TOO_LARGE / 2
-            else "",
+            str(PRINTED.get(row["schedule"], "")) if row["start"] == BEST else "",
         ]
         for row in table.iter_rows(named=True)
     ]
 
 
 def _histories(runs: pl.DataFrame, task: str, schedule: str, column: str) -> np.ndarray:
-    """The mean over seeds at the best rate."""
-    rate = best_rates(runs)[task, OPTIMIZER]
-    cell = reported(runs).filter(
-        (pl.col("task") == task) & (pl.col("schedule") == schedule) & (pl.col("learning_rate") == rate)
-    )
+    """The mean history over seeds from the best initial rate."""
+    cell = reported(runs).filter(task=task, schedule=schedule, label=BEST)
     return np.array(cell[column].to_list(), float).mean(axis=0)
 
 
 def draw(runs: pl.DataFrame, schedules: tuple[str, ...]) -> plt.Figure:
-    """Held-out loss above the rate, of the constant schedule and of some variants of polling."""
+    """Held-out loss above learning rate for the constant schedule and some variants of polling."""
     figure, panels = drawing.panels(2 * len(TASKS), len(TASKS), width=5.2, height=3.4)
     for column, task in enumerate(TASKS):
         for row, (name, title) in enumerate((("test_losses", "held-out loss"), ("rate", "learning rate"))):
@@ -173,7 +153,8 @@ def draw(runs: pl.DataFrame, schedules: tuple[str, ...]) -> plt.Figure:
             for schedule in ("constant", *schedules):
                 values = _histories(runs, task, schedule, name)
                 steps = drawing.percent_of_steps(len(values))
-                axes.plot(steps, values, color=COLORS[schedule], lw=1.4, label=TITLES[schedule])
+                entry = REGISTRY[schedule]
+                axes.plot(steps, values, **entry.look.matplotlib(), lw=1.4, label=entry.label)
             axes.set_yscale("log")
             axes.set_title(task, fontsize=10)
             axes.set_xlabel("steps, %")
@@ -189,10 +170,11 @@ def _sections(runs: pl.DataFrame, table: pl.DataFrame) -> list[html.Section]:
         parts: list[Any] = [html.Table(_HEADERS, _cells(table.filter(pl.col("task") == task)))]
         for name, title in (("test_losses", "held-out loss"), ("rate", "learning rate")):
             curves = []
-            for schedule, label in TITLES.items():
+            for schedule in SCHEDULES:
                 values = _histories(runs, task, schedule, name)
                 steps = drawing.percent_of_steps(len(values))
-                curves.append(html.Curve(label, steps, values, {"color": COLORS[schedule]}))
+                entry = REGISTRY[schedule]
+                curves.append(html.Curve(entry.label, steps, values, entry.look.plotly()))
             parts.append(html.line_figure(curves, "steps, %", title, y_log=True))
-        sections.append(html.Section(task, "Curves: from the best rate, mean over seeds.", parts))
+        sections.append(html.Section(task, "Curves: from the best initial rate, mean over seeds.", parts))
     return sections

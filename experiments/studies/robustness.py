@@ -1,8 +1,8 @@
-"""The perturbation study of "Dynamic Learning Rate Scheduling based on Loss Changes": how schedules cope with
-noise on what a rule observes, on the gradients, and with a knock to the parameters.
+"""The perturbation study of "Dynamic Learning Rate Scheduling based on Loss Changes": schedules under noise
+of the observed loss, noise of the gradients, and perturbations of the parameters.
 
-The paper's claims: a lower median loss than the usual schedules, tighter percentile bands, and exceptional
-recovery from perturbations. The noises are described in :mod:`experiments.training.disturbance`.
+The paper claims a lower median loss than common schedules, tighter percentile bands, and exceptional recovery
+from perturbations. The kinds of noise are described in :mod:`experiments.training.disturbance`.
 """
 
 import itertools
@@ -14,15 +14,23 @@ import numpy as np
 import polars as pl
 
 from experiments.reporting import drawing, html
-from experiments.reporting.summary import OURS, confidence_interval, stage_losses
+from experiments.reporting.summary import GREEDYLR, confidence_interval, stage_losses
 from experiments.reporting.tables import print_table
 from experiments.studies.base import Job, Sweep, publish
 from experiments.tasks import make_task
-from experiments.training.disturbance import KINDS, TARGETS, disturbance_inputs, knock_moment, name_of, parse
+from experiments.training.disturbance import (
+    KINDS,
+    TARGETS,
+    disturbance_inputs,
+    name_of,
+    parse,
+    perturbation_step,
+)
 from experiments.training.engine import RunSpec, Settings
+from experiments.training.schedules import SCHEDULES as REGISTRY
 from experiments.training.sweep import Group
 
-SCHEDULES = ("constant", "linear", "cosine", "plateau", OURS)
+SCHEDULES = ("constant", "linear", "cosine", "plateau", GREEDYLR)
 STRENGTHS = (0.1, 0.5, 1.0)
 OPTIMIZER = "sgd"
 PRESETS: dict[str, dict[str, Any]] = {
@@ -39,7 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "steps": 500,
         "seeds": 2,
     },
-    # 8,730 runs, for an accelerator: the paper has 8,100.
+    # 8,730 runs, for an accelerator; the paper has 8,100.
     "full": {
         "tasks": (
             "digits",
@@ -53,22 +61,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         "seeds": 3,
     },
 }
-COLORS = dict(
-    zip(SCHEDULES, (drawing.SKY, drawing.GREEN, drawing.BLUE, drawing.ORANGE, drawing.RED), strict=True)
-)
-_FLOOR = 1e-6  # of the loss at the start: what is below counts as this
-_WINDOW = 10  # steps that a loss is averaged over before it is compared
+_FLOOR = 1e-6  # lower bound of final losses, in units of the initial loss
+_WINDOW = 10  # steps that losses are averaged over
 PERCENTILES = (10, 50, 90)
 
 
 def disturbances() -> list[str]:
-    """All disturbances, and none."""
+    """The names of all disturbances, "none" first."""
     kinds = [kind for kind in KINDS if kind != "none"]
     return ["none", *(name_of(*each) for each in itertools.product(kinds, STRENGTHS, TARGETS))]
 
 
 def run(job: Job) -> None:
-    """Trains all runs, and leaves rows, tables, figures and report; goes on where it stopped."""
+    """Trains all runs and writes rows, tables, figures and report; resumes an interrupted job."""
     chosen = PRESETS[job.preset]
     groups = []
     for task in chosen["tasks"]:
@@ -85,40 +90,40 @@ def run(job: Job) -> None:
     sweep.train(groups)
     runs = sweep.finish()
 
-    measured = measure(runs)
+    measured = run_metrics(runs)
     table = summarize(measured)
     for target in ("undisturbed", *TARGETS):
         print_table(job.console, f"Disturbed: {target}", _HEADERS, _cells(table, target))
     comparison = compare(measured)
-    against = "GreedyLR against each schedule, same task, seed and noise"
+    against = "GreedyLR against each schedule with the same task, seed and noise"
     print_table(job.console, against, _AGAINST, _rows(comparison), left=2)
     publish(
         job,
         "Robustness to noise",
-        f"{len(runs)} runs of {chosen['steps']} steps with {OPTIMIZER}. Final loss: the clean training loss, "
-        "the mean over the last 5% of steps, relative to that of the undisturbed run at a constant rate of "
-        "the same task and seed. Damage: the same relative to the undisturbed run of the same schedule. "
-        f"Recovery: steps after a knock until the loss (mean of {_WINDOW}) is back at what it was before it; "
-        "runs that never do are counted apart. Percentiles are over noises and seeds within a task, and the "
-        "median over tasks is shown.",
+        f"{len(runs)} runs of {chosen['steps']} steps with {OPTIMIZER}. Final loss: the clean training "
+        "loss, the mean over the last 5% of steps, relative to that of the undisturbed run with a constant "
+        "rate and the same task and seed. Damage: the same, relative to the undisturbed run of the same "
+        f"schedule. Recovery: steps after a parameter perturbation until the loss (mean of {_WINDOW} steps) "
+        "is at or below its value before it; runs that never recover are counted separately. Percentiles "
+        "are over noises and seeds within a task; their median over tasks is shown.",
         tables={"table": table, "against": comparison},
         figures={"bands": draw_bands(measured), "recovery": draw_recovery(runs)},
         sections=_sections(runs, measured, table, comparison),
-        recomputed_by="experiments.studies.robustness.measure (a row a run), then summarize and compare",
+        recomputed_by="experiments.studies.robustness.run_metrics, then summarize and compare",
     )
 
 
-def measure(runs: pl.DataFrame) -> pl.DataFrame:
-    """One row a run, with what the study measures.
+def run_metrics(runs: pl.DataFrame) -> pl.DataFrame:
+    """One row per run with its metrics.
 
     Args:
-      runs: as ``runs.parquet`` holds them.
+      runs: the rows of ``runs.parquet``.
 
     Returns:
-      A frame with ``task``, ``schedule``, ``seed``, ``kind``, ``strength``, ``target`` ("undisturbed" for
-      none); ``final``: the final loss, relative to the undisturbed constant rate; ``damage``: relative to the
-      undisturbed run of the same schedule; ``recovery``: steps after the knock until the loss is back
-      (infinite if it never is; None without a knock).
+      A frame with ``task``, ``schedule``, ``seed``, ``kind``, ``strength``, ``target`` (or "undisturbed");
+      ``final``: the final loss relative to the undisturbed constant rate; ``damage``: relative to the
+      undisturbed run of the same schedule; ``recovery``: steps after the parameter perturbation until the
+      loss has recovered (infinite if it does not; None without a perturbation).
     """
     rows = []
     for row in runs.iter_rows(named=True):
@@ -136,7 +141,7 @@ def measure(runs: pl.DataFrame) -> pl.DataFrame:
                 "target": target if disturbed else "undisturbed",
                 "absolute": max(final, _FLOOR * abs(loss[0])),
                 "recovery": recovery(loss, row["disturbance"], row["seed"])
-                if disturbed and target in ("knock", "all")
+                if disturbed and target in ("parameters", "all")
                 else None,
             }
         )
@@ -151,39 +156,39 @@ def measure(runs: pl.DataFrame) -> pl.DataFrame:
 
 
 def recovery(loss: np.ndarray, disturbance: str, seed: int) -> float:
-    """Steps after the knock until the loss is back at what it was before it.
+    """Steps after the parameter perturbation until the loss is at or below its value before it.
 
     Args:
       loss: the clean loss before each update, shape (steps,).
-      disturbance: what the run was disturbed by.
-      seed: of the run, which the moment of the knock depends on.
+      disturbance: name of the run's disturbance.
+      seed: of the run, which determines the step of the perturbation.
 
     Returns:
-      The number of steps, 0 if the loss never rose; infinite if it did not come back.
+      The number of steps, 0 if the loss did not rise; infinite if it does not recover.
     """
-    knocks = disturbance_inputs(disturbance, len(loss), seed).knock
-    moment = knock_moment(knocks)
-    if knocks[moment] == 0:
+    perturbations = disturbance_inputs(disturbance, len(loss), seed).parameters
+    at = perturbation_step(perturbations)
+    if perturbations[at] == 0:
         return 0.0
-    before = np.mean(loss[moment - _WINDOW + 1 : moment + 1])
-    after = drawing.smooth(loss[moment + 1 :], _WINDOW)
-    back = np.flatnonzero(after <= before)
-    return float(back[0]) if len(back) else float("inf")
+    before = np.mean(loss[at - _WINDOW + 1 : at + 1])
+    after = drawing.smooth(loss[at + 1 :], _WINDOW)
+    recovered = np.flatnonzero(after <= before)
+    return float(recovered[0]) if len(recovered) else float("inf")
 
 
 def summarize(measured: pl.DataFrame) -> pl.DataFrame:
-    """One row for each target and schedule: percentiles of :func:`measure`, over noises and seeds within a
-    task, and of these the median over tasks.
+    """One row for each target and schedule: percentiles of :func:`run_metrics` over noises and seeds within a
+    task, and the median of these over tasks.
 
     Returns:
       A frame with ``target``, ``schedule``, ``runs``, ``final_10``, ``final_50``, ``final_90``,
-      ``damage_50``, ``damage_90``, ``recovery_50`` (median of those that recover) and ``lost`` (percent that
-      never do).
+      ``damage_50``, ``damage_90``, ``recovery_50`` (median of the runs that recover) and ``not_recovered``
+      (percent of the runs).
     """
     rows = []
     for (target, schedule), cell in measured.group_by(["target", "schedule"], maintain_order=True):
-        knocked = cell["recovery"].drop_nulls().to_numpy()
-        recovered = knocked[np.isfinite(knocked)]
+        perturbed = cell["recovery"].drop_nulls().to_numpy()
+        recovered = perturbed[np.isfinite(perturbed)]
         rows.append(
             {
                 "target": target,
@@ -192,17 +197,17 @@ def summarize(measured: pl.DataFrame) -> pl.DataFrame:
                 **{f"final_{p}": _percentile(cell, "final", p) for p in PERCENTILES},
                 **{f"damage_{p}": _percentile(cell, "damage", p) for p in (50, 90)},
                 "recovery_50": float(np.median(recovered)) if len(recovered) else None,
-                "lost": 100 * float(np.mean(np.isinf(knocked))) if len(knocked) else None,
+                "not_recovered": 100 * float(np.mean(np.isinf(perturbed))) if len(perturbed) else None,
             }
         )
     return pl.DataFrame(rows, infer_schema_length=None)
 
 
 def _percentile(cell: pl.DataFrame, column: str, percentile: float) -> float:
-    """The percentile within each task, over noises and seeds, and of these the median over the tasks.
+    """The percentile over noises and seeds within each task, and the median of these over tasks.
 
-    Tasks differ by orders of magnitude: percentiles of all runs together would be those of one task. Values
-    may be infinite, so it is the value of a run, not one between two.
+    Tasks differ by orders of magnitude, so percentiles over all runs would be those of a single task. Values
+    may be infinite, so percentiles are not interpolated.
     """
     within = [
         np.percentile(own[column].to_numpy(), percentile, method="nearest")
@@ -216,22 +221,22 @@ def compare(measured: pl.DataFrame) -> pl.DataFrame:
 
     Returns:
       A frame with ``target``, ``schedule``, ``lower``: percent of pairs in which GreedyLR's final loss is
-      lower by more than 1%; ``higher``: the same the other way; ``ratio``: the geometric mean of GreedyLR's
-      loss over the other's, with ``ratio_low`` and ``ratio_high``, its 95% confidence interval over the
-      tasks' means.
+      lower by more than 1%; ``higher``: in which it is higher by more than 1%; ``ratio``: the geometric mean
+      of GreedyLR's loss over the schedule's, with ``ratio_low`` and ``ratio_high``, its 95% confidence
+      interval over the means of the tasks.
     """
     keys = ["task", "seed", "kind", "strength", "target"]
-    ours = measured.filter(pl.col("schedule") == OURS).select(*keys, ours="absolute")
+    greedy = measured.filter(pl.col("schedule") == GREEDYLR).select(*keys, greedy="absolute")
     rows = []
     for target in ("undisturbed", *TARGETS):
-        for schedule in (name for name in SCHEDULES if name != OURS):
-            theirs = measured.filter((pl.col("schedule") == schedule) & (pl.col("target") == target))
-            pairs = theirs.join(ours, on=keys).with_columns(
-                log=(pl.col("ours").clip(0, 1e9) / pl.col("absolute").clip(0, 1e9)).log()
+        for schedule in (name for name in SCHEDULES if name != GREEDYLR):
+            own = measured.filter(schedule=schedule, target=target)
+            pairs = own.join(greedy, on=keys).with_columns(
+                log=(pl.col("greedy").clip(0, 1e9) / pl.col("absolute").clip(0, 1e9)).log()
             )
             means = pairs.group_by("task", maintain_order=True).agg(pl.col("log").mean())["log"].to_numpy()
             low, high = confidence_interval(means)
-            ratio = pairs["ours"] / pairs["absolute"]
+            ratio = pairs["greedy"] / pairs["absolute"]
             rows.append(
                 {
                     "target": target,
@@ -253,7 +258,7 @@ _HEADERS = (
     "damage, 50%",
     "damage, 90%",
     "recovery, steps",
-    "never, %",
+    "not recovered, %",
 )
 _AGAINST = ("disturbed", "against", "lower, %", "higher, %", "ratio of losses [95% CI]")
 
@@ -262,7 +267,11 @@ def _cells(table: pl.DataFrame, target: str) -> list[list[str]]:
     cells = []
     for row in table.filter(pl.col("target") == target).iter_rows(named=True):
         finals = (f"{row[f'final_{p}']:.3g}" for p in PERCENTILES)
-        knocked = [] if row["lost"] is None else [f"{row['recovery_50']:g}", f"{row['lost']:.1f}"]
+        recovery_cells = (
+            ["", ""]
+            if row["not_recovered"] is None
+            else [f"{row['recovery_50']:g}", f"{row['not_recovered']:.1f}"]
+        )
         cells.append(
             [
                 row["schedule"],
@@ -270,7 +279,7 @@ def _cells(table: pl.DataFrame, target: str) -> list[list[str]]:
                 *finals,
                 f"{row['damage_50']:.3g}",
                 f"{row['damage_90']:.3g}",
-                *(knocked or ["", ""]),
+                *recovery_cells,
             ]
         )
     return cells
@@ -290,7 +299,7 @@ def _rows(comparison: pl.DataFrame) -> list[list[str]]:
 
 
 def _by_strength(measured: pl.DataFrame, target: str, schedule: str) -> list[list[float]]:
-    """For each percentile the final losses at each strength, 0 first."""
+    """For each percentile the final losses at each strength, starting with 0."""
     own = measured.filter(pl.col("schedule") == schedule)
     cells = [own.filter(pl.col("target") == "undisturbed")] + [
         own.filter((pl.col("target") == target) & (pl.col("strength") == strength)) for strength in STRENGTHS
@@ -299,24 +308,15 @@ def _by_strength(measured: pl.DataFrame, target: str, schedule: str) -> list[lis
 
 
 def draw_bands(measured: pl.DataFrame) -> plt.Figure:
-    """Final loss against the strength of the noise: median, and the band from the 10th to the 90th
-    percentile.
-    """
+    """Final loss against the strength of the noise: median and band from the 10th to the 90th percentile."""
     figure, panels = drawing.panels(len(TARGETS), 2, width=5.2, height=3.8)
     strengths = (0.0, *STRENGTHS)
     for axes, target in zip(panels, TARGETS, strict=True):
-        for schedule, color in COLORS.items():
+        for schedule in SCHEDULES:
             low, median, high = (np.minimum(each, 1e6) for each in _by_strength(measured, target, schedule))
-            axes.plot(
-                strengths,
-                median,
-                color=color,
-                lw=2 if schedule == OURS else 1.2,
-                marker="o",
-                ms=3,
-                label=schedule,
-            )
-            axes.fill_between(strengths, low, high, color=color, alpha=0.12, lw=0)
+            look = REGISTRY[schedule].look
+            axes.plot(strengths, median, **_style(schedule), marker="o", ms=3, label=schedule)
+            axes.fill_between(strengths, low, high, color=look.color, alpha=0.12, lw=0)
         axes.set_yscale("log")
         axes.set_title(f"disturbed: {target}", fontsize=10)
         axes.set_xlabel("strength")
@@ -326,43 +326,44 @@ def draw_bands(measured: pl.DataFrame) -> plt.Figure:
     return figure
 
 
-def _knocked(runs: pl.DataFrame, task: str, schedule: str) -> np.ndarray:
-    """Smoothed loss around the strongest knocks, relative to that before; shape (runs, steps)."""
-    cell = runs.filter(
-        (pl.col("task") == task)
-        & (pl.col("schedule") == schedule)
-        & pl.col("disturbance").str.ends_with(", 1, knock")
-    )
+def _style(schedule: str) -> dict[str, Any]:
+    """How a line of a schedule is drawn."""
+    return {**REGISTRY[schedule].look.matplotlib(), "lw": 2 if schedule == GREEDYLR else 1.2}
+
+
+def _after_perturbation(runs: pl.DataFrame, task: str, schedule: str) -> np.ndarray:
+    """Smoothed loss after perturbations of strength 1, relative to the loss before; shape (runs, steps)."""
     histories = []
-    for row in cell.iter_rows(named=True):
+    for row in runs.filter(task=task, schedule=schedule).iter_rows(named=True):
+        _, strength, target = parse(row["disturbance"])
+        if (strength, target) != (STRENGTHS[-1], "parameters"):
+            continue
         loss = np.array(row["loss"], float)
-        moment = knock_moment(disturbance_inputs(row["disturbance"], len(loss), row["seed"]).knock)
+        at = perturbation_step(disturbance_inputs(row["disturbance"], len(loss), row["seed"]).parameters)
         span = len(loss) // 4
-        smooth = drawing.smooth(loss[moment - _WINDOW + 1 : moment + span], _WINDOW)
+        smooth = drawing.smooth(loss[at - _WINDOW + 1 : at + span], _WINDOW)
         relative = smooth / max(smooth[0], _FLOOR * abs(loss[0]))
         histories.append(np.where(np.isfinite(relative), relative, np.inf))
     return np.array(histories)
 
 
 def draw_recovery(runs: pl.DataFrame) -> plt.Figure:
-    """The loss after a knock, relative to that before it."""
+    """The loss after a parameter perturbation, relative to the loss before it."""
     tasks = runs["task"].unique(maintain_order=True).to_list()
     figure, panels = drawing.panels(len(tasks), 3, width=4.4, height=3.2)
     for axes, task in zip(panels, tasks, strict=True):
-        for schedule, color in COLORS.items():
-            histories = _knocked(runs, task, schedule)
-            axes.plot(
-                np.median(histories, axis=0), color=color, lw=2 if schedule == OURS else 1.2, label=schedule
-            )
+        for schedule in SCHEDULES:
+            histories = _after_perturbation(runs, task, schedule)
+            axes.plot(np.median(histories, axis=0), **_style(schedule), label=schedule)
         axes.axhline(1, color=drawing.GREY, lw=0.8)
         axes.set_yscale("log")
         axes.set_title(task, fontsize=10)
-        axes.set_xlabel("steps after the knock")
+        axes.set_xlabel("steps after the perturbation")
         axes.set_ylabel("loss / loss before")
     drawing.add_legend(figure, panels[0], columns=len(SCHEDULES))
     figure.suptitle(
-        "Recovery from knocks of strength 1: median over noises and seeds; a line ends where half the runs "
-        "diverged",
+        "Recovery from parameter perturbations of strength 1: median over noises and seeds; a line ends "
+        "where half of the runs have diverged",
         fontsize=12,
     )
     return figure
@@ -379,8 +380,13 @@ def _sections(
     dashes = ("dot", "solid", "dot")
     for target in TARGETS:
         curves = [
-            html.Curve(f"{schedule}, {p}%", (0.0, *STRENGTHS), values, {"color": color, "dash": dash})
-            for schedule, color in COLORS.items()
+            html.Curve(
+                f"{schedule}, {p}%",
+                (0.0, *STRENGTHS),
+                values,
+                {"color": REGISTRY[schedule].look.color, "dash": dash},
+            )
+            for schedule in SCHEDULES
             for p, values, dash in zip(
                 PERCENTILES, _by_strength(measured, target, schedule), dashes, strict=True
             )
@@ -390,12 +396,14 @@ def _sections(
         sections.append(html.Section(f"Disturbed: {target}", "", parts))
     for task in runs["task"].unique(maintain_order=True):
         curves = [
-            html.Curve(schedule, np.arange(len(median)), median, {"color": color})
-            for schedule, color in COLORS.items()
-            for median in [np.median(_knocked(runs, task, schedule), axis=0)]
+            html.Curve(schedule, np.arange(len(median)), median, REGISTRY[schedule].look.plotly())
+            for schedule in SCHEDULES
+            for median in [np.median(_after_perturbation(runs, task, schedule), axis=0)]
         ]
-        figure = html.line_figure(curves, "steps after the knock", "loss / loss before", y_log=True)
+        figure = html.line_figure(curves, "steps after the perturbation", "loss / loss before", y_log=True)
         sections.append(
-            html.Section(f"Recovery: {task}", "Knocks of strength 1; median over noises.", [figure])
+            html.Section(
+                f"Recovery: {task}", "Parameter perturbations of strength 1; median over noises.", [figure]
+            )
         )
     return sections

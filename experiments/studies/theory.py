@@ -1,8 +1,8 @@
-"""Is 1 - 1/L the best factor? Final loss against GreedyLR's factor on convex functions of known smoothness.
+"""Final loss as a function of GreedyLR's factor on convex functions of known smoothness: is 1 - 1/L optimal?
 
-The second GreedyLR paper derives the factor F = 1 - 1/L_max as the one that maximises the rate of
-convergence. Here gradient descent with GreedyLR minimises functions whose L is known, from several initial
-rates, with every factor of a grid, with exact gradients and with noisy ones.
+The second GreedyLR paper derives that the factor F = 1 - 1/L_max maximizes the rate of convergence. In this
+study gradient descent with GreedyLR minimizes functions of known smoothness L from several initial rates,
+with every factor of a grid, and with exact and noisy gradients.
 """
 
 import itertools
@@ -18,6 +18,7 @@ import polars as pl
 from rich.console import Console
 
 from experiments.reporting import drawing, html
+from experiments.reporting.palette import Look
 from experiments.reporting.tables import print_table
 from experiments.studies.base import Job, publish
 from experiments.training.store import write_atomically
@@ -33,7 +34,7 @@ PRESETS = {"quick": {"starts": 20}, "full": {"starts": 200}}
 
 
 class Objective(NamedTuple):
-    """A convex function with minimum 0 at 0, as a function of its smoothness and the point."""
+    """A convex function of the smoothness and the point, with minimum 0 at 0."""
 
     value: Callable[[jax.Array, jax.Array], jax.Array]
     title: str
@@ -49,7 +50,7 @@ OBJECTIVES = {
     ),
     "pseudo-Huber": Objective(
         lambda smoothness, x: jnp.sum(_curvatures(smoothness) * x**2 / (jnp.sqrt(1 + x**2) + 1)),
-        "pseudo-Huber: linear far away",
+        "pseudo-Huber: asymptotically linear",
     ),
 }
 
@@ -62,7 +63,7 @@ def final_loss(
     noise: jax.Array,
     seed: jax.Array,
 ) -> jax.Array:
-    """The loss after a run of gradient descent with GreedyLR; all arguments but the first may be traced."""
+    """The final loss of gradient descent with GreedyLR; all arguments but the first may be traced."""
     start_key, noise_key = jax.random.split(jax.random.key(seed))
     tx = optax.chain(
         optax.scale(-initial_rate / smoothness),
@@ -83,9 +84,9 @@ def final_loss(
 
 
 def run(job: Job) -> None:
-    """Runs all (in seconds: there is nothing to resume), and leaves rows, table, figure and report."""
+    """Trains all runs (in seconds, so nothing is resumed) and writes rows, table, figure and report."""
     job.refuse_cluster()
-    runs = measure(PRESETS[job.preset]["starts"])
+    runs = train_all(PRESETS[job.preset]["starts"])
     table = summarize(runs)
     _print(table, job.console)
     write_atomically(job.out / "runs.parquet", runs.write_parquet)
@@ -101,12 +102,16 @@ def run(job: Job) -> None:
     )
 
 
-def measure(starts: int) -> pl.DataFrame:
-    """One row a run: every objective, smoothness, factor (1 - 1/L among them), rate, noise and start."""
+def train_all(starts: int) -> pl.DataFrame:
+    """One row per run, for every objective, smoothness, factor (including 1 - 1/L), rate, noise and seed.
+
+    Returns:
+      A frame with these columns, ``is_claimed`` (whether the factor is the paper's) and ``loss``.
+    """
     frames = []
     for objective in OBJECTIVES:
         grid = [
-            (smoothness, factor, rate, noise, seed)
+            (smoothness, factor, rate, noise, seed, factor == claimed(smoothness))
             for smoothness in SMOOTHNESS
             for factor in sorted({*FACTORS, claimed(smoothness)})
             for rate, noise, seed in itertools.product(INITIAL_RATES, NOISES, range(starts))
@@ -114,7 +119,7 @@ def measure(starts: int) -> pl.DataFrame:
         columns = [np.array(column) for column in zip(*grid, strict=True)]
         mapped = jax.vmap(lambda *arguments, name=objective: final_loss(name, *arguments))
         losses = jax.jit(mapped)(*(jnp.asarray(column, jnp.float32) for column in columns[:4]), columns[4])
-        names = ("smoothness", "factor", "initial_rate", "noise", "seed")
+        names = ("smoothness", "factor", "initial_rate", "noise", "seed", "is_claimed")
         frame = pl.DataFrame(dict(zip(names, columns, strict=True)))
         frames.append(
             frame.with_columns(objective=pl.lit(objective), loss=pl.Series(np.asarray(losses, np.float64)))
@@ -123,7 +128,7 @@ def measure(starts: int) -> pl.DataFrame:
 
 
 def claimed(smoothness: float) -> float:
-    """The paper's factor, rounded so that it can be looked up among the rows."""
+    """The paper's factor, rounded from float32 to equal the factor of the grid if it is one."""
     return round(float(optimal_factor(smoothness)), 6)
 
 
@@ -136,22 +141,23 @@ def summarize(runs: pl.DataFrame) -> pl.DataFrame:
     Returns:
       A frame with the factor of the lowest median final loss (``best_factor``), that loss (``best_loss``),
       the paper's factor (``claimed_factor``), its median loss (``claimed_loss``), and ``claimed_rank``: 1 if
-      no other factor of the grid did better, 2 if one did, and so on, of ``num_factors``.
+      no other factor of the grid has a lower loss, 2 if one has, and so on, of ``num_factors``.
     """
-    medians = runs.group_by([*_CELL, "factor"], maintain_order=True).agg(pl.col("loss").median())
+    medians = runs.group_by([*_CELL, "factor", "is_claimed"], maintain_order=True).agg(
+        pl.col("loss").median()
+    )
     rows = []
     for key, cell in medians.group_by(_CELL, maintain_order=True):
-        factor = claimed(key[1])
         best = cell.sort("loss").row(0, named=True)
-        theirs = cell.filter(pl.col("factor") == factor)["loss"][0]
+        paper = cell.filter("is_claimed").row(0, named=True)
         rows.append(
             dict(zip(_CELL, key, strict=True))
             | {
                 "best_factor": best["factor"],
                 "best_loss": best["loss"],
-                "claimed_factor": factor,
-                "claimed_loss": theirs,
-                "claimed_rank": 1 + int((cell["loss"] < theirs).sum()),
+                "claimed_factor": paper["factor"],
+                "claimed_loss": paper["loss"],
+                "claimed_rank": 1 + int((cell["loss"] < paper["loss"]).sum()),
                 "num_factors": len(cell),
             }
         )
@@ -179,18 +185,22 @@ def _cells(table: pl.DataFrame) -> list[list[str]]:
 
 
 def _print(table: pl.DataFrame, console: Console) -> None:
-    print_table(console, "Median final loss: best factor and the paper's", _HEADERS, _cells(table))
+    print_table(
+        console, "Median final loss of the best factor and of the paper's factor", _HEADERS, _cells(table)
+    )
     ranks = table["claimed_rank"].to_numpy()
     console.print(
-        f"1 - 1/L is the best factor of its grid in {np.sum(ranks == 1)} of {len(ranks)} cells; its median "
+        f"1 - 1/L is the best factor of the grid in {np.sum(ranks == 1)} of {len(ranks)} cells; its median "
         f"rank is {np.median(ranks):g} of about {table['num_factors'].median():g}."
     )
 
 
 def _curves(runs: pl.DataFrame, objective: str, noise: float) -> list[tuple[float, float, pl.DataFrame]]:
-    """(smoothness, initial rate, median loss by factor) of one panel."""
+    """(smoothness, initial rate, median loss of each factor) for one panel."""
     own = runs.filter((pl.col("objective") == objective) & (pl.col("noise") == noise))
-    medians = own.group_by(["smoothness", "initial_rate", "factor"]).agg(pl.col("loss").median())
+    medians = own.group_by(["smoothness", "initial_rate", "factor", "is_claimed"]).agg(
+        pl.col("loss").median()
+    )
     return [
         (*key, cell.sort("factor"))
         for key, cell in medians.sort("smoothness", "initial_rate").group_by(
@@ -200,23 +210,23 @@ def _curves(runs: pl.DataFrame, objective: str, noise: float) -> list[tuple[floa
 
 
 COLORS = dict(zip(SMOOTHNESS, (drawing.SKY, drawing.GREEN, drawing.ORANGE, drawing.RED), strict=True))
-STYLES = dict(zip(INITIAL_RATES, (":", "--", "-"), strict=True))
+LINES = dict(zip(INITIAL_RATES, (":", "--", "-"), strict=True))
 
 
 def draw(runs: pl.DataFrame) -> plt.Figure:
-    """Loss against factor, a panel for each objective and noise; a dot is the paper's factor."""
+    """Loss against factor, a panel for each objective and noise; dots mark the paper's factor."""
     figure, grid = plt.subplots(
         len(OBJECTIVES), len(NOISES), figsize=(11, 8), sharex=True, squeeze=False, layout="constrained"
     )
     for (objective, noise), axes in zip(itertools.product(OBJECTIVES, NOISES), grid.flat, strict=True):
         for smoothness, rate, cell in _curves(runs, objective, noise):
             label = f"L = {smoothness:g}, rate {rate:g}/L"
-            color = COLORS[smoothness]
-            # A loss of exactly zero has no place on a logarithmic axis.
+            look = Look(COLORS[smoothness], LINES[rate])
+            # A logarithmic axis cannot show 0.
             losses = np.maximum(cell["loss"].to_numpy(), 1e-30)
-            axes.plot(cell["factor"], losses, color=color, ls=STYLES[rate], lw=1.4, label=label)
-            at = int(np.argmin(np.abs(cell["factor"].to_numpy() - claimed(smoothness))))
-            axes.plot(cell["factor"][at], losses[at], "o", color=color, ms=6)
+            axes.plot(cell["factor"], losses, **look.matplotlib(), lw=1.4, label=label)
+            at = int(cell["is_claimed"].arg_max())
+            axes.plot(cell["factor"][at], losses[at], "o", color=look.color, ms=6)
         axes.set_yscale("log")
         axes.set_title(f"{OBJECTIVES[objective].title}; gradient noise {noise:g} L", fontsize=10)
         axes.grid(alpha=0.25, lw=0.5)
@@ -232,14 +242,13 @@ def draw(runs: pl.DataFrame) -> plt.Figure:
 def _sections(runs: pl.DataFrame, table: pl.DataFrame) -> list[html.Section]:
     sections = []
     for objective, noise in itertools.product(OBJECTIVES, NOISES):
-        dashes = {":": "dot", "--": "dash", "-": "solid"}
         figure = html.line_figure(
             [
                 html.Curve(
                     f"L = {smoothness:g}, rate {rate:g}/L",
                     cell["factor"],
                     cell["loss"],
-                    {"color": COLORS[smoothness], "dash": dashes[STYLES[rate]]},
+                    Look(COLORS[smoothness], LINES[rate]).plotly(),
                 )
                 for smoothness, rate, cell in _curves(runs, objective, noise)
             ],

@@ -1,4 +1,4 @@
-"""Initial rates that are chosen on seeds which are not reported."""
+"""Tuning of initial learning rates on seeds that are not reported."""
 
 import polars as pl
 
@@ -8,7 +8,7 @@ TUNING_SEEDS = (1000, 1001)
 def best_rates(runs: pl.DataFrame) -> dict[tuple[str, str], float]:
     """For each (task, optimizer) the rate with the highest mean held-out metric on the tuning seeds.
 
-    Of equally good rates it is the lowest.
+    Among equal ones the lowest rate.
     """
     tuned = runs.filter(pl.col("seed").is_in(TUNING_SEEDS))
     means = tuned.group_by(["task", "optimizer", "learning_rate"]).agg(pl.col("test_metric").mean())

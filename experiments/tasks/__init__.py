@@ -1,4 +1,4 @@
-"""Tasks by name. A task is a fixed model, data set, loss and metric; what varies is the schedule."""
+"""Tasks by name. A task is a fixed model, data set, loss and metric, trained with different schedules."""
 
 import functools
 import importlib
@@ -11,7 +11,7 @@ from experiments.tasks.variants import Variant
 
 
 class Entry(NamedTuple):
-    """A task as the command line sees it: made when it is wanted."""
+    """A registered task, built on demand."""
 
     summary: str  # model and data, one line
     module: str
@@ -20,7 +20,7 @@ class Entry(NamedTuple):
     has_data: bool = True
 
     def make(self, data_dir: Path | None) -> Task:
-        """Imports the module and makes the task."""
+        """Imports the module and builds the task."""
         function = getattr(importlib.import_module(f"experiments.tasks.{self.module}"), self.function)
         return function(*self.arguments, *((data_dir,) if self.has_data else ()))
 
@@ -157,9 +157,9 @@ TASKS: dict[str, Entry] = {
 }
 
 
-@functools.cache  # its data are loaded once a process
+@functools.cache  # loads the data once per process
 def make_task(name: str, data_dir: Path | None = None) -> Task:
-    """Builds a task by its name, or raises ``UsageError`` that lists the names there are."""
+    """Builds a task by its name; raises ``UsageError`` for an unknown name."""
     if name not in TASKS:
         raise UsageError(f"unknown task {name!r}; there are: {', '.join(TASKS)}")
     return TASKS[name].make(data_dir)

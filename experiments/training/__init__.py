@@ -1,1 +1,1 @@
-"""How runs are trained: schedules, disturbances, the engine, and where finished runs are stored."""
+"""Training of runs: schedules, disturbances, the engine, and the store of finished runs."""

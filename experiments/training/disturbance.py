@@ -1,12 +1,12 @@
-"""Disturbances of training: nine kinds of noise, and what of a training step they reach.
+"""Disturbances of training: nine kinds of noise, and the quantities of a training step that they change.
 
-The second GreedyLR paper names the kinds; in its published code the noise is a constant that is added to the
-loss before the backward pass, while the scheduler is given the clean loss, so that neither feels it. Here a
-disturbance reaches what it is aimed at:
+The second GreedyLR paper names the kinds. In its published code the noise is a constant that is added to the
+loss before the backward pass, while the scheduler is given the clean loss, so it affects neither. Here a
+disturbance has one of these targets:
 
-- ``observe``: the loss that a rule is given; the training itself is not touched.
+- ``observe``: the loss that a rule is given; gradients and parameters are unchanged.
 - ``gradient``: the gradients.
-- ``knock``: the parameters, once, at the moment when the noise is greatest.
+- ``parameters``: the parameters, once, at the step with the maximum noise (a parameter perturbation).
 - ``all``: all of these.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from experiments.errors import UsageError
 
-TARGETS = ("observe", "gradient", "knock", "all")
+TARGETS = ("observe", "gradient", "parameters", "all")
 _PERIOD, _WAVE, _BURST = 50, 30, 20  # steps
 _PATIENCE = 10  # of GreedyLR's published settings
 
@@ -37,21 +37,21 @@ def _burst(rng: np.random.Generator, steps: int) -> np.ndarray:
 
 
 def _adversarial(rng: np.random.Generator, steps: int) -> np.ndarray:
-    """Up for as long as it takes a patient rule to lose patience, then down again."""
+    """Alternates between 1 and -1, each for one step more than the patience of GreedyLR."""
     del rng
     half = _PATIENCE + 1
     return np.where(np.arange(steps) // half % 2 == 0, 1.0, -1.0)
 
 
-# The noise at each step, its size about 1.
+# From a random generator and the number of steps to the noise at each step, of magnitude about 1.
 KINDS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "none": lambda rng, steps: np.zeros(steps),
     "gaussian": lambda rng, steps: rng.standard_normal(steps),
     "periodic spike": lambda rng, steps: (np.arange(1, steps + 1) % _PERIOD == 0).astype(float),
     "random spike": _spikes,
-    # Constant stretches: what is added stays for a while, then jumps.
+    # Piecewise constant.
     "plateau": lambda rng, steps: np.repeat(rng.uniform(0, 1, -(-steps // _PERIOD)), _PERIOD)[:steps],
-    # Not the 50 steps of GreedyLR's window, whose mean would hide it.
+    # The period is not the 50 steps of GreedyLR's window, over which the mean of the noise would be 0.
     "oscillatory": lambda rng, steps: np.sin(2 * np.pi * np.arange(steps) / _WAVE),
     "drift": lambda rng, steps: np.arange(1, steps + 1) / steps,
     "burst": _burst,
@@ -63,20 +63,20 @@ class Disturbance(NamedTuple):
     """The inputs of a compiled run that disturb it.
 
     Attributes:
-      observe: added to the observed loss, in units of the loss at the start.
-      gradient: the norm of what is added to the gradient, in units of its own norm.
-      knock: the norm of what is added to the parameters, in units of their norm at the start.
-      against: whether gradient and knock point against descent, and not in a random direction.
+      observe: added to the observed loss, in units of the initial loss.
+      gradient: norm of the noise added to the gradient, in units of the gradient's norm.
+      parameters: norm of the perturbation of the parameters, in units of their initial norm.
+      ascent: whether both are directed against descent instead of in a random direction.
     """
 
     observe: np.ndarray  # shape=(steps,), dtype=float32
     gradient: np.ndarray  # shape=(steps,), dtype=float32
-    knock: np.ndarray  # shape=(steps,), dtype=float32
-    against: np.ndarray  # shape=(), dtype=bool
+    parameters: np.ndarray  # shape=(steps,), dtype=float32
+    ascent: np.ndarray  # shape=(), dtype=bool
 
 
 def name_of(kind: str, strength: float, target: str) -> str:
-    """How a disturbance is written in a run's specification.
+    """The name of a disturbance in a run's specification.
 
     Examples:
       >>> name_of("random spike", 0.5, "gradient")
@@ -86,7 +86,11 @@ def name_of(kind: str, strength: float, target: str) -> str:
 
 
 def parse(name: str) -> tuple[str, float, str]:
-    """Kind, strength and target; ``"none"`` is a disturbance of strength 0."""
+    """The kind, strength and target of a name; ``"none"`` is a disturbance of strength 0.
+
+    Raises:
+      UsageError: if it is not the name of a disturbance.
+    """
     if name == "none":
         return "none", 0.0, "all"
     try:
@@ -102,22 +106,22 @@ def parse(name: str) -> tuple[str, float, str]:
 
 
 def disturbance_inputs(name: str, steps: int, seed: int) -> Disturbance:
-    """The inputs of a run; the same for all schedules, optimizers and tasks."""
+    """The inputs of a run with a seed; equal for all schedules, optimizers and tasks."""
     kind, strength, target = parse(name)
     rng = np.random.default_rng([seed, zlib.crc32(kind.encode())])
     noise = strength * KINDS[kind](rng, steps)
-    knock = np.zeros(steps)
-    moment = knock_moment(noise)
-    knock[moment] = abs(noise[moment])
-    silent = np.zeros(steps)
+    perturbation = np.zeros(steps)
+    at = perturbation_step(noise)
+    perturbation[at] = abs(noise[at])
+    zero = np.zeros(steps)
     chosen = [
-        values if target in (name, "all") else silent
-        for name, values in (("observe", noise), ("gradient", noise), ("knock", knock))
+        values if target in (name, "all") else zero
+        for name, values in (("observe", noise), ("gradient", noise), ("parameters", perturbation))
     ]
     return Disturbance(*(values.astype(np.float32) for values in chosen), np.asarray(kind == "adversarial"))
 
 
-def knock_moment(noise: np.ndarray) -> int:
-    """The step at which the noise is greatest, in the middle half of the training."""
+def perturbation_step(noise: np.ndarray) -> int:
+    """The step with the maximum absolute noise in the middle half of training."""
     quarter = len(noise) // 4
     return quarter + int(np.argmax(np.abs(noise[quarter : len(noise) - quarter])))

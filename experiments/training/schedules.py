@@ -1,11 +1,15 @@
-"""The schedules that experiments train with, passive and adaptive, by name.
+"""The schedules that experiments train with: one entry of :data:`SCHEDULES` for each, passive or adaptive.
 
-A passive schedule is an array of rates, an input of the compiled program. An adaptive one multiplies the
-updates by a scale of its own; which of them acts, and with which settings, is an input, too. So one program
-serves all. Rules that keep their own rates have a program each, which serves all initial rates.
+There are three kinds of entries. A :class:`PassiveSchedule` is an array of learning rates, an input of the
+compiled program. An :class:`AdaptiveScale` multiplies the updates by a scale of its own; which one acts and
+with which settings are inputs, too, so one program serves all entries of both kinds. A :class:`RateOptimizer`
+keeps a learning rate of its own and has a program of its own, which serves all initial rates.
+
+To add a schedule, add an entry: engine, studies and figures read everything from it.
 """
 
 import ast
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -19,13 +23,104 @@ import optax
 import greedylr_jax
 import greedylr_jax.arc
 from experiments.errors import UsageError
+from experiments.reporting import palette
+from experiments.reporting.palette import Look
 from greedylr_jax.schedules import knee_schedule
 
 
-def _inverse_sqrt(warmup: int) -> optax.Schedule:
-    """Up to 1 in ``warmup`` steps, then down as the inverse square root of the step ("Attention Is All You
-    Need").
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """What every schedule has.
+
+    Attributes:
+      name: in run specifications, rows and the command line.
+      source: where it is described.
+      look: colour and line style in figures; no two schedules have the same.
+      label: in figures and tables; by default the name.
     """
+
+    name: str
+    source: str
+    look: Look
+    label: str = ""
+
+    def __post_init__(self):
+        if not self.label:
+            object.__setattr__(self, "label", self.name)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The settings that may follow the name in brackets, with their defaults."""
+        return {}
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Raises ``ValueError`` or ``UsageError`` if a setting is out of range."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PassiveSchedule(Schedule):
+    """A schedule that is fixed before training.
+
+    Attributes:
+      fractions: number of steps -> the learning rate of each step over the initial learning rate.
+    """
+
+    fractions: Callable[[int], optax.Schedule]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaptiveScale(Schedule):
+    """A rule that multiplies the learning rate by a scale.
+
+    Attributes:
+      transform: steps per epoch and settings -> the rule as a transformation of the updates.
+      traced: the settings with their defaults, inputs of the compiled program.
+    """
+
+    transform: Callable[[int, Mapping[str, Any]], optax.GradientTransformation]
+    traced: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The traced settings with their defaults."""
+        return self.traced
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Makes the rule once."""
+        self.transform(1, {**self.traced, **settings})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RateOptimizer(Schedule):
+    """An optimizer with its own learning rate.
+
+    Attributes:
+      optimizer: the run's optimizer built with learning rate 1, the initial learning rate, the number of
+        steps and keyword-only settings -> the optimizer to train with.
+      superbatch: number of batches that ``value_fn`` averages over; 1 is the batch of the step.
+      reads_validation: whether it uses validation losses, in runs that have them.
+      reports_rate: whether the learning rate of a step is read from the optimizer's state by
+        :func:`greedylr_jax.metrics`; otherwise the initial one is recorded.
+    """
+
+    optimizer: Callable[..., optax.GradientTransformation]
+    superbatch: int = 1
+    reads_validation: bool = False
+    reports_rate: bool = True
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The keyword-only parameters of ``optimizer`` with their defaults."""
+        parameters = inspect.signature(self.optimizer).parameters.values()
+        return {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Makes the optimizer once."""
+        self.optimizer(optax.sgd(1.0), 1.0, 100, **settings)
+
+
+def _inverse_sqrt(warmup: int) -> optax.Schedule:
+    """Linear warm-up to 1 over ``warmup`` steps, then the inverse square root of the step."""
 
     def schedule(step: jax.Array) -> jax.Array:
         step = jnp.asarray(step, jnp.float32) + 1
@@ -34,49 +129,16 @@ def _inverse_sqrt(warmup: int) -> optax.Schedule:
     return schedule
 
 
-PASSIVE: dict[str, Callable[[int], optax.Schedule]] = {
-    "constant": lambda steps: optax.constant_schedule(1.0),
-    "linear": lambda steps: optax.linear_schedule(1.0, 0.0, steps),
-    "cosine": lambda steps: optax.cosine_decay_schedule(1.0, steps),
-    "polynomial": lambda steps: optax.polynomial_schedule(1.0, 0.0, 2, steps),
-    "step": lambda steps: optax.piecewise_constant_schedule(1.0, {steps // 2: 0.1, 3 * steps // 4: 0.1}),
-    "warmup": lambda steps: optax.linear_schedule(0.0, 1.0, max(1, steps // 10)),  # then constant
-    "inverse-sqrt": lambda steps: _inverse_sqrt(max(1, steps // 10)),
-    "knee": lambda steps: knee_schedule(1.0, 8 * steps // 10, steps),
-    # The next three as in Section 4 of the ARC paper. Two periods, the second twice as long as the first.
-    "cyclic-cosine": lambda steps: optax.sgdr_schedule(
-        [
-            {
-                "init_value": 1.0,
-                "peak_value": 1.0,
-                "warmup_steps": 0,
-                "decay_steps": period,
-                "end_value": 0.02,
-            }
-            for period in (steps // 3, steps - steps // 3)
-        ]
-    ),
-    # By 0.9 an epoch in thirty of them.
-    "exponential": lambda steps: optax.exponential_decay(1.0, max(1, steps // 30), 0.9, staircase=True),
-    # Superconvergence; the rate that it is given is its greatest.
-    "one-cycle": lambda steps: optax.linear_onecycle_schedule(steps, 1.0),
-}
-# The published settings are the defaults: factor 0.95, patience 10, window 50, at least 10% of the initial
-# rate.
-_TRACED = ("factor", "patience", "threshold", "cooldown", "warmup", "min_scale", "max_scale")
-GREEDY_DEFAULTS: Mapping[str, float] = {
-    name: inspect.signature(greedylr_jax.greedy_lr).parameters[name].default for name in _TRACED
-}
-ADAPTIVE: dict[str, Callable[[int, Mapping[str, jax.Array]], optax.GradientTransformationExtraArgs]] = {
-    # One decision an epoch, as in PyTorch and Keras. Their default patience of 10 epochs would leave it a
-    # constant rate in runs as short as these: it halves after 2.
-    "plateau": lambda steps_per_epoch, settings: optax.contrib.reduce_on_plateau(
-        factor=0.5, patience=2, accumulation_size=steps_per_epoch
-    ),
-    "GreedyLR": lambda steps_per_epoch, settings: greedylr_jax.greedy_lr(**settings),
-}
-# From an optimizer built with rate 1, the initial rate and the steps, and perhaps settings.
-OwnRates = Callable[..., optax.GradientTransformationExtraArgs]
+def _cyclic_cosine(steps: int) -> optax.Schedule:
+    """Two periods of cosine decay to 2%, the second twice as long as the first."""
+    periods = (steps // 3, steps - steps // 3)
+    common = {"init_value": 1.0, "peak_value": 1.0, "warmup_steps": 0, "end_value": 0.02}
+    return optax.sgdr_schedule([{**common, "decay_steps": period} for period in periods])
+
+
+def _defaults(function: Callable[..., Any], *names: str) -> dict[str, float]:
+    """The defaults of some parameters of a function."""
+    return {name: inspect.signature(function).parameters[name].default for name in names}
 
 
 def _arc(
@@ -87,117 +149,309 @@ def _arc(
     weights: str | None = None,
     decisions: int = 10,
     validation: bool = True,
-) -> optax.GradientTransformationExtraArgs:
-    """ARC, with the weights in a file or those that ship."""
+) -> optax.GradientTransformation:
+    """ARC with the weights of a safetensors file, or with those of the package."""
     try:
         loaded = greedylr_jax.arc.load_weights(weights)
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read ARC's weights {weights!r}: {error}") from error
-    rule = greedylr_jax.arc.arc(
-        loaded,
-        steps_per_cycle=max(2, steps // decisions),
-        validation=validation,
-    )
+    rule = greedylr_jax.arc.arc(loaded, steps_per_cycle=max(2, steps // decisions), validation=validation)
     return greedylr_jax.chain(optimizer, optax.scale(rate), rule)
 
 
-RULES: dict[str, OwnRates] = {
-    "hypergradient": lambda optimizer, rate, steps: greedylr_jax.hypergradient(
-        optimizer, rate, 0.02, mode="multiplicative"
-    ),
-    # The paper's advice: explore for a quarter of the training, epsilon threshold of the size of the rate.
-    "LRTuner": lambda optimizer, rate, steps: greedylr_jax.lr_tuner(
+def _lr_tuner(
+    optimizer: optax.GradientTransformation, rate: jax.Array, steps: int
+) -> optax.GradientTransformation:
+    """LRTuner as its paper advises: explore for a quarter of the steps; epsilon threshold of the order of
+    the learning rate.
+    """
+    return greedylr_jax.lr_tuner(
         optimizer,
         rate,
         explore_steps=steps // 4,
         recompute_every=max(1, steps // 20),
         epsilon_threshold=(2 * rate) ** 3,
+    )
+
+
+def _polling(*factors: float) -> Callable[..., optax.GradientTransformation]:
+    return lambda optimizer, rate, steps: optax.chain(
+        optimizer, optax.scale(rate), greedylr_jax.factor_polling(factors)
+    )
+
+
+_PAPER_POLLING = "Automated Learning Rate Scheduling with In-training Information, paper 004"
+_ARC_PAPER = "X. Dong et al., paper 003, Section 4"
+_ENTRIES: tuple[Schedule, ...] = (
+    PassiveSchedule(
+        name="constant",
+        source="no schedule",
+        look=Look(palette.SKY),
+        fractions=lambda steps: optax.constant_schedule(1.0),
     ),
-    "ARC": _arc,
-    "auto": lambda optimizer, rate, steps: greedylr_jax.auto_lr(optimizer, rate, total_steps=steps),
-    **{
-        name: lambda optimizer, rate, steps, factors=factors: optax.chain(
-            optimizer, optax.scale(rate), greedylr_jax.factor_polling(factors)
-        )
-        for name, factors in (
-            ("polling-3", (2.0, 1.0, 0.5)),
-            ("polling-5", (4.0, 2.0, 1.0, 0.5, 0.25)),
-            ("polling-5-4batches", (4.0, 2.0, 1.0, 0.5, 0.25)),
-            ("polling-5-16batches", (4.0, 2.0, 1.0, 0.5, 0.25)),
-            ("polling", (8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.125)),
-        )
-    },
-}
-# Peers from Optax, with its defaults. Those that are optimizers themselves leave the given one alone.
-PEERS: dict[str, OwnRates] = {
-    "schedule-free": lambda optimizer, rate, steps: optax.contrib.schedule_free_adamw(rate),
-    "prodigy": lambda optimizer, rate, steps: optax.contrib.prodigy(rate),
-    # The given rate is where their own estimate starts.
-    "prodigy-guess": lambda optimizer, rate, steps: optax.contrib.prodigy(1.0, estim_lr0=rate),
-    "dog-guess": lambda optimizer, rate, steps: optax.contrib.dog(1.0, ("learning_rate", rate)),
-    "mechanic": lambda optimizer, rate, steps: optax.contrib.mechanize(
-        optax.chain(optimizer, optax.scale(rate))
+    PassiveSchedule(
+        name="linear",
+        source="J. Devlin et al., BERT, 2019",
+        look=Look(palette.BLUE, ":"),
+        fractions=lambda steps: optax.linear_schedule(1.0, 0.0, steps),
     ),
-    "momo": lambda optimizer, rate, steps: optax.contrib.momo_adam(rate),
-    "Armijo": lambda optimizer, rate, steps: optax.chain(
-        optimizer,
-        optax.scale(rate),
-        optax.scale_by_backtracking_linesearch(max_backtracking_steps=15),
+    PassiveSchedule(
+        name="cosine",
+        source="I. Loshchilov and F. Hutter, SGDR, 2017",
+        look=Look(palette.BLUE),
+        fractions=lambda steps: optax.cosine_decay_schedule(1.0, steps),
     ),
-}
-OWN_RATES = RULES | PEERS
-# Batches that a rule's value_fn is the mean over; 1, that of the step itself, for all others.
-SUPERBATCHES = {"LRTuner": 10, "polling-5-4batches": 4, "polling-5-16batches": 16}
-VALIDATED = ("ARC",)  # rules that look at validation losses, where there are any
-COMPARED = ("constant", "linear", "cosine", "plateau", "GreedyLR")  # by the command compare
+    PassiveSchedule(
+        name="polynomial",
+        source="quadratic decay, a baseline of paper 000",
+        look=Look(palette.BLUE, "-."),
+        fractions=lambda steps: optax.polynomial_schedule(1.0, 0.0, 2, steps),
+    ),
+    PassiveSchedule(
+        name="step",
+        source="K. He et al., Deep Residual Learning, 2016",
+        look=Look(palette.GREY, ":"),
+        fractions=lambda steps: optax.piecewise_constant_schedule(
+            1.0, {steps // 2: 0.1, 3 * steps // 4: 0.1}
+        ),
+    ),
+    PassiveSchedule(
+        name="warmup",
+        source="linear warm-up over 10% of the steps, then constant; a baseline of paper 000",
+        look=Look(palette.SKY, ":"),
+        fractions=lambda steps: optax.linear_schedule(0.0, 1.0, max(1, steps // 10)),
+    ),
+    PassiveSchedule(
+        name="inverse-sqrt",
+        source="A. Vaswani et al., Attention Is All You Need, 2017",
+        look=Look(palette.PINK, ":"),
+        fractions=lambda steps: _inverse_sqrt(max(1, steps // 10)),
+    ),
+    PassiveSchedule(
+        name="knee",
+        source="N. Iyer et al., Wide-minima Density Hypothesis, 2023",
+        look=Look(palette.PINK),
+        fractions=lambda steps: knee_schedule(1.0, 8 * steps // 10, steps),
+    ),
+    PassiveSchedule(
+        name="cyclic-cosine",
+        source=_ARC_PAPER,
+        look=Look(palette.BLUE, "--"),
+        fractions=_cyclic_cosine,
+    ),
+    PassiveSchedule(
+        name="exponential",
+        source=f"{_ARC_PAPER}: times 0.9 in each of thirty epochs",
+        look=Look(palette.GREY, "-."),
+        fractions=lambda steps: optax.exponential_decay(1.0, max(1, steps // 30), 0.9, staircase=True),
+    ),
+    PassiveSchedule(
+        name="one-cycle",
+        source="L. Smith and N. Topin, Super-Convergence, 2018; the initial rate is the maximum",
+        look=Look(palette.PINK, "-."),
+        fractions=lambda steps: optax.linear_onecycle_schedule(steps, 1.0),
+    ),
+    AdaptiveScale(
+        name="plateau",
+        # One decision per epoch, as in PyTorch and Keras. Their default patience of 10 epochs would rarely
+        # act in runs this short.
+        source="torch.optim.lr_scheduler.ReduceLROnPlateau with factor 0.5 and patience 2",
+        look=Look(palette.GREY, "--"),
+        transform=lambda steps_per_epoch, settings: optax.contrib.reduce_on_plateau(
+            factor=0.5, patience=2, accumulation_size=steps_per_epoch
+        ),
+    ),
+    AdaptiveScale(
+        name="GreedyLR",
+        source="papers 000 and 001, with the published settings",
+        look=Look(palette.RED),
+        transform=lambda steps_per_epoch, settings: greedylr_jax.greedy_lr(**settings),
+        traced=_defaults(
+            greedylr_jax.greedy_lr,
+            "factor",
+            "patience",
+            "threshold",
+            "cooldown",
+            "warmup",
+            "min_scale",
+            "max_scale",
+        ),
+    ),
+    RateOptimizer(
+        name="hypergradient",
+        source="A. G. Baydin et al., Online Learning Rate Adaptation with Hypergradient Descent, 2018",
+        look=Look(palette.ORANGE),
+        optimizer=lambda optimizer, rate, steps: greedylr_jax.hypergradient(
+            optimizer, rate, 0.02, mode="multiplicative"
+        ),
+    ),
+    RateOptimizer(
+        name="LRTuner",
+        source="LRTuner: A Learning Rate Tuner for Deep Neural Networks, paper 002",
+        look=Look(palette.YELLOW),
+        optimizer=_lr_tuner,
+        superbatch=10,
+    ),
+    RateOptimizer(
+        name="ARC", source=_ARC_PAPER, look=Look(palette.BROWN), optimizer=_arc, reads_validation=True
+    ),
+    RateOptimizer(
+        name="auto",
+        source="greedylr_jax.auto_lr",
+        look=Look(palette.BLACK),
+        optimizer=lambda optimizer, rate, steps: greedylr_jax.auto_lr(optimizer, rate, total_steps=steps),
+    ),
+    RateOptimizer(
+        name="polling-3",
+        label="polling, 3 factors",
+        source=_PAPER_POLLING,
+        look=Look(palette.GREEN, ":"),
+        optimizer=_polling(2.0, 1.0, 0.5),
+    ),
+    RateOptimizer(
+        name="polling-5",
+        label="polling, 5 factors",
+        source=_PAPER_POLLING,
+        look=Look(palette.GREEN, "-."),
+        optimizer=_polling(4.0, 2.0, 1.0, 0.5, 0.25),
+    ),
+    RateOptimizer(
+        name="polling-5-4batches",
+        label="polling, 5 factors, 4 batches",
+        source=_PAPER_POLLING,
+        look=Look(palette.BLACK, ":"),
+        optimizer=_polling(4.0, 2.0, 1.0, 0.5, 0.25),
+        superbatch=4,
+    ),
+    RateOptimizer(
+        name="polling-5-16batches",
+        label="polling, 5 factors, 16 batches",
+        source=_PAPER_POLLING,
+        look=Look(palette.BLACK, "-."),
+        optimizer=_polling(4.0, 2.0, 1.0, 0.5, 0.25),
+        superbatch=16,
+    ),
+    RateOptimizer(
+        name="polling",
+        label="polling, 7 factors",
+        source=_PAPER_POLLING,
+        look=Look(palette.GREEN),
+        optimizer=_polling(8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.125),
+    ),
+    # Baselines from Optax with its defaults. Those that are optimizers themselves ignore the run's optimizer.
+    RateOptimizer(
+        name="schedule-free",
+        source="A. Defazio et al., The Road Less Scheduled, 2024",
+        look=Look(palette.PINK, "--"),
+        optimizer=lambda optimizer, rate, steps: optax.contrib.schedule_free_adamw(rate),
+        reports_rate=False,
+    ),
+    RateOptimizer(
+        name="prodigy",
+        source="K. Mishchenko and A. Defazio, Prodigy, 2024",
+        look=Look(palette.BLACK, "--"),
+        optimizer=lambda optimizer, rate, steps: optax.contrib.prodigy(rate),
+        reports_rate=False,
+    ),
+    RateOptimizer(
+        name="prodigy-guess",
+        label="prodigy, initial estimate",
+        source="K. Mishchenko and A. Defazio, Prodigy, 2024; the initial rate is its first estimate",
+        look=Look(palette.ORANGE, "--"),
+        optimizer=lambda optimizer, rate, steps: optax.contrib.prodigy(1.0, estim_lr0=rate),
+        reports_rate=False,
+    ),
+    RateOptimizer(
+        name="dog-guess",
+        label="DoG, initial estimate",
+        source="M. Ivgi et al., DoG is SGD's Best Friend, 2023; the initial rate is its first estimate",
+        look=Look(palette.GREEN, "--"),
+        optimizer=lambda optimizer, rate, steps: optax.contrib.dog(1.0, ("learning_rate", rate)),
+        reports_rate=False,
+    ),
+    RateOptimizer(
+        name="mechanic",
+        source="A. Cutkosky et al., Mechanic, 2023",
+        look=Look(palette.SKY, "--"),
+        optimizer=lambda optimizer, rate, steps: optax.contrib.mechanize(
+            optax.chain(optimizer, optax.scale(rate))
+        ),
+        reports_rate=False,
+    ),
+    RateOptimizer(
+        name="momo",
+        source="F. Schaipp et al., MoMo, 2024",
+        look=Look(palette.BROWN, "--"),
+        optimizer=lambda optimizer, rate, steps: optax.contrib.momo_adam(rate),
+        reports_rate=False,
+    ),
+    RateOptimizer(
+        name="Armijo",
+        source="L. Armijo, 1966; backtracking from the initial rate",
+        look=Look(palette.RED, "--"),
+        optimizer=lambda optimizer, rate, steps: optax.chain(
+            optimizer,
+            optax.scale(rate),
+            optax.scale_by_backtracking_linesearch(max_backtracking_steps=15),
+        ),
+        reports_rate=False,
+    ),
+)
+SCHEDULES: Mapping[str, Schedule] = {entry.name: entry for entry in _ENTRIES}
 
 
 class ScheduleInputs(NamedTuple):
-    """What tells a compiled run which schedule to follow."""
+    """The inputs of a compiled run that select its schedule."""
 
     rates: np.ndarray  # shape=(steps,), dtype=float32; the passive part
-    adaptive: np.ndarray  # shape=(), dtype=int32; 0: none, else 1 + index into ADAPTIVE
-    settings: dict[str, np.ndarray]  # each of shape=(); GreedyLR's
+    scale_index: np.ndarray  # shape=(), dtype=int32; 0: no adaptive scale, n: the n-th of the registry
+    settings: tuple[dict[str, np.ndarray], ...]  # of each adaptive scale, each of shape=()
 
 
-@functools.cache  # a sweep asks for each of its runs, and ARC's settings name a file
-def parse(name: str) -> tuple[str, Mapping[str, Any]]:
-    """A schedule's name, and settings that differ from the defaults; shared, so not to be changed.
+def _scales() -> list[AdaptiveScale]:
+    return [entry for entry in SCHEDULES.values() if isinstance(entry, AdaptiveScale)]
+
+
+@functools.cache  # every run of a sweep calls it, and ARC reads a file
+def parse(name: str) -> tuple[Schedule, Mapping[str, Any]]:
+    """The schedule that a name with optional settings stands for.
+
+    Args:
+      name: the name of an entry, with settings that differ from the defaults in brackets.
+
+    Returns:
+      The entry, and the settings in brackets. Both are shared; do not change them.
 
     Raises:
       UsageError: if there is no such schedule or setting.
+      ValueError: if a setting is out of range.
 
     Examples:
-      >>> parse("cosine")
-      ('cosine', {})
-      >>> parse("GreedyLR(factor=0.8, patience=5)")
+      >>> entry, settings = parse("GreedyLR(factor=0.8, patience=5)")
+      >>> entry.name, settings
       ('GreedyLR', {'factor': 0.8, 'patience': 5})
     """
     base, bracket, rest = name.partition("(")
-    if base not in (*PASSIVE, *ADAPTIVE, *OWN_RATES):
-        raise UsageError(
-            f"unknown schedule {name!r}; there are: {', '.join((*PASSIVE, *ADAPTIVE, *OWN_RATES))}"
-        )
+    if base not in SCHEDULES:
+        raise UsageError(f"unknown schedule {name!r}; the schedules are {', '.join(SCHEDULES)}")
+    entry = SCHEDULES[base]
     if not bracket:
-        return base, {}
+        return entry, {}
     settings = {}
     try:
         for keyword in ast.parse(f"f({rest.removesuffix(')')})", mode="eval").body.keywords:
             settings[keyword.arg] = ast.literal_eval(keyword.value)
     except (SyntaxError, ValueError) as error:
-        raise UsageError(f"cannot read the settings of schedule {name!r}") from error
-    allowed = _settings_of(base)
-    if unknown := settings.keys() - allowed:
         raise UsageError(
-            f"schedule {name!r} has unknown settings {sorted(unknown)}; there are: "
-            f"{', '.join(allowed) or 'none'}"
+            f"cannot read the settings of schedule {name!r}; write NAME(setting=value, ...)"
+        ) from error
+    if unknown := settings.keys() - entry.settings.keys():
+        raise UsageError(
+            f"schedule {name!r} has unknown settings {sorted(unknown)}; the settings are "
+            f"{', '.join(entry.settings) or 'none'}"
         )
-    # Values out of range are refused here, by name.
-    if base == "GreedyLR":
-        greedylr_jax.greedy_lr(**settings)
-    else:
-        OWN_RATES[base](optax.sgd(1.0), 1.0, 100, **settings)
-    return base, settings
+    entry.check(settings)
+    return entry, settings
 
 
 def arc_with(weights: str | None, *, decisions: int, validation: bool = True) -> str:
@@ -210,60 +464,61 @@ def arc_with(weights: str | None, *, decisions: int, validation: bool = True) ->
     return f"ARC(weights={weights!r}, decisions={decisions}, validation={validation})"
 
 
-def _settings_of(base: str) -> tuple[str, ...]:
-    """What may stand in brackets behind the name of a schedule."""
-    if base == "GreedyLR":
-        return tuple(GREEDY_DEFAULTS)
-    if base not in OWN_RATES:
-        return ()
-    return tuple(inspect.signature(OWN_RATES[base]).parameters)[3:]
-
-
 def schedule_inputs(name: str, learning_rate: float, steps: int) -> ScheduleInputs:
-    """The inputs of a run of ``steps`` steps that starts at ``learning_rate`` and follows ``name``."""
-    base, settings = parse(name)
-    settings = settings if base == "GreedyLR" else {}
-    adaptive = 1 + list(ADAPTIVE).index(base) if base in ADAPTIVE else 0
-    traced = {
-        key: np.asarray(settings.get(key, default), np.int32 if isinstance(default, int) else np.float32)
-        for key, default in GREEDY_DEFAULTS.items()
-    }
-    return ScheduleInputs(np.float32(learning_rate) * _fractions(base, steps), np.int32(adaptive), traced)
+    """The inputs of a run of ``steps`` steps with the schedule ``name`` from ``learning_rate``."""
+    entry, settings = parse(name)
+    traced = tuple(
+        {
+            key: np.asarray(
+                settings.get(key, default) if scale is entry else default,
+                np.int32 if isinstance(default, int) else np.float32,
+            )
+            for key, default in scale.traced.items()
+        }
+        for scale in _scales()
+    )
+    index = 1 + _scales().index(entry) if isinstance(entry, AdaptiveScale) else 0
+    passive = entry.name if isinstance(entry, PassiveSchedule) else "constant"
+    return ScheduleInputs(np.float32(learning_rate) * _fractions(passive, steps), np.int32(index), traced)
 
 
 @functools.cache
 def _fractions(name: str, steps: int) -> np.ndarray:
-    """The passive part of a schedule over the initial rate, shape (steps,); shared, so not to be changed."""
-    shape = PASSIVE.get(name, PASSIVE["constant"])(steps)
-    return np.array(jax.vmap(shape)(np.arange(steps)), np.float32)
+    """A passive schedule over the initial learning rate, shape (steps,); shared, do not change."""
+    schedule = SCHEDULES[name]
+    assert isinstance(schedule, PassiveSchedule)
+    return np.array(jax.vmap(schedule.fractions(steps))(np.arange(steps)), np.float32)
 
 
 def switch(
     index: jax.Array, transforms: Sequence[optax.GradientTransformation]
 ) -> optax.GradientTransformationExtraArgs:
-    """A transformation that applies ``transforms[index]``, for an index that the program computes.
+    """A transformation that applies ``transforms[index]`` for a traced index.
 
-    It keeps the states of all of them, and changes that of the chosen one only.
+    It holds the states of all transformations and changes only that of the selected one.
     """
-    transforms = [optax.with_extra_args_support(transform) for transform in transforms]
+    extended = [optax.with_extra_args_support(transform) for transform in transforms]
 
     def init_fn(params: optax.Params) -> tuple[Any, ...]:
-        return tuple(transform.init(params) for transform in transforms)
+        return tuple(transform.init(params) for transform in extended)
 
     def update_fn(updates, states, params=None, **extra_args):
         def branch(position: int) -> Callable[..., Any]:
             def apply(updates, states):
-                updates, state = transforms[position].update(updates, states[position], params, **extra_args)
+                updates, state = extended[position].update(updates, states[position], params, **extra_args)
                 return updates, (*states[:position], state, *states[position + 1 :])
 
             return apply
 
-        return jax.lax.switch(index, [branch(i) for i in range(len(transforms))], updates, states)
+        return jax.lax.switch(index, [branch(i) for i in range(len(extended))], updates, states)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def adaptive_scale(inputs: ScheduleInputs, steps_per_epoch: int) -> optax.GradientTransformationExtraArgs:
-    """The adaptive part of a run: the schedule that :class:`ScheduleInputs` names, or none."""
-    adaptive = [make(steps_per_epoch, inputs.settings) for make in ADAPTIVE.values()]
-    return switch(inputs.adaptive, [optax.identity(), *adaptive])
+    """The adaptive scale that ``inputs`` selects, or the identity."""
+    scales = [
+        scale.transform(steps_per_epoch, settings)
+        for scale, settings in zip(_scales(), inputs.settings, strict=True)
+    ]
+    return switch(inputs.scale_index, [optax.identity(), *scales])

@@ -1,7 +1,7 @@
-"""Finished runs on disk, so that an interrupted comparison goes on where it stopped.
+"""Finished runs on disk, so that an interrupted study can be resumed.
 
-A folder holds ``settings.json``, while a comparison runs one Parquet file for each finished group of runs
-under ``parts/``, and at the end all of them in ``runs.parquet``. Every file appears by an atomic rename.
+A folder holds ``settings.json``; during a study one Parquet file for each finished group of runs in
+``parts/``; and at the end all runs in ``runs.parquet``. Every file is written by an atomic rename.
 """
 
 import contextlib
@@ -18,7 +18,11 @@ from experiments.errors import UsageError
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls ``write`` with a temporary path beside ``path``, then renames it: all or nothing."""
+    """Calls ``write`` with a temporary path in the same folder, then renames that file to ``path``.
+
+    Raises:
+      UsageError: if the file cannot be written; then ``path`` is unchanged.
+    """
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,33 +36,32 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def other_settings(folder: Path, what: str) -> UsageError:
-    """The error of a folder with unfinished work that was begun with other settings."""
+    """The error for a folder with unfinished work that has other settings."""
     return UsageError(
-        f"{folder} holds an unfinished {what} with other settings: give those again to finish it, or --fresh "
-        "to drop it, or another --out"
+        f"{folder} holds an unfinished {what} with other settings; run it with the same settings to resume, "
+        "or pass --fresh to discard it, or another --out"
     )
 
 
 def damaged(path: Path, error: Exception) -> UsageError:
-    """The error of a file of unfinished work that something else than this program has cut or changed."""
+    """The error for a file of unfinished work that cannot be read."""
     reason = str(error).partition("\n")[0]
-    return UsageError(f"cannot go on from {path}: {reason}; give --fresh to drop the unfinished work")
+    return UsageError(f"cannot resume from {path}: {reason}; pass --fresh to discard the unfinished work")
 
 
 class RunStore:
-    """The runs of one comparison under one folder."""
+    """The runs of one study in one folder."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], *, fresh: bool = False):
-        """Opens the folder; goes on with an unfinished comparison of the same settings.
+        """Opens the folder and resumes an unfinished study with the same settings.
 
         Args:
-          folder: where everything lies; made if it is not there.
-          settings: what the results depend on, JSON values only.
-          fresh: throw an unfinished comparison away.
+          folder: created if it does not exist.
+          settings: everything that the results depend on, as JSON values.
+          fresh: discard an unfinished study.
 
         Raises:
-          UsageError: if the folder cannot be written, or holds an unfinished comparison with other
-            settings.
+          UsageError: if the folder cannot be written, or holds an unfinished study with other settings.
         """
         self.folder = folder
         self._parts = folder / "parts"
@@ -69,16 +72,16 @@ class RunStore:
             if fresh:
                 shutil.rmtree(self._parts)
             elif unfinished != described:
-                raise other_settings(folder, "comparison")
+                raise other_settings(folder, "study")
         write_atomically(path, lambda temporary: temporary.write_text(described))
 
     def append(self, rows: list[dict[str, Any]]) -> None:
-        """Keeps a group of finished runs."""
+        """Stores a group of finished runs."""
         part = self._parts / f"{len(self._finished_parts()):06d}.parquet"
         write_atomically(part, pl.DataFrame(rows).write_parquet)
 
     def rows(self) -> pl.DataFrame | None:
-        """The runs kept so far; None if there are none."""
+        """The runs stored so far; None if there are none."""
         frames = []
         for part in self._finished_parts():
             try:
@@ -88,11 +91,11 @@ class RunStore:
         return pl.concat(frames) if frames else None
 
     def _finished_parts(self) -> list[Path]:
-        """The files that were written to the end; what a kill left half-written begins with a dot."""
+        """The complete files; the name of a file that was being written at a kill starts with a dot."""
         return sorted(part for part in self._parts.glob("*.parquet") if not part.name.startswith("."))
 
     def finish(self) -> pl.DataFrame:
-        """Puts all runs into ``runs.parquet`` and returns them."""
+        """Writes all runs to ``runs.parquet`` and returns them."""
         runs = self.rows()
         write_atomically(self.folder / "runs.parquet", runs.write_parquet)
         shutil.rmtree(self._parts)

@@ -1,4 +1,4 @@
-"""Training many runs of several tasks and optimizers, kept on disk as they finish."""
+"""Training many runs of several tasks and optimizers, stored on disk as they finish."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -33,35 +33,35 @@ def run_sweep(
     address: str | None = None,
     engines: dict[tuple[str, str], Engine] | None = None,
 ) -> None:
-    """Trains the runs that the store does not hold yet.
+    """Trains the runs that are not in the store.
 
     Args:
-      groups: what to train, one at a time.
-      settings: what all runs have in common.
-      store: where finished runs are kept.
-      console: where the progress bar goes.
-      address: of a Ray cluster that trains groups side by side; None: this process does.
-      engines: filled with the engine of each task and optimizer; those in it are used again, with what they
-        have compiled. Not used on a cluster.
+      groups: the runs, one task and optimizer at a time.
+      settings: shared by all runs.
+      store: finished runs.
+      console: for the progress bar.
+      address: of a Ray cluster that trains groups in parallel; None: train in this process.
+      engines: by task and optimizer; missing engines are added, the others are reused with their compiled
+        programs. Ignored on a cluster.
     """
-    kept = store.rows()
-    left = []
+    stored = store.rows()
+    missing = []
     for task, optimizer, specs in groups:
-        done = finished(kept, task, optimizer)
-        left.append(Group(task, optimizer, [spec for spec in specs if spec not in done]))
-    left = [group for group in left if group.specs]
+        done = finished(stored, task, optimizer)
+        missing.append(Group(task, optimizer, [spec for spec in specs if spec not in done]))
+    missing = [group for group in missing if group.specs]
     with make_progress(console, "runs") as progress:
-        total, rest = (sum(len(group.specs) for group in each) for each in (groups, left))
+        total, rest = (sum(len(group.specs) for group in each) for each in (groups, missing))
         bar = progress.add_task("", total=total, completed=total - rest)
         if address is None:
             trained = (
                 rows
-                for group in left
+                for group in missing
                 for rows in _train_here(group, settings, engines, functools.partial(progress.update, bar))
             )
         else:
             progress.update(bar, description=f"on {address}")
-            trained = cluster.train_groups(left, settings, address, train_group)
+            trained = cluster.train_groups(missing, settings, address, train_group)
         for rows in trained:
             store.append(rows)
             progress.update(bar, advance=len(rows))
@@ -80,7 +80,7 @@ def _train_here(
 def train_group(
     group: Group, settings: Settings, engines: dict[tuple[str, str], Engine] | None = None
 ) -> Iterator[list[Row]]:
-    """Trains the runs of one group, and yields the rows of some at a time."""
+    """Trains the runs of one group and yields their rows, several at a time."""
     key = group.task, group.optimizer
     engines = {} if engines is None else engines
     if key not in engines:
@@ -90,7 +90,7 @@ def train_group(
 
 
 def finished(rows: pl.DataFrame | None, task: str, optimizer: str) -> set[RunSpec]:
-    """The runs of one group that are among the rows."""
+    """The runs of one task and optimizer among the rows."""
     if rows is None:
         return set()
     own = rows.filter((pl.col("task") == task) & (pl.col("optimizer") == optimizer))

@@ -1,14 +1,17 @@
-"""A study on a Ray cluster of two nodes: nothing is lost when a worker is killed."""
+"""Training on a Ray cluster of two nodes: no run is missing after a worker is killed."""
 
 import os
 import signal
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
 import ray
+from ray import cloudpickle
+from ray._private.runtime_env import packaging
 from ray.cluster_utils import Cluster
 from rich.console import Console
 
@@ -26,8 +29,10 @@ GROUPS = [
 
 
 @pytest.fixture
-def address(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+def address(monkeypatch, tmp_path):
+    # The workers have no other source of the packages than the driver.
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.chdir(tmp_path)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     cluster.add_node(num_cpus=1)
     yield cluster.address
@@ -36,7 +41,7 @@ def address(monkeypatch):
 
 
 def workers():
-    """Processes that train a group, by what Ray writes into their command lines."""
+    """The ids of processes that train a group, by the command lines that Ray sets."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -48,7 +53,7 @@ def workers():
 
 
 def kill_one(killed, done):
-    """Waits until both nodes train, and kills one worker without a warning."""
+    """Waits until both nodes train, and kills one worker."""
     while not done.is_set():
         running = workers()
         if len(running) == 2:
@@ -60,7 +65,7 @@ def kill_one(killed, done):
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_loses_nothing(address, tmp_path):
+def test_no_run_is_missing_after_a_worker_is_killed(address, tmp_path):
     console = Console(record=True)
     killed, done = [], threading.Event()
     killer = threading.Thread(target=kill_one, args=(killed, done))
@@ -81,22 +86,54 @@ def test_a_worker_that_is_killed_loses_nothing(address, tmp_path):
     got = on_cluster.sort(keys)
     assert got.select(keys).equals(expected.select(keys))
     for column in ("loss", "rate", "test_losses"):
-        ours, theirs = (frame.explode(column)[column].to_numpy() for frame in (got, expected))
-        assert abs(ours - theirs).max() <= 1e-4 * abs(theirs).max()
+        a, b = (frame.explode(column)[column].to_numpy() for frame in (got, expected))
+        assert abs(a - b).max() <= 1e-4 * abs(b).max()
 
-    # All is there: the same command has nothing left to train.
+    # With all runs in the store nothing is trained.
     again = RunStore(tmp_path / "again", {"steps": STEPS})
     again.append(on_cluster.to_dicts())
     run_sweep(GROUPS, Settings(STEPS), again, console, address=address)
     assert len(again.rows()) == len(on_cluster)
 
 
-def test_a_cluster_that_is_not_there_is_named():
+def locate(group, settings):
+    """Trains nothing: the files of the packages on the worker, and the rows of a data file."""
+    import experiments  # noqa: PLC0415  (that of the worker)
+    import greedylr_jax  # noqa: PLC0415
+    from experiments.studies.base import read_published  # noqa: PLC0415
+
+    yield [
+        {"files": [experiments.__file__, greedylr_jax.__file__], "rows": len(read_published("arc_tables"))}
+    ]
+
+
+@pytest.mark.slow
+def test_workers_run_the_code_of_the_checkout(address):
+    # By value, because this module is not among the packages that are sent.
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    ((row,),) = cluster_module.train_groups(["group"], None, address, locate)
+    assert all("py_modules_files" in file for file in row["files"]) and row["rows"] == 24
+
+
+def test_the_packages_of_the_checkout_are_sent_to_the_workers(tmp_path):
+    environment = cluster_module.runtime_env()
+    names = []
+    for module in environment["py_modules"]:
+        package = tmp_path / "package.zip"
+        packaging.create_package(module, package, True, True, environment["excludes"])
+        names += zipfile.ZipFile(package).namelist()
+    files = {name for name in names if not name.endswith("/")}
+    assert {"experiments/__main__.py", "experiments/studies/published/arc_tables.csv"} <= files
+    assert {"greedylr_jax/__init__.py", "greedylr_jax/arc/arc.safetensors"} <= files
+    assert not [name for name in files if "__pycache__" in name or "results" in name]
+
+
+def test_the_error_for_a_missing_cluster_names_its_address():
     with pytest.raises(UsageError, match=r"no Ray cluster at 'auto'.*ray start --head"):
         next(cluster_module.train_groups(GROUPS, Settings(10), "auto", None))
 
 
-def test_without_ray_the_extra_is_named(monkeypatch):
+def test_the_error_without_ray_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UsageError, match=r"pip install \"greedylr-jax\[cluster\]\""):
         next(cluster_module.train_groups(GROUPS, Settings(10), "auto", None))

@@ -1,11 +1,18 @@
-"""Disturbances: that each reaches what it is aimed at, and nothing else."""
+"""Disturbances: each changes its target and nothing else."""
 
 import numpy as np
 import pytest
 
 from experiments.errors import UsageError
 from experiments.tasks import make_task
-from experiments.training.disturbance import KINDS, TARGETS, disturbance_inputs, knock_moment, name_of, parse
+from experiments.training.disturbance import (
+    KINDS,
+    TARGETS,
+    disturbance_inputs,
+    name_of,
+    parse,
+    perturbation_step,
+)
 from experiments.training.engine import Engine, RunSpec, Settings
 
 STEPS, RATE = 200, 0.1
@@ -14,19 +21,20 @@ NOISY = [kind for kind in KINDS if kind != "none"]
 
 @pytest.fixture(scope="module")
 def results():
-    """Every kind and target, with a schedule that observes nothing and with a rule, in one compilation."""
+    """Every kind and target, with a constant rate and with a rule, in one compilation."""
     engine = Engine(make_task("quadratic-10"), "sgd", Settings(STEPS, disturbed=True))
-    specs = [
-        RunSpec(schedule, RATE, 3, disturbance)
-        for schedule in ("constant", "GreedyLR(patience=2)")
+    specs = [RunSpec("constant", RATE, 3, name_of("adversarial", 2.0, "gradient"), "constant")]
+    specs += [
+        RunSpec(schedule, RATE, 3, disturbance, label)
+        for label, schedule in (("constant", "constant"), ("GreedyLR", "GreedyLR(patience=2)"))
         for disturbance in ("none", *(name_of(kind, 0.5, target) for kind in KINDS for target in TARGETS))
     ]
     trained = {spec: result for group in engine.train(specs) for spec, result, _ in group}
     assert engine.num_compilations == 1
-    return {(spec.schedule.split("(")[0], spec.disturbance): result for spec, result in trained.items()}
+    return {(spec.label, spec.disturbance): result for spec, result in trained.items()}
 
 
-def test_a_run_without_noise_is_an_undisturbed_one(results):
+def test_a_run_without_noise_equals_an_undisturbed_run(results):
     plain = Engine(make_task("quadratic-10"), "sgd", Settings(STEPS))
     ((_, expected, _),) = next(plain.train([RunSpec("GreedyLR(patience=2)", RATE, 3)]))
     for target in TARGETS:
@@ -36,19 +44,19 @@ def test_a_run_without_noise_is_an_undisturbed_one(results):
 
 
 @pytest.mark.parametrize("kind", NOISY)
-def test_noise_on_the_observed_loss_reaches_the_rule_and_not_the_training(results, kind):
+def test_noise_of_the_observed_loss_changes_the_rule_and_not_the_training(results, kind):
     name = name_of(kind, 0.5, "observe")
-    blind, clean = results["constant", name], results["constant", "none"]
-    np.testing.assert_array_equal(blind.loss, clean.loss)
-    np.testing.assert_array_equal(blind.rate, clean.rate)
+    constant, clean = results["constant", name], results["constant", "none"]
+    np.testing.assert_array_equal(constant.loss, clean.loss)
+    np.testing.assert_array_equal(constant.rate, clean.rate)
     assert (results["GreedyLR", name].rate != results["GreedyLR", "none"].rate).any()
 
 
 @pytest.mark.parametrize("kind", NOISY)
-def test_noise_on_the_gradients_reaches_the_parameters_when_it_says(results, kind):
+def test_noise_of_the_gradients_changes_the_parameters_at_its_first_step(results, kind):
     name = name_of(kind, 0.5, "gradient")
     noise = disturbance_inputs(name, STEPS, 3)
-    assert not noise.observe.any() and not noise.knock.any()
+    assert not noise.observe.any() and not noise.parameters.any()
     disturbed, clean = results["constant", name], results["constant", "none"]
     np.testing.assert_array_equal(disturbed.rate, clean.rate)
     first = int(np.flatnonzero(noise.gradient)[0])
@@ -57,21 +65,23 @@ def test_noise_on_the_gradients_reaches_the_parameters_when_it_says(results, kin
 
 
 @pytest.mark.parametrize("kind", NOISY)
-def test_a_knock_moves_the_parameters_once_by_the_distance_it_says(results, kind):
-    name = name_of(kind, 0.5, "knock")
+def test_a_parameter_perturbation_changes_the_parameters_once(results, kind):
+    name = name_of(kind, 0.5, "parameters")
     noise = disturbance_inputs(name, STEPS, 3)
-    (moment,) = np.flatnonzero(noise.knock)
-    assert STEPS // 4 <= moment < STEPS - STEPS // 4
+    (at,) = np.flatnonzero(noise.parameters)
+    assert STEPS // 4 <= at < STEPS - STEPS // 4
     assert not noise.observe.any() and not noise.gradient.any()
     disturbed, clean = results["constant", name], results["constant", "none"]
-    np.testing.assert_array_equal(disturbed.loss[: moment + 1], clean.loss[: moment + 1])
-    assert disturbed.loss[moment + 1] > 1.5 * clean.loss[moment + 1]  # near the minimum every way is up
-    # Without another one the loss falls from there on, as it does at this rate.
-    assert (np.diff(disturbed.loss[moment + 1 :]) < 0).all()
+    np.testing.assert_array_equal(disturbed.loss[: at + 1], clean.loss[: at + 1])
+    assert (
+        disturbed.loss[at + 1] > 1.5 * clean.loss[at + 1]
+    )  # near the minimum the loss increases in every direction
+    # Without another perturbation the loss decreases from there on.
+    assert (np.diff(disturbed.loss[at + 1 :]) < 0).all()
 
 
 @pytest.mark.parametrize("kind", NOISY)
-def test_all_is_all_of_them(results, kind):
+def test_the_target_all_combines_the_other_targets(results, kind):
     parts = [disturbance_inputs(name_of(kind, 0.5, target), STEPS, 3) for target in TARGETS[:3]]
     together = disturbance_inputs(name_of(kind, 0.5, "all"), STEPS, 3)
     for index in range(3):
@@ -81,20 +91,18 @@ def test_all_is_all_of_them(results, kind):
         assert (everything.loss != results["GreedyLR", name_of(kind, 0.5, target)].loss).any()
 
 
-def test_the_adversary_points_against_descent():
-    """With the whole gradient turned against it, a step goes up instead of down."""
-    engine = Engine(make_task("quadratic-10"), "sgd", Settings(40, disturbed=True))
-    specs = [RunSpec("constant", RATE, 0, name) for name in ("none", name_of("adversarial", 2.0, "gradient"))]
-    (_, clean, _), (_, turned, _) = (run for group in engine.train(specs) for run in group)
-    # The gradient g becomes g - 2 g at first: the loss rises as it would have fallen, to first order.
-    assert clean.loss[1] < clean.loss[0] < turned.loss[1]
+def test_adversarial_noise_opposes_descent(results):
+    """With adversarial noise of twice the gradient the first step increases the loss."""
+    clean, ascending = results["constant", "none"], results["constant", "adversarial, 2, gradient"]
+    # The gradient g becomes g - 2 g: to first order the loss increases by what it decreased.
+    assert clean.loss[1] < clean.loss[0] == ascending.loss[0] < ascending.loss[1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_kinds_of_noise_are_what_they_are_called(kind):
+def test_kinds_of_noise_are_as_named(kind):
     noise = KINDS[kind](np.random.default_rng(0), 1000)
     assert noise.shape == (1000,) and np.isfinite(noise).all()
-    what = {
+    is_as_named = {
         "none": not noise.any(),
         "gaussian": abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1,
         "periodic spike": set(np.diff(np.flatnonzero(noise))) == {50} and noise.max() == 1,
@@ -105,10 +113,10 @@ def test_kinds_of_noise_are_what_they_are_called(kind):
         "burst": 0 < np.count_nonzero(noise) <= 100,
         "adversarial": set(noise) == {1.0, -1.0} and (noise[:11] == 1).all() and (noise[11:22] == -1).all(),
     }
-    assert what[kind]
+    assert is_as_named[kind]
 
 
-def test_noise_is_the_same_for_all_schedules_and_differs_between_seeds():
+def test_noise_depends_on_the_seed_only():
     one, again, other = (disturbance_inputs("gaussian, 1, all", 50, seed) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one.observe, again.observe)
     assert (one.observe != other.observe).any()
@@ -118,7 +126,7 @@ def test_strength_scales_the_noise():
     weak, strong = (disturbance_inputs(f"burst, {strength}, all", 400, 0) for strength in (0.1, 1.0))
     for low, high in zip(weak[:3], strong[:3], strict=True):
         np.testing.assert_allclose(10 * low, high, rtol=1e-5)
-    assert knock_moment(weak.gradient) == knock_moment(strong.gradient)
+    assert perturbation_step(weak.gradient) == perturbation_step(strong.gradient)
 
 
 @pytest.mark.parametrize("name", ["loud, 1, all", "gaussian, 1, loss", "gaussian, x, all", "gaussian"])

@@ -1,4 +1,4 @@
-"""The parts of the laboratory, one by one."""
+"""The parts of the experiments: data, schedules, the engine, summaries and the store."""
 
 import math
 
@@ -15,10 +15,28 @@ from experiments.data.digits import Digits
 from experiments.data.loading import load_split
 from experiments.errors import UsageError
 from experiments.reporting import summary
+from experiments.reporting.palette import Look
+from experiments.studies import (
+    compare,
+    greedylr,
+    initial_rate,
+    leaderboard,
+    lrtuner,
+    polling,
+    robustness,
+)
 from experiments.tasks import make_task
 from experiments.tasks.convolution import matmul_convolution
-from experiments.training.engine import Engine, RunSpec, Settings, batch_indices
-from experiments.training.schedules import ADAPTIVE, GREEDY_DEFAULTS, PASSIVE, parse, schedule_inputs, switch
+from experiments.training.engine import Engine, RunSpec, Settings
+from experiments.training.loop import batch_indices, train
+from experiments.training.schedules import (
+    SCHEDULES,
+    AdaptiveScale,
+    PassiveSchedule,
+    parse,
+    schedule_inputs,
+    switch,
+)
 from experiments.training.store import RunStore, write_atomically
 
 
@@ -27,7 +45,7 @@ def data_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("tfds")
 
 
-def test_digits_are_those_of_scikit_learn(data_dir):
+def test_digits_equal_those_of_scikit_learn(data_dir):
     splits = {name: load_split(Digits, name, data_dir) for name in ("train", "test")}
     images = np.concatenate([split["image"] for split in splits.values()])
     assert images.shape == (1797, 8, 8, 1) and images.dtype == np.uint8
@@ -49,7 +67,7 @@ def test_matmul_convolution_is_a_convolution(strides, kernel):
 
 
 def linear_task(data_dir):
-    """Logistic regression on the digits: compiles much faster than the networks."""
+    """Logistic regression on digits, which compiles much faster than the networks."""
 
     def logits(params, batch):
         return batch["input"].reshape(-1, 64) @ params
@@ -67,43 +85,73 @@ def linear_task(data_dir):
     return make_task("digits", data_dir)._replace(init=init, loss=loss, metric=accuracy)
 
 
-def test_a_run_of_the_engine_is_plain_training(data_dir):
-    """One compiled run of many must equal the same run written out with Optax."""
+def kinds(kind):
+    return [name for name, entry in SCHEDULES.items() if isinstance(entry, kind)]
+
+
+def test_a_run_of_the_engine_equals_plain_training(data_dir, monkeypatch):
+    """Every run of a compiled program equals the same run written in plain Optax.
+
+    The schedule that is added to the registry needs no other edit.
+    """
+    halves = PassiveSchedule(
+        name="halves",
+        source="this test",
+        look=Look("#123456"),
+        fractions=lambda steps: lambda step: jnp.where(step < steps // 2, 1.0, 0.5),
+    )
+    monkeypatch.setitem(SCHEDULES, "halves", halves)
     task = linear_task(data_dir)
     steps, rate, seed = 60, 0.2, 3
     tuned = "GreedyLR(factor=0.5, patience=2)"
-    specs = [RunSpec(schedule, rate, seed) for schedule in (*PASSIVE, *ADAPTIVE, tuned)]
+    names = (*kinds(PassiveSchedule), *kinds(AdaptiveScale), tuned)
     engine = Engine(task, "sgd", Settings(steps, evaluations=3))
+    specs = [RunSpec(schedule, rate, seed) for schedule in names]
     got = {spec.schedule: result for group in engine.train(specs) for spec, result, _ in group}
     assert engine.num_compilations == 1
+    np.testing.assert_array_equal(got["halves"].rate, np.float32([rate] * 30 + [rate / 2] * 30))
 
+    plateau = SCHEDULES["plateau"].transform(task.steps_per_epoch, {})
     transformations = {
         "GreedyLR": optax.chain(optax.sgd(rate), greedylr_jax.greedy_lr()),
         tuned: optax.chain(optax.sgd(rate), greedylr_jax.greedy_lr(0.5, 2)),
-        "plateau": optax.chain(optax.sgd(rate), ADAPTIVE["plateau"](task.steps_per_epoch, GREEDY_DEFAULTS)),
+        "plateau": optax.chain(optax.sgd(rate), plateau),
+        "halves": optax.sgd(lambda step: rate * halves.fractions(steps)(step)),
     }
-    init_key, batch_key = jax.random.split(jax.random.key(seed))
-    batches = batch_indices(task, steps, batch_key)
-    for name, transformation in transformations.items():
-        tx = optax.with_extra_args_support(transformation)
-
-        def body(carry, indices, tx=tx):
-            params, state = carry
-            batch = jax.tree.map(lambda examples: jnp.asarray(examples)[indices], task.train)
-            loss, grads = jax.value_and_grad(task.loss)(params, batch)
-            updates, state = tx.update(grads, state, params, value=loss)
-            return (optax.apply_updates(params, updates), state), loss
-
-        params = task.init(init_key)
-        (params, _), loss = jax.jit(
-            lambda params, state, body=body: jax.lax.scan(body, (params, state), batches)
-        )(params, tx.init(params))
+    for name, tx in transformations.items():
+        params, loss, _ = jax.jit(lambda tx=tx: train(task, tx, steps, seed))()
         np.testing.assert_allclose(got[name].loss, loss, rtol=1e-4, err_msg=name)
         assert got[name].test_metric.shape == got[name].test_loss.shape == (3,)
         np.testing.assert_allclose(got[name].test_metric[-1], task.metric(params, task.test), atol=0.003)
         np.testing.assert_allclose(got[name].test_loss[-1], task.loss(params, task.test), rtol=1e-3)
         assert got[name].test_loss[0] > got[name].test_loss[-1]
-    assert len({got[name].loss[-1] for name in transformations}) == 3
+    assert len({got[name].loss[-1] for name in transformations}) == 4
+
+
+def test_every_schedule_has_a_look_and_a_label_of_its_own():
+    looks, labels = ([getattr(entry, name) for entry in SCHEDULES.values()] for name in ("look", "label"))
+    assert len(set(looks)) == len(looks) and len(set(labels)) == len(labels)
+    assert all(name == entry.name and entry.source for name, entry in SCHEDULES.items())
+
+
+@pytest.mark.parametrize(
+    "study", [compare, greedylr, initial_rate, leaderboard, lrtuner, polling, robustness]
+)
+def test_studies_choose_schedules_from_the_registry(study):
+    names = {*getattr(study, "SCHEDULES", ())}
+    names |= {each.schedule for each in getattr(study, "SUBMISSIONS", getattr(study, "CASES", ()))}
+    names |= {*getattr(study, "PAIRS", {}).values()}
+    assert names and names <= set(SCHEDULES)
+
+
+def test_settings_of_a_schedule_are_those_that_it_accepts():
+    assert set(SCHEDULES["GreedyLR"].settings) == {
+        "factor", "patience", "threshold", "cooldown", "warmup", "min_scale", "max_scale",
+    }  # fmt: skip
+    assert SCHEDULES["ARC"].settings == {"weights": None, "decisions": 10, "validation": True}
+    assert all(not SCHEDULES[name].settings for name in kinds(PassiveSchedule))
+    entry, settings = parse("ARC(decisions=4)")
+    assert entry is SCHEDULES["ARC"] and settings == {"decisions": 4}
 
 
 def test_batches_are_permutations_of_whole_epochs(data_dir):
@@ -115,7 +163,7 @@ def test_batches_are_permutations_of_whole_epochs(data_dir):
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
-def test_switch_applies_one_and_keeps_the_others(index):
+def test_switch_applies_one_transformation_and_does_not_change_the_states_of_the_others(index):
     tx = switch(jnp.int32(index), [optax.scale(2.0), optax.trace(0.5), optax.trace(0.9)])
     state = tx.init(jnp.ones(2))
     updates, after = tx.update(jnp.ones(2), state)
@@ -127,34 +175,34 @@ def test_switch_applies_one_and_keeps_the_others(index):
 def test_an_adaptive_schedule_starts_from_a_constant_rate():
     inputs = schedule_inputs("GreedyLR", 0.3, 10)
     np.testing.assert_array_equal(inputs.rates, np.full(10, np.float32(0.3)))
-    assert inputs.adaptive != schedule_inputs("plateau", 0.3, 10).adaptive != 0
-    assert schedule_inputs("cosine", 0.3, 10).adaptive == 0
+    assert inputs.scale_index != schedule_inputs("plateau", 0.3, 10).scale_index != 0
+    assert schedule_inputs("cosine", 0.3, 10).scale_index == 0
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("sawtooth", "unknown schedule 'sawtooth'; there are: constant"),
-        ("cosine(factor=0.5)", r"unknown settings \['factor'\]; there are: none"),
+        ("sawtooth", "unknown schedule 'sawtooth'; the schedules are constant"),
+        ("cosine(factor=0.5)", r"unknown settings \['factor'\]; the settings are none"),
         ("ARC(weights='nowhere')", "nowhere"),
-        ("GreedyLR(speed=2)", r"unknown settings \['speed'\]; there are: factor, patience"),
+        ("GreedyLR(speed=2)", r"unknown settings \['speed'\]; the settings are factor, patience"),
         ("GreedyLR(factor=)", "cannot read the settings"),
         ("GreedyLR(factor=2.0)", "factor must be"),
         ("GreedyLR(patience=-1)", "patience must be"),
     ],
 )
-def test_a_schedule_that_cannot_be_is_named(name, message):
+def test_an_invalid_schedule_is_refused_by_name(name, message):
     with pytest.raises((UsageError, ValueError), match=message):
         parse(name)
 
 
-def test_an_engine_needs_evaluations_that_divide_the_steps(data_dir):
-    with pytest.raises(ValueError, match="steps must be a multiple of evaluations, got 10 and 3"):
+def test_evaluations_must_divide_the_steps(data_dir):
+    with pytest.raises(ValueError, match="multiple of evaluations, got steps=10 and evaluations=3"):
         Engine(linear_task(data_dir), "sgd", Settings(10, evaluations=3))
 
 
 def fake_runs():
-    """Two seeds of two schedules, ten steps: GreedyLR at 1, constant at 2 and diverging in seed 1."""
+    """Two seeds of two schedules, ten steps: the loss of GreedyLR is 1, that of constant 2 or diverges."""
     rows = []
     for schedule, seed, level in [
         ("GreedyLR", 0, 1.0),
@@ -173,15 +221,15 @@ def fake_runs():
 
 def test_a_diverged_run_counts_as_infinite():
     table = summary.summarize(fake_runs())
-    ours, theirs = table.filter(schedule="GreedyLR"), table.filter(schedule="constant")
-    assert ours["loss_100"][0] == pytest.approx(1.025)
-    assert theirs["loss_100"][0] == math.inf
-    assert theirs.select("at_10", "at_50", "at_100").row(0) == ("beats",) * 3
-    assert math.isnan(theirs["difference_low"][0])
-    assert ours["at_100"][0] is None
+    greedy, constant = table.filter(schedule="GreedyLR"), table.filter(schedule="constant")
+    assert greedy["loss_100"][0] == pytest.approx(1.025)
+    assert constant["loss_100"][0] == math.inf
+    assert constant.select("at_10", "at_50", "at_100").row(0) == ("beats",) * 3
+    assert math.isnan(constant["difference_low"][0])
+    assert greedy["at_100"][0] is None
 
 
-def test_a_failed_write_leaves_nothing(tmp_path):
+def test_a_failed_write_changes_nothing(tmp_path):
     def fail(path):
         path.write_text("half")
         raise OSError(28, "No space left on device")
@@ -194,7 +242,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_fresh_drops_an_unfinished_comparison(tmp_path):
+def test_fresh_discards_an_unfinished_study(tmp_path):
     store = RunStore(tmp_path, {"steps": 1})
     store.append([{"seed": 0}])
     assert len(RunStore(tmp_path, {"steps": 1}).rows()) == 1

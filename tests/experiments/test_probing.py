@@ -1,4 +1,4 @@
-"""What probing costs and what it does on a real network, and the study of hypergradient descent."""
+"""The cost and effect of probing on a network, and the study of hypergradient descent."""
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,13 @@ from experiments.bench import probing as bench
 from experiments.studies import hypergradient as study
 from experiments.studies.base import Job
 from experiments.tasks import make_task
-from experiments.training.engine import batch_indices
+from experiments.training.loop import batch_indices, take, train
 from greedylr_jax import factor_polling
 from greedylr_jax.plotting import plot_range_test
 from greedylr_jax.range_test import range_test, suggest_best, suggest_steepest
+from tests.experiments.figures import assert_is_drawn, lines_of
 
-# A good constant rate of SGD for each network: of a grid from 0.01 to 3, the best one for the first.
+# A good constant learning rate of SGD for each network, from a grid from 0.01 to 3.
 TUNED = {"digits": 0.5, "digits-mlp": 0.3}
 
 
@@ -28,17 +29,12 @@ def task(request):
     return make_task(request.param)
 
 
-def batches_of(task, steps, seed):
-    indices = batch_indices(task, steps, jax.random.key(seed))
-    return jax.tree.map(lambda examples: jnp.asarray(examples)[indices], task.train)
-
-
-def test_work_and_memory_of_probing_stay_in_their_limits():
-    """Three passes and not five, six for exact derivatives, one gradient and one copy for all factors."""
+def test_work_and_memory_of_probing_stay_within_limits():
+    """Three passes instead of five, six for exact derivatives, one gradient and one copy for all factors."""
     rows = {row.name: row for row in bench.cost_rows(repeats=0)}
     for row in rows.values():
         assert row.limit is None or row.flops <= row.limit * 1.001, row
-    assert rows["probe, 3 points"].flops > 2.9  # the passes that XLA counts once are all there
+    assert rows["probe, 3 points"].flops > 2.9  # XLA counts a loop once, so none of the passes is in a loop
     assert rows["polling, 7 factors"].flops > 9.0
     memory = bench.polling_memory()
     assert memory["polling, 7 factors"] < 3 + memory["batch, forward"]
@@ -47,7 +43,7 @@ def test_work_and_memory_of_probing_stay_in_their_limits():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", bench.DIRECTIONS)
 def test_on_a_network_cheap_probes_propose_the_rate_of_a_five_point_fit(name):
-    """To 2% with three points, and to 10% with exact derivatives, which see no kink of a ReLU nearby."""
+    """Within 2% with three points, and within 10% with exact derivatives, which ignore kinks of ReLUs."""
     each = bench.agreement_of(name, steps=100, every=10)
     assert each.three_points.max() < 0.02
     assert each.taylor.max() < 0.1
@@ -58,25 +54,16 @@ SEEDS = jnp.arange(3)
 
 
 def accuracies(task, make_tx, steps=300):
-    """Test accuracy after a training with each seed, one compilation for all."""
+    """Test accuracies of a training with each seed, in one compilation."""
 
-    def train(seed):
-        params, tx = task.init(jax.random.key(seed)), optax.with_extra_args_support(make_tx())
+    def value_fn(step, batches):
+        return {"value_fn": lambda params: task.loss(params, take(task.train, batches[step]))}
 
-        def body(carry, indices):
-            params, state = carry
-            batch = jax.tree.map(lambda examples: jnp.asarray(examples)[indices], task.train)
-            loss, grads = jax.value_and_grad(task.loss)(params, batch)
-            updates, state = tx.update(
-                grads, state, params, value=loss, value_fn=lambda p: task.loss(p, batch)
-            )
-            return (optax.apply_updates(params, updates), state), None
-
-        indices = batch_indices(task, steps, jax.random.key(seed))
-        (params, _), _ = jax.lax.scan(body, (params, tx.init(params)), indices)
+    def accuracy(seed):
+        params, _, _ = train(task, make_tx(), steps, seed, extra_args=value_fn)
         return task.metric(params, task.test)
 
-    return np.asarray(jax.jit(lambda seeds: jax.lax.map(train, seeds))(SEEDS))
+    return np.asarray(jax.jit(lambda seeds: jax.lax.map(accuracy, seeds))(SEEDS))
 
 
 def test_polling_recovers_from_a_rate_200_times_too_large(task):
@@ -87,7 +74,7 @@ def test_polling_recovers_from_a_rate_200_times_too_large(task):
 
 @pytest.mark.slow
 def test_without_its_guard_against_divergence_polling_does_not_recover(task):
-    """As the paper reports; so it is the guard that does it, and not the network that forgives."""
+    """As the paper reports. So recovery is due to the guard, not to a property of the network."""
     assert (accuracies(task, lambda: optax.sgd(200 * TUNED[task.name])) < 0.2).all()
     for settings in ({"divergence": float("inf")}, {"decline": False}):
         polling = factor_polling(bench.FACTORS, **settings)
@@ -97,12 +84,12 @@ def test_without_its_guard_against_divergence_polling_does_not_recover(task):
         assert (after < 0.9).any()  # with it, all are above
 
 
-def test_the_range_test_finds_the_best_rate_of_a_grid_within_a_factor_of_three(task, tmp_path):
+def test_the_range_test_suggests_the_best_rate_of_a_grid_within_a_factor_of_three(task, tmp_path):
     grid = jnp.array([0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0])
 
     def both(seed):
         indices = batch_indices(task, 300, jax.random.key(seed))
-        batches = jax.tree.map(lambda examples: jnp.asarray(examples)[indices], task.train)
+        batches = take(task.train, indices)
         params = task.init(jax.random.key(seed))
 
         def final_loss(rate):
@@ -121,12 +108,16 @@ def test_the_range_test_finds_the_best_rate_of_a_grid_within_a_factor_of_three(t
         result = jax.tree.map(lambda leaf, row=row: leaf[row], results)
         assert best / 3 <= suggest_best(result) <= best * 3
         assert suggest_steepest(result) <= suggest_best(result)
-    plot_range_test(result, title="digits, SGD").savefig(tmp_path / "range_test.png")
-    assert (tmp_path / "range_test.png").stat().st_size > 10_000
+    figure = plot_range_test(result, title="digits, SGD")
+    rates, losses = lines_of(figure.axes[0])["smoothed"]
+    np.testing.assert_allclose(rates, result.learning_rates)
+    np.testing.assert_allclose(losses, np.where(np.isfinite(result.smoothed), result.smoothed, np.nan))
+    figure.savefig(tmp_path / "range_test.png")
+    assert_is_drawn(tmp_path / "range_test.png")
 
 
 def made_up_runs():
-    """Rows as the study writes them, of histories that are known."""
+    """Rows of the study for known histories."""
     decay, steps = np.exp(-np.linspace(0, 2, 60)), np.ones(60)
     rows = []
     for method in study.METHODS:
@@ -142,11 +133,11 @@ def made_up_runs():
     return pl.DataFrame(rows, infer_schema_length=None)
 
 
-def test_the_study_tells_the_difference_from_constant_sgd_by_seed():
+def test_the_study_pairs_differences_from_constant_sgd_by_seed():
     table = study.summarize(made_up_runs()).filter(pl.col("learning_rate") == study.INITIAL_RATES[0])
     end = np.exp(-np.linspace(0, 2, 60))[-3:].mean()
     greedy = table.row(by_predicate=pl.col("method") == "GreedyLR", named=True)
-    # The same for all seeds: an interval without width, though the losses of the seeds differ.
+    # The difference is equal for all seeds, so the interval has no width although the losses differ.
     for name in ("difference", "difference_low", "difference_high"):
         np.testing.assert_allclose(greedy[name], end, rtol=1e-5)
     np.testing.assert_allclose(greedy["final_loss"], 2.1 * end, rtol=1e-6)
@@ -155,7 +146,7 @@ def test_the_study_tells_the_difference_from_constant_sgd_by_seed():
 
 
 @pytest.mark.parametrize("draw", [study.draw_losses, study.draw_greedy, study.draw_groups])
-def test_the_figures_of_the_study_name_what_they_draw(draw):
+def test_the_figures_of_the_study_have_titles_and_a_legend(draw):
     figure = draw(made_up_runs())
     assert [axes.get_title() for axes in figure.axes] == ["initial rate 0.01", "initial rate 0.1"]
     (legend,) = figure.legends
@@ -163,7 +154,7 @@ def test_the_figures_of_the_study_name_what_they_draw(draw):
 
 
 @pytest.mark.slow
-def test_with_hyper_learning_rate_zero_groups_keep_the_constant_rate(task):
+def test_with_hyper_learning_rate_zero_groups_have_the_constant_rate(task):
     constant, group = (
         study.train(task, method, 20, [(3, 0.05, 0.0)])[0] for method in ("constant SGD", "per group")
     )
@@ -173,7 +164,7 @@ def test_with_hyper_learning_rate_zero_groups_keep_the_constant_rate(task):
 
 
 @pytest.mark.slow
-def test_the_study_leaves_table_figures_and_rows(tmp_path, monkeypatch):
+def test_the_study_writes_table_figures_and_rows(tmp_path, monkeypatch):
     monkeypatch.setitem(study.PRESETS, "quick", {"steps": 40, "seeds": 2})
     monkeypatch.setattr(study, "HYPER_RATES", (1e-3, 1e-1))
     monkeypatch.setattr(study, "TUNING_SEEDS", (1000,))
@@ -187,6 +178,7 @@ def test_the_study_leaves_table_figures_and_rows(tmp_path, monkeypatch):
         histories = {name: values for name, values in row["rates"].items() if values is not None}
         expected = {"constant SGD": 1, "GreedyLR": 1, "per parameter": 3, "per group": 3}
         assert len(histories) == expected[row["method"]]
-    for name in ("fig8_losses.png", "fig9_greedylr.png", "fig10_rates.png", "table.csv"):
-        assert (tmp_path / name).stat().st_size > 0
+    for name in ("fig8_losses.png", "fig9_greedylr.png", "fig10_rates.png"):
+        assert_is_drawn(tmp_path / name, colors=1)
+    assert len(pl.read_csv(tmp_path / "table.csv")) == len(study.METHODS) * len(study.INITIAL_RATES)
     assert "per parameter" in console.export_text()

@@ -26,6 +26,6 @@ with make_progress(Console(file=io.StringIO(), force_terminal=True), "runs") as 
 """
 
 
-def test_a_bar_is_drawn_while_a_first_task_reads_its_data():
+def test_a_bar_is_drawn_while_another_thread_imports():
     done = subprocess.run([sys.executable, "-c", PROGRAM], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Studies: what their numbers mean, that they follow from the rows, and that their reports open."""
+"""Studies: their numbers, that these are computed from the rows, and that the reports open."""
 
 import math
 
@@ -20,28 +20,29 @@ from experiments.studies import (
 )
 from experiments.studies.base import Job
 from tests.experiments.browser import HAS_BROWSER, open_and_click
+from tests.experiments.figures import assert_is_drawn, lines_of
 
 
 def history(*levels, steps=100):
-    """A loss that is at these levels for equal parts of the training."""
+    """A loss with these levels, each for an equal part of the steps."""
     return np.repeat(levels, steps // len(levels)).tolist()
 
 
-def greedy_runs(baseline, ours, seeds=2):
+def greedy_runs(baseline, greedy, seeds=2):
     rows = []
     for seed in range(seeds):
-        for schedule, loss in (("linear", baseline), ("GreedyLR", ours)):
+        for schedule, loss in (("linear", baseline), ("GreedyLR", greedy)):
             rows.append(
                 dict(
                     task="tagging", optimizer="adamw", schedule=schedule, learning_rate=0.1, seed=seed,
-                    steps=100,
+                    steps=100, label="tagging",
                     loss=(np.array(loss) + 0.01 * seed * (schedule == "linear")).tolist(),
                 )
             )  # fmt: skip
     return pl.DataFrame(rows)
 
 
-def test_an_experiment_is_compared_as_the_paper_does():
+def test_an_experiment_is_compared_as_in_the_paper():
     table = greedylr.summarize(greedy_runs(history(2.0, 1.0), history(1.95, 1.5)))
     row = table.row(0, named=True)
     assert (row["kind"], row["schedule"]) == ("tagging", "linear")
@@ -51,7 +52,7 @@ def test_an_experiment_is_compared_as_the_paper_does():
     assert row["difference_low"] < -0.495 < row["difference_high"]
 
 
-def test_a_baseline_that_diverges_did_not_finish_and_a_greedy_run_that_does_loses():
+def test_a_diverged_baseline_is_dnf_and_a_diverged_greedy_run_has_the_higher_loss():
     diverged = history(1.0, math.nan)
     row = greedylr.summarize(greedy_runs(diverged, history(1.0, 1.0))).row(0, named=True)
     assert row["at_100"] == "dnf" and row["difference"] is None
@@ -59,7 +60,7 @@ def test_a_baseline_that_diverges_did_not_finish_and_a_greedy_run_that_does_lose
     assert row["at_100"] == "no" and row["difference"] is None
 
 
-def test_tables_ii_to_iv_follow_from_the_papers_own_tables():
+def test_tables_ii_to_iv_are_computed_from_the_published_tables():
     got = greedylr.tally(greedylr.published())
     # Table III's final figures are not those of Tables V to X (nor of Table IV, which agrees with them).
     wrong = {"final as good or better, %", "final worse, %", "average benefit", "as good or better at 50%, %"}
@@ -69,13 +70,13 @@ def test_tables_ii_to_iv_follow_from_the_papers_own_tables():
 
 
 def leader_runs():
-    """Two tasks, one seed: the tuned cosine is at 0.5 after three quarters of the training."""
+    """Two tasks, one seed: the tuned cosine has a loss of 0.5 after three quarters of the steps."""
     evaluations = leaderboard.EVALUATIONS
     falling = np.linspace(1.0, 0.4, evaluations)
     falling[leaderboard._TARGET_AT] = 0.5
     rows = [
         dict(task=task, optimizer="adamw", schedule="cosine", learning_rate=rate, seed=seed, seconds=1.0,
-             test_losses=(falling + extra).tolist())
+             label="", test_losses=(falling + extra).tolist())
         for task in ("a", "b") for seed in (1000, 1001) for rate, extra in ((0.1, 0.0), (0.2, 0.3))
     ]  # fmt: skip
     for index, each in enumerate(leaderboard.SUBMISSIONS):
@@ -85,7 +86,8 @@ def leader_runs():
                 losses[min(evaluations - 1, 3 + index) :] = 0.5
             rows.append(
                 dict(task=task, optimizer=each.optimizer, schedule=each.schedule,
-                     learning_rate=each.learning_rate, seed=0, seconds=2.0, test_losses=losses.tolist())
+                     learning_rate=each.learning_rate, seed=0, seconds=2.0, label=each.name,
+                     test_losses=losses.tolist())
             )  # fmt: skip
     return pl.DataFrame(rows)
 
@@ -93,7 +95,7 @@ def leader_runs():
 def test_the_leaderboard_times_submissions_until_the_target():
     runs = leader_runs()
     assert leaderboard.targets(runs) == {"a": pytest.approx(0.5), "b": pytest.approx(0.5)}
-    measured = leaderboard.measure(runs)
+    measured = leaderboard.time_to_target(runs)
     first, second = leaderboard.SUBMISSIONS[:2]
     times = {(row["submission"], row["task"]): row for row in measured.iter_rows(named=True)}
     assert times[first.name, "a"]["steps"] == pytest.approx(4 / leaderboard.EVALUATIONS)
@@ -107,22 +109,22 @@ def test_the_leaderboard_times_submissions_until_the_target():
     assert table["reached"].to_list().count(50.0) == len(leaderboard.SUBMISSIONS) - 1
 
 
-def test_a_target_that_nobody_reaches_counts_against_all():
+def test_a_target_that_no_submission_reaches_counts_against_all():
     times = np.array([[1.0, math.inf], [1.0, math.inf]])
     np.testing.assert_array_equal(leaderboard.score(times), [0.5, 0.5])
     np.testing.assert_array_equal(leaderboard.profile(times, np.array([1.0, 4.0])), np.full((2, 2), 0.5))
 
 
-def test_recovery_counts_the_steps_until_the_loss_is_back():
-    name = "drift, 1, knock"  # greatest at the end of the middle half
-    moment = 149
+def test_recovery_counts_the_steps_until_the_loss_has_recovered():
+    name = "drift, 1, parameters"  # maximum at the end of the middle half
+    at = 149
     loss = np.ones(200)
-    loss[moment + 1 : moment + 11] = 5.0
+    loss[at + 1 : at + 11] = 5.0
     assert robustness.recovery(loss, name, 0) == 10.0
     assert robustness.recovery(np.ones(200), name, 0) == 0.0
-    loss[moment + 1 :] = 5.0
+    loss[at + 1 :] = 5.0
     assert robustness.recovery(loss, name, 0) == math.inf
-    loss[moment + 1 :] = math.nan
+    loss[at + 1 :] = math.nan
     assert robustness.recovery(loss, name, 0) == math.inf
 
 
@@ -136,7 +138,7 @@ def test_damage_is_relative_to_the_same_schedule_and_the_final_loss_to_the_const
     noise = "gaussian, 1, gradient"
     rows = [robust_row("constant", "none", 2.0), robust_row("GreedyLR", "none", 1.0)]
     rows += [robust_row("constant", noise, 6.0), robust_row("GreedyLR", noise, math.nan)]
-    measured = robustness.measure(pl.DataFrame(rows))
+    measured = robustness.run_metrics(pl.DataFrame(rows))
     got = {
         (row["schedule"], row["target"]): (row["final"], row["damage"])
         for row in measured.iter_rows(named=True)
@@ -146,25 +148,60 @@ def test_damage_is_relative_to_the_same_schedule_and_the_final_loss_to_the_const
     assert got["GreedyLR", "gradient"] == (math.inf, math.inf)
 
 
-def test_steps_are_saved_where_the_baselines_metric_is_reached():
+def test_saved_steps_count_from_where_the_metric_of_the_baseline_is_permanently_reached():
     def rows(final, metrics):
         return pl.DataFrame({"test_metric": [final] * 2, "test_metrics": [metrics] * 2})
 
     baseline = rows(0.8, [0.1, 0.8])
     assert lrtuner.saved(rows(0.9, [0.2, 0.5, 0.8, 0.9]), baseline) == pytest.approx(25.0)
-    assert lrtuner.saved(rows(0.9, [0.9, 0.5, 0.8, 0.9]), baseline) == pytest.approx(25.0)  # for good
+    assert lrtuner.saved(rows(0.9, [0.9, 0.5, 0.8, 0.9]), baseline) == pytest.approx(25.0)  # permanently
     assert lrtuner.saved(rows(0.9, [0.9, 0.9, 0.8, 0.9]), baseline) == pytest.approx(75.0)
     assert lrtuner.saved(rows(0.7, [0.2, 0.9, 0.7, 0.7]), baseline) is None
 
 
-def test_every_study_of_the_list_can_be_loaded():
+def polling_runs():
+    """Two seeds of two schedules from the best rate and from 200 times that, five evaluations."""
+    rows = [
+        dict(task="digits", optimizer="sgd", schedule=schedule, seed=seed, label=label,
+             learning_rate=0.1 * (1 if label == polling.BEST else 200), test_metric=metric + 0.01 * seed,
+             test_loss=1.0, test_losses=[metric] * 5, rate=[0.1] * 5)
+        for seed in (0, 1)
+        for label, metrics in ((polling.BEST, (0.8, 0.9)), (polling.LARGE, (0.1, 0.7)))
+        for schedule, metric in zip(("constant", "polling-5"), metrics, strict=True)
+    ]  # fmt: skip
+    return pl.DataFrame(rows)
+
+
+def test_polling_is_compared_with_the_constant_rate_from_each_start(monkeypatch):
+    monkeypatch.setattr(polling, "TASKS", ("digits",))
+    table = polling.summarize(polling_runs())
+    starts = {(row["start"], row["schedule"]): row for row in table.iter_rows(named=True)}
+    assert starts["best", "polling-5"]["difference"] == pytest.approx(10.0)
+    assert starts["200 x best", "polling-5"]["difference"] == pytest.approx(60.0)
+    cells = {(cell[1], cell[2]): cell for cell in polling._cells(table)}
+    assert cells["polling, 5 factors", "best"][-1] == "87.0"  # printed for the best rate only
+    assert cells["polling, 5 factors", "200 x best"][-1] == ""
+    lines = lines_of(polling.draw(polling_runs(), ("polling-5",)).axes[0])
+    np.testing.assert_allclose(lines["constant"][1], 0.8)  # from the best rate only
+    np.testing.assert_allclose(lines["polling, 5 factors"][1], 0.9)
+
+
+@pytest.mark.parametrize(
+    ("label", "count"), [("gaussian, 1, parameters", 1), ("gaussian, 0.5, parameters", 0)]
+)
+def test_recovery_is_drawn_for_perturbations_of_strength_one(label, count):
+    runs = pl.DataFrame([robust_row("constant", label, 1.0), robust_row("constant", "none", 1.0)])
+    assert len(robustness._after_perturbation(runs, "t", "constant")) == count
+
+
+def test_every_listed_study_can_be_loaded():
     for name, study in STUDIES.items():
         assert callable(study.load()), name
         assert study.summary
 
 
 def shrink(monkeypatch, study):
-    """A few seconds of each study, on the smallest tasks."""
+    """Reduces a study to a few seconds on the smallest tasks."""
     presets = {
         "greedylr": {"tasks": 1, "rates": 1, "steps": 40, "seeds": 2},
         "robustness": {"tasks": ("quadratic-10", "digits-mlp"), "steps": 100, "seeds": 1},
@@ -213,8 +250,8 @@ def shrink(monkeypatch, study):
 RECOMPUTED = {
     "greedylr": lambda runs: {"table": greedylr.summarize(runs)},
     "robustness": lambda runs: {
-        "table": robustness.summarize(robustness.measure(runs)),
-        "against": robustness.compare(robustness.measure(runs)),
+        "table": robustness.summarize(robustness.run_metrics(runs)),
+        "against": robustness.compare(robustness.run_metrics(runs)),
     },
     "initial-rate": lambda runs: {
         "table": initial_rate.summarize(runs),
@@ -225,8 +262,8 @@ RECOMPUTED = {
     "hypergradient": lambda runs: {"table": hypergradient.summarize(runs)},
     "theory": lambda runs: {"table": theory.summarize(runs)},
     "leaderboard": lambda runs: {
-        "scores": leaderboard.summarize(leaderboard.measure(runs)),
-        "tasks": leaderboard.by_task(leaderboard.measure(runs)),
+        "scores": leaderboard.summarize(leaderboard.time_to_target(runs)),
+        "tasks": leaderboard.by_task(leaderboard.time_to_target(runs)),
     },
 }
 
@@ -248,15 +285,17 @@ def test_a_study_from_end_to_end(study, tmp_path, monkeypatch):
                 [str(b) if isinstance(a, str) else b for a, b in zip(ours, theirs, strict=True)], nan_ok=True
             ), column
     pictures = list(tmp_path.glob("*.png"))
-    assert pictures and all(picture.stat().st_size > 10_000 for picture in pictures)
+    assert pictures
+    for picture in pictures:
+        assert_is_drawn(picture)
     page = (tmp_path / "report.html").read_text()
-    assert f"python -m experiments study {study} --preset quick" in page and "runs.parquet by" in page
+    assert f"Command: python -m experiments study {study} --preset quick." in page
     if HAS_BROWSER:
         open_and_click(tmp_path / "report.html")
 
 
 def rate_runs(accuracies, losses=None, seeds=(0, 1, 1000), spread=0.0):
-    """Runs of three steps; accuracies and losses are by task, schedule and rate (0.1 and 1)."""
+    """Runs of three steps; accuracies and losses by task, schedule and rate (0.1 and 1 times the best)."""
     rows = []
     for (task, schedule), values in accuracies.items():
         for number, (rate, accuracy) in enumerate(zip((0.1, 1.0), values, strict=True)):
@@ -267,6 +306,7 @@ def rate_runs(accuracies, losses=None, seeds=(0, 1, 1000), spread=0.0):
                         "optimizer": "sgd",
                         "schedule": schedule,
                         "learning_rate": rate,
+                        "label": f"{rate:g}",
                         "seed": seed,
                         "test_metric": accuracy + spread * (seed == 1) * (schedule == "auto"),
                         "test_loss": (losses or {}).get((task, schedule), (1.0, 1.0))[number],
@@ -277,7 +317,7 @@ def rate_runs(accuracies, losses=None, seeds=(0, 1, 1000), spread=0.0):
     return pl.DataFrame(rows)
 
 
-def test_the_verdict_on_initial_rates_compares_the_worst_with_the_best_of_cosine():
+def test_the_conclusion_on_initial_rates_compares_the_worst_with_the_best_of_cosine():
     runs = rate_runs(
         {
             ("digits-mlp", "cosine"): (0.5, 0.9),
@@ -289,52 +329,55 @@ def test_the_verdict_on_initial_rates_compares_the_worst_with_the_best_of_cosine
         },
         {("digits", "cosine"): (1.0, 0.5), ("digits", "auto"): (0.4, 0.54)},
     )
-    text = initial_rate.verdict(initial_rate.gaps(runs))
-    assert "Of 1 pairs of the development tasks" in text and "on 1 (largest gap 1.5)" in text
-    # Digits by its loss, 0.54 against 0.5, and by chance tagging, whose losses are all alike.
-    assert "Of 2 pairs of the other tasks" in text and "on 0 (largest gap 10.0)" in text
-    assert "least on 2, and one or the other holds on 2" in text
-    # The medians are 0.75, 1.5 and 10 points below, with the same in each seed.
-    assert "on 0 (largest mean gap 10.0 points)" in text
+    text = initial_rate.conclude(initial_rate.gaps(runs))
+    assert "Over 1 pairs of the development tasks" in text and "for 1 (maximum gap 1.5)" in text
+    # Digits because of its loss, 0.54 against 0.5; tagging because all of its losses are equal.
+    assert "Over 2 pairs of the other tasks" in text and "for 0 (maximum gap 10.0)" in text
+    assert "of cosine for 2, and at least one of them holds for 2" in text
+    # The medians are 0.75, 1.5 and 10 points below cosine, equally in each seed.
+    assert "for 0 (maximum mean gap 10.0 points)" in text
 
 
-def test_a_median_that_seeds_disagree_on_is_not_below():
+def test_a_median_gap_is_not_significant_if_seeds_disagree():
     runs = rate_runs({("digits", "cosine"): (0.5, 0.9), ("digits", "auto"): (0.88, 0.88)}, spread=0.1)
     (gap,) = initial_rate.gaps(runs)
     assert gap.middle == pytest.approx(-3.0) and gap.middle_low < -3 < 0 < gap.middle_high
-    (gap,) = initial_rate.gaps(runs.filter(pl.col("seed") != 1))  # a single seed says nothing of the noise
+    (gap,) = initial_rate.gaps(runs.filter(pl.col("seed") != 1))  # no interval for a single seed
     assert gap.middle == pytest.approx(2.0) and math.isnan(gap.middle_low)
 
 
-def test_a_loss_that_is_not_finite_is_the_greatest():
+def test_a_loss_that_is_not_finite_is_the_maximum():
     losses = {("digits", "auto"): (1.0, math.nan), ("digits", "cosine"): (math.nan, 1.0)}
     runs = rate_runs({("digits", "cosine"): (0.5, 0.9), ("digits", "auto"): (0.9, 0.9)}, losses)
     (gap,) = initial_rate.gaps(runs)
     assert gap.loss == math.inf
 
 
-@pytest.mark.parametrize(("ours", "ratio"), [(0.0, 1.0), (0.1, math.inf)])
-def test_a_least_loss_of_zero_is_no_divisor(ours, ratio):
-    losses = {("digits", "auto"): (ours, 0.0), ("digits", "cosine"): (0.0, 1.0)}
+@pytest.mark.parametrize(("loss", "ratio"), [(0.0, 1.0), (0.1, math.inf)])
+def test_the_ratio_to_a_minimum_loss_of_zero_is_one_or_infinite(loss, ratio):
+    losses = {("digits", "auto"): (loss, 0.0), ("digits", "cosine"): (0.0, 1.0)}
     runs = rate_runs({("digits", "cosine"): (0.5, 0.9), ("digits", "auto"): (0.9, 0.9)}, losses)
     (gap,) = initial_rate.gaps(runs)
     assert gap.loss == ratio
 
 
-def test_where_auto_lr_falls_short_its_histories_are_drawn():
+def test_the_histories_of_large_gaps_are_drawn():
     runs = rate_runs({("digits-mlp", "cosine"): (0.5, 0.9), ("digits-mlp", "auto"): (0.9, 0.8)})
-    (failure,) = initial_rate.gaps(runs)
-    assert failure[:4] == ("digits-mlp", "sgd", 1.0, 1.0) and failure.best == pytest.approx(90.0)
-    assert failure.worst == pytest.approx(10.0) and failure.middle == pytest.approx(5.0)
-    figure = initial_rate.draw_failures(runs, [failure])
-    # Two seeds of each, as the third is one that rates are chosen on.
+    (large,) = initial_rate.gaps(runs)
+    assert large[:4] == ("digits-mlp", "sgd", 1.0, 1.0) and large.best == pytest.approx(90.0)
+    assert large.worst == pytest.approx(10.0) and large.middle == pytest.approx(5.0)
+    figure = initial_rate.draw_large(runs, [large])
+    # Two seeds of each; the third is a tuning seed.
     assert [len(axes.lines) for axes in figure.axes[:2]] == [4, 4]
+    lines = lines_of(figure.axes[0])
+    np.testing.assert_allclose(lines["auto, x1"][1], [2.0, 1.0, 0.2])
+    np.testing.assert_allclose(lines["cosine, x1"][1], [2.0, 1.0, 0.1])
     rates = {"auto": [1.0, 0.2, 0.7], "cosine": [1.0, 0.5, 0.0]}
     with_rates = runs.with_columns(rate=pl.Series([rates[schedule] for schedule in runs["schedule"]]))
-    assert initial_rate.explain(with_rates, [failure]) == (
-        "digits-mlp, sgd, x1: 10.0 points below. A third of the way its rate is 0.4 times that of cosine, "
-        "and from there on at most 0.7 times cosine's highest. Its held-out loss is at worst 1.00 times "
-        "cosine's least."
+    assert initial_rate.explain(with_rates, [large]) == (
+        "digits-mlp, sgd, x1: 10.0 points below. After a third of the steps its learning rate is 0.4 times "
+        "that of cosine; the maximum from then on is 0.7 times the maximum of cosine. Its maximum held-out "
+        "loss is 1.00 times the minimum of cosine."
     )
     better = runs.with_columns(test_metric=pl.lit(0.9))
     (gap,) = initial_rate.gaps(better)

@@ -1,4 +1,4 @@
-"""Sweeps of many runs: rules with rates of their own, resumption, the study of initial rates, its report."""
+"""Sweeps: optimizers with their own learning rates, resumption, the initial-rate study, reports."""
 
 import re
 
@@ -22,13 +22,15 @@ from experiments.studies.base import Job
 from experiments.studies.tuning import best_rates
 from experiments.tasks import make_task
 from experiments.training import sweep
-from experiments.training.engine import Engine, RunSpec, Settings, batch_indices
-from experiments.training.schedules import RULES, SUPERBATCHES
+from experiments.training.engine import Engine, RunSpec, Settings
+from experiments.training.loop import batch_indices, take, train, train_step
+from experiments.training.schedules import SCHEDULES, RateOptimizer
 from experiments.training.store import RunStore
 from greedylr_jax import get_scale, superbatch_loss
 from greedylr_jax.arc import arc, initial_weights
 from greedylr_jax.theory import estimate_smoothness
 from tests.experiments.browser import HAS_BROWSER, open_and_click
+from tests.experiments.figures import assert_is_drawn, lines_of
 
 
 @pytest.fixture(scope="module")
@@ -36,70 +38,59 @@ def task():
     return make_task("digits-mlp")
 
 
-def test_mnist1d_is_the_published_set_and_leaves_the_random_state_alone(tmp_path):
+def test_mnist1d_equals_the_published_set_and_keeps_the_random_state(tmp_path):
     np.random.seed(3)  # noqa: NPY002
     before = np.random.get_state()[1].copy()  # noqa: NPY002
     splits = {split: load_split(Mnist1d, split, tmp_path) for split in ("train", "test")}
     np.testing.assert_array_equal(np.random.get_state()[1], before)  # noqa: NPY002
     made = make_dataset(get_dataset_args())
     for split, suffix in (("train", ""), ("test", "_test")):
-        theirs = made["x" + suffix].astype(np.float32)
+        expected = made["x" + suffix].astype(np.float32)
         # The builder shuffles: compare as sets of rows with their labels.
-        rows = {row.tobytes(): int(label) for row, label in zip(theirs, made["y" + suffix], strict=True)}
-        ours = splits[split]
-        assert len(ours["label"]) == len(theirs)
-        assert {r.tobytes(): int(y) for r, y in zip(ours["signal"], ours["label"], strict=True)} == rows
+        rows = {row.tobytes(): int(label) for row, label in zip(expected, made["y" + suffix], strict=True)}
+        built = splits[split]
+        assert len(built["label"]) == len(expected)
+        assert {r.tobytes(): int(y) for r, y in zip(built["signal"], built["label"], strict=True)} == rows
+
+
+FAST = ("LRTuner", "polling", "auto")  # with and without a superbatch and a rate of its own
 
 
 @pytest.mark.parametrize(
-    "rule",
+    "name",
     [
-        pytest.param(rule, marks=[] if rule in ("LRTuner", "polling", "auto") else pytest.mark.slow)
-        for rule in RULES
+        pytest.param(name, marks=[] if name in FAST else pytest.mark.slow)
+        for name, entry in SCHEDULES.items()
+        if isinstance(entry, RateOptimizer) and entry.reports_rate
     ],
 )
-def test_a_rule_with_its_own_rates_trains_as_plain_optax_does(task, rule):
+def test_an_optimizer_with_its_own_rate_trains_as_in_plain_optax(task, name):
     steps, rate, seed = 40, 0.1, 5
     engine = Engine(task, "sgd", Settings(steps))
-    ((_, got, _),) = next(engine.train([RunSpec(rule, rate, seed)]))
+    ((_, got, _),) = next(engine.train([RunSpec(name, rate, seed)]))
     assert engine.num_compilations == 1
+    entry = SCHEDULES[name]
 
-    tx = optax.with_extra_args_support(RULES[rule](optax.sgd(1.0), rate, steps))
-    init_key, batch_key = jax.random.split(jax.random.key(seed))
-    batches = batch_indices(task, steps, batch_key)
+    def value_fn(step, batches):
+        rows = batches[(step + jnp.arange(entry.superbatch)) % steps]
+        return {"value_fn": superbatch_loss(task.loss, jax.vmap(lambda row: take(task.train, row))(rows))}
 
-    def take(indices):
-        return jax.tree.map(lambda examples: jnp.asarray(examples)[indices], task.train)
-
-    def body(carry, inputs):
-        params, state = carry
-        step, indices = inputs
-        loss, grads = jax.value_and_grad(task.loss)(params, take(indices))
-        value_fn = lambda p: task.loss(p, take(indices))  # noqa: E731
-        if rule in SUPERBATCHES:
-            many = jax.vmap(take)(batches[(step + jnp.arange(SUPERBATCHES[rule])) % steps])
-            value_fn = superbatch_loss(task.loss, many)
-        updates, state = tx.update(grads, state, params, value=loss, value_fn=value_fn)
-        return (optax.apply_updates(params, updates), state), loss
-
-    params = task.init(init_key)
-    _, losses = jax.jit(
-        lambda params: jax.lax.scan(body, (params, tx.init(params)), (jnp.arange(steps), batches))
-    )(params)
+    tx = entry.optimizer(optax.sgd(1.0), rate, steps)
+    _, losses, _ = jax.jit(lambda: train(task, tx, steps, seed, extra_args=value_fn))()
     np.testing.assert_allclose(got.loss, losses, rtol=1e-3)
     assert np.ptp(got.rate) > 0
 
 
 def test_validation_losses_of_every_other_held_out_example_reach_arc(task, tmp_path):
     steps, evaluations, seed = 24, 8, 5
-    # A network that tells validation losses apart: its decisions differ with and without them.
+    # A network whose decisions depend on the validation losses.
     keys = jax.random.split(jax.random.key(3), 20)
     weights = {
         name: np.asarray(array + 0.3 * jax.random.normal(key, array.shape))
         for (name, array), key in zip(initial_weights(keys[0]).items(), keys[1:], strict=False)
     }
-    save_file(weights, tmp_path / "lively.safetensors")
-    path = str(tmp_path / "lively.safetensors")
+    save_file(weights, tmp_path / "sensitive.safetensors")
+    path = str(tmp_path / "sensitive.safetensors")
     spec = RunSpec(f"ARC(weights={path!r}, decisions=6)", 0.1, seed)
     engine = Engine(task, "sgd", Settings(steps, evaluations, validated=True))
     ((_, got, _),) = next(engine.train([spec]))
@@ -112,13 +103,11 @@ def test_validation_losses_of_every_other_held_out_example_reach_arc(task, tmp_p
 
     @jax.jit
     def step(params, state, indices, is_due):
-        batch = jax.tree.map(lambda rows: jnp.asarray(rows)[indices], task.train)
-        loss, grads = jax.value_and_grad(task.loss)(params, batch)
         given = jnp.where(is_due, task.loss(params, seen), jnp.nan)
-        updates, state = tx.update(grads, state, params, value=loss, validation_value=given)
-        return optax.apply_updates(params, updates), state
+        batch = take(task.train, indices)
+        return train_step(task, tx, params, state, batch, validation_value=given)[:2]
 
-    def train(is_validated):
+    def rates_and_metrics(is_validated):
         params = task.init(init_key)
         state = tx.init(params)
         rates, metrics = [], []
@@ -130,15 +119,15 @@ def test_validation_losses_of_every_other_held_out_example_reach_arc(task, tmp_p
                 metrics.append(float(task.metric(params, reported)))
         return rates, metrics
 
-    rates, metrics = train(True)
+    rates, metrics = rates_and_metrics(True)
     np.testing.assert_allclose(got.rate, rates, rtol=1e-5)
     np.testing.assert_allclose(got.test_metric, metrics, atol=0.011)  # two of 180
-    assert not np.allclose(got.rate, train(False)[0])
+    assert not np.allclose(got.rate, rates_and_metrics(False)[0])
 
 
 @pytest.mark.slow
-def test_a_recurrent_network_is_validated_now_and_then():
-    # Flax refuses to scan over parameters of another level of tracing than its module's.
+def test_validation_losses_of_a_recurrent_network_are_finite():
+    # Flax cannot scan over parameters of another level of tracing than that of the module.
     engine = Engine(make_task("language-lstm"), "sgd", Settings(4, 2, validated=True))
     ((_, got, _),) = next(engine.train([RunSpec("ARC(decisions=2)", 1.0, 0)]))
     assert np.isfinite(got.test_loss).all()
@@ -155,46 +144,68 @@ SMALL = {
 @pytest.fixture
 def small_study(monkeypatch):
     monkeypatch.setitem(initial_rate.PRESETS, "quick", SMALL)
-    monkeypatch.setattr(initial_rate, "OURS", "GreedyLR")
+    monkeypatch.setattr(initial_rate, "RULE", "GreedyLR")
     monkeypatch.setattr(initial_rate, "OPTIMIZERS", ("sgd",))
+    engines = {}
+
+    def shared_engine(task, optimizer, settings):
+        key = task.name, optimizer, settings
+        if key not in engines:
+            engines[key] = Engine(task, optimizer, settings)
+        return engines[key]
+
+    monkeypatch.setattr(sweep, "Engine", shared_engine)  # three calls of the study compile one program
 
 
-def test_a_study_that_was_interrupted_ends_as_an_undisturbed_one(small_study, tmp_path, monkeypatch):
-    console = Console(record=True, width=100)
-    initial_rate.run(Job("initial-rate", "quick", tmp_path / "whole", console))
-    assert "digits-mlp, sgd: median test accuracy" in console.export_text()
-
-    train, calls = Engine.train, []
+def run_interrupted(job, monkeypatch):
+    """Runs the study and interrupts it after three groups of runs."""
+    whole, calls = Engine.train, []
 
     def interrupted(self, specs):
-        for group in train(self, specs):
+        for group in whole(self, specs):
             calls.append(len(group))
             if len(calls) == 3:
                 raise KeyboardInterrupt
             yield group
 
-    monkeypatch.setattr(sweep.Engine, "train", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        initial_rate.run(Job("initial-rate", "quick", tmp_path / "cut", console))
-    assert not (tmp_path / "cut" / "runs.parquet").exists()
-    initial_rate.run(Job("initial-rate", "quick", tmp_path / "cut", console))
-    whole, cut = (pl.read_parquet(tmp_path / name / "runs.parquet") for name in ("whole", "cut"))
-    keys = ["schedule", "learning_rate", "seed"]
-    assert cut.sort(keys).drop("seconds").equals(whole.sort(keys).drop("seconds"))
-    assert len(whole) == 7 * 2 + 3 * 7 * 2  # tuning, then schedules x rates x seeds
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Engine, "train", interrupted)
+        initial_rate.run(job)
+    assert not (job.out / "runs.parquet").exists()
 
-    table = pl.read_csv(tmp_path / "whole" / "table.csv")
+
+def test_a_resumed_study_ends_as_an_uninterrupted_one(small_study, tmp_path, monkeypatch):
+    console = Console(record=True, width=100)
+    whole_job, cut_job = (Job("initial-rate", "quick", tmp_path / name, console) for name in ("whole", "cut"))
+    initial_rate.run(whole_job)
+    assert "digits-mlp, sgd: median test accuracy" in console.export_text()
+    run_interrupted(cut_job, monkeypatch)
+    initial_rate.run(cut_job)
+    whole, cut = (pl.read_parquet(job.out / "runs.parquet") for job in (whole_job, cut_job))
+    keys = ["schedule", "label", "seed", "learning_rate"]
+    assert cut.sort(keys).drop("seconds").equals(whole.sort(keys).drop("seconds"))
+    assert len(whole) == 7 * 2 + 3 * 7 * 2  # tuning; schedules x rates x seeds
+
+    table = pl.read_csv(whole_job.out / "table.csv")
     recomputed = initial_rate.summarize(whole)
-    assert table.sort("schedule", "factor")["accuracy"].to_list() == pytest.approx(
-        recomputed.sort("schedule", "factor")["accuracy"].to_list()
+    keys = ["schedule", "factor"]
+    assert table.sort(keys)["accuracy"].to_list() == pytest.approx(
+        recomputed.sort(keys)["accuracy"].to_list()
     )
     assert sorted(set(table["factor"])) == sorted(initial_rate.FACTORS)
-    assert (tmp_path / "whole" / "initial_rate.png").stat().st_size > 10_000
-    assert "GreedyLR" in (tmp_path / "whole" / "report.html").read_text()
+    lines = lines_of(initial_rate.draw(recomputed, "title").axes[0])
+    assert set(lines) == set(SMALL["schedules"])
+    for schedule, (factors, accuracies) in lines.items():
+        own = recomputed.filter(schedule=schedule).sort("factor")
+        np.testing.assert_array_equal(factors, own["factor"])
+        np.testing.assert_array_equal(accuracies, own["accuracy"])
+    assert_is_drawn(whole_job.out / "initial_rate.png", colors=3)
+    assert "GreedyLR" in (whole_job.out / "report.html").read_text()
 
 
 def rows(**columns):
-    return pl.DataFrame({"task": "t", "optimizer": "o", "schedule": "cosine"} | columns)
+    frame = pl.DataFrame({"task": "t", "optimizer": "o", "schedule": "cosine"} | columns)
+    return frame.with_columns(label=pl.col("learning_rate").cast(pl.String))
 
 
 def test_the_best_rate_is_chosen_on_seeds_that_are_not_reported():
@@ -211,7 +222,7 @@ def test_the_best_rate_is_chosen_on_seeds_that_are_not_reported():
     assert table["accuracy_high"].to_list() == pytest.approx([70.0, 90.0])
 
 
-def test_a_part_that_a_kill_left_half_written_is_not_read(tmp_path):
+def test_an_incomplete_part_is_not_read(tmp_path):
     store = RunStore(tmp_path, {"steps": 1})
     store.append([{"task": "t", "seed": 0}])
     (tmp_path / "parts" / ".123-000001.parquet").write_bytes(b"PAR1")
@@ -232,7 +243,7 @@ def page(tmp_path):
     return path
 
 
-def test_a_page_holds_all_it_needs(page):
+def test_a_page_is_self_contained(page):
     text = page.read_text()
     assert "value &lt;1&gt;" in text and "cubes &amp; more" in text
     assert not re.search(r"<(script|link)[^>]+(src|href)=\"http", text)
@@ -245,7 +256,7 @@ def test_a_page_opens_in_a_browser_without_errors_and_its_plots_react(page):
     open_and_click(page)
 
 
-def test_the_objectives_of_the_theory_study_have_the_smoothness_that_they_say():
+def test_the_objectives_of_the_theory_study_have_the_stated_smoothness():
     for objective in theory.OBJECTIVES.values():
         value = lambda x, objective=objective: objective.value(20.0, x)  # noqa: E731
         zero = jnp.zeros(theory.DIMENSIONS)
@@ -257,8 +268,8 @@ def test_the_objectives_of_the_theory_study_have_the_smoothness_that_they_say():
             assert value(away) > 0
 
 
-def test_the_best_factor_does_not_follow_the_smoothness():
-    """A rescaled loss is the same problem: with rates in units of 1/L only the threshold tells L's apart."""
+def test_the_best_factor_does_not_depend_on_the_smoothness():
+    """With rates in units of 1/L, a rescaled loss is the same problem up to the threshold."""
     losses = {
         smoothness: [
             float(theory.final_loss("quadratic", jnp.float32(smoothness), factor, 0.1, 0.0, 0)) / smoothness
@@ -294,5 +305,13 @@ def test_the_theory_study_ranks_the_factor_of_the_paper(tmp_path, monkeypatch):
     assert row["best_loss"] == min(medians.values())
     assert row["claimed_loss"] == medians[0.5]
     assert row["claimed_rank"] == 1 + sum(loss < medians[0.5] for loss in medians.values())
-    for name in ("table.csv", "theory.png", "report.html"):
-        assert (tmp_path / name).stat().st_size > 0
+    assert row["claimed_factor"] == 0.5
+    assert_is_drawn(tmp_path / "theory.png")
+    assert pl.read_csv(tmp_path / "table.csv").equals(table)
+    figure = theory.draw(runs)
+    lines = lines_of(figure.axes[0])
+    label = f"L = {row['smoothness']:g}, rate {row['initial_rate']:g}/L"
+    np.testing.assert_array_equal(lines[label][0], sorted(medians))
+    np.testing.assert_array_equal(lines[label][1], [medians[factor] for factor in sorted(medians)])
+    dots = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
+    assert {float(dot.get_xdata()[0]) for dot in dots} == {0.5, 0.95}

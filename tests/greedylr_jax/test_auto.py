@@ -117,7 +117,7 @@ def test_after_the_search_the_trend_rule_acts_and_the_rate_falls_to_zero_at_the_
         limited += pull >= 0 and scale < float(greedylr_jax.get_scale(state)) == 2.0
         scale = float(greedylr_jax.get_scale(state))
         scales.append(scale)
-        if states.trend.verdict[step] != _trend.WAITS:
+        if states.trend.decision[step] != _trend.WAIT:
             seen = []
     anneal = np.clip((STEPS - np.arange(first, STEPS)) / (0.4 * STEPS), 0, 1)
     np.testing.assert_allclose(rates[first:], 0.5 * found * np.array(scales) * anneal, rtol=1e-4)

@@ -100,7 +100,7 @@ def inner_optimizers():
         "sgd and greedy_lr": greedylr_jax.chain(optax.sgd(0.1, momentum=0.9), greedylr_jax.greedy_lr()),
         "adam and trend_lr": greedylr_jax.chain(greedylr_jax.trend_lr(), optax.adam(0.01)),
         "schedule": optax.inject_hyperparams(optax.adam)(
-            learning_rate=greedylr_jax.greedy_lr_schedule(0.01, min_value=1e-3, max_value=0.1)
+            learning_rate=greedylr_jax.greedy_lr_schedule(0.01, min_learning_rate=1e-3, max_learning_rate=0.1)
         ),
         "hypergradient": greedylr_jax.hypergradient(optax.trace(0.9), 0.01, 1e-4),
     }
