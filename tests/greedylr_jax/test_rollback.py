@@ -168,6 +168,7 @@ def test_a_call_without_parameters_or_loss_shows_the_right_call():
         tx.update(START, tx.init(START), START)
 
 
+@pytest.mark.filterwarnings("ignore::greedylr_jax.MisplacedRuleWarning")
 def test_rules_inside_are_read_and_checked_as_without_it():
     right = greedylr_jax.with_rollback(greedylr_jax.chain(greedylr_jax.greedy_lr(), optax.adam(0.1)))
     greedylr_jax.assert_controls_learning_rate(right, START)
