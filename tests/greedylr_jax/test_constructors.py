@@ -79,7 +79,13 @@ def use(made) -> None:
         assert np.isfinite(made(3))
 
 
-@pytest.mark.parametrize("name", CONSTRUCTORS)
+_COMPUTES = pytest.mark.xfail(strict=True, reason="auto_lr computes its phases with JAX")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=_COMPUTES if "total_steps" in name else []) for name in CONSTRUCTORS],
+)
 def test_a_constructor_makes_no_arrays_of_a_trace(name):
     made = []
     jaxpr = jax.make_jaxpr(lambda: (made.append(CONSTRUCTORS[name]()), ())[1])()
