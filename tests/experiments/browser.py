@@ -1,4 +1,4 @@
-"""A report in headless Chromium."""
+"""Opens a report in headless Chromium."""
 
 import shutil
 from pathlib import Path
@@ -11,7 +11,7 @@ HAS_BROWSER = bool(shutil.which("chromium") and shutil.which("chromedriver"))
 
 
 def open_and_click(page: Path) -> None:
-    """Opens a page and clicks on a legend, which must hide a curve; fails if an error is logged."""
+    """Opens a page; checks that a click on the first legend entry hides its curve, without logged errors."""
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
     for flag in (
