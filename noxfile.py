@@ -1,8 +1,4 @@
-"""Checks in fresh environments: ``pip install nox``, then ``nox`` for all, ``nox -s oldest`` for one.
-
-``oldest`` installs the lowest versions that ``pyproject.toml`` allows of what the library itself needs, and
-runs the library's tests, so that the bounds are known to hold.
-"""
+"""Checks in fresh environments: ``pip install nox``, then ``nox`` for all or ``nox -s oldest`` for one."""
 
 import tomllib
 from pathlib import Path
@@ -15,14 +11,14 @@ PYPROJECT = tomllib.loads(Path("pyproject.toml").read_text())
 
 @nox.session(python=["3.11", "3.12", "3.13"])
 def tests(session: nox.Session) -> None:
-    """The default suite, with the newest versions."""
+    """Run the default test suite with the latest versions of all dependencies."""
     session.install("-e", ".[test]")
     session.run("pytest", *session.posargs)
 
 
 @nox.session(python="3.11")
 def oldest(session: nox.Session) -> None:
-    """The tests of the library with the oldest versions of its dependencies."""
+    """Run the library's tests with the lowest versions of its dependencies that ``pyproject.toml`` allows."""
     lowest = [requirement.replace(">=", "==") for requirement in PYPROJECT["project"]["dependencies"]]
     helpers = ("hypothesis", "pytest", "pytest-xdist", "matplotlib", "h5py")
     session.install("-e", ".", *lowest, *helpers)
@@ -31,22 +27,23 @@ def oldest(session: nox.Session) -> None:
 
 @nox.session(python="3.11")
 def lint(session: nox.Session) -> None:
-    """Format and lint."""
-    session.install("ruff>=0.9")
+    """Check lint, format and types."""
+    session.install("-e", ".[lint,test]")  # pyright needs the optional dependencies
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    session.run("pyright", "greedylr_jax")
 
 
 @nox.session(python="3.11")
 def coverage(session: nox.Session) -> None:
-    """Branch coverage of the library by the default suite: at least 98%."""
+    """Require that the default suite covers at least 98% of the library's branches."""
     session.install("-e", ".[test]", "pytest-cov>=5.0")
     session.run("pytest", "--cov=greedylr_jax", "--cov-branch", "--cov-fail-under=98", *session.posargs)
 
 
 @nox.session(python="3.11")
 def mutation(session: nox.Session) -> None:
-    """Mutation testing of ``_greedy.py`` and ``_rule.py``, see ``tests/mutate.py``; about an hour."""
+    """Run mutation testing of ``_greedy.py`` and ``_rule.py`` (about an hour), see ``tests/mutate.py``."""
     session.install("-e", ".[test]", "mutmut<3")
     for file in session.posargs or ("greedy", "base"):
         session.run("python", "-m", "tests.mutate", file)

@@ -1,6 +1,7 @@
-"""GreedyLR that maximises: a policy gradient whose rate follows the mean reward (`mode="max"`).
+"""GreedyLR on a metric to maximise: the mean reward of a policy gradient (`mode="max"`).
 
-A bandit with ten arms. REINFORCE's loss says nothing about progress, the reward does.
+Trains a softmax policy on a bandit with ten arms. The surrogate loss of REINFORCE does not measure progress,
+so the rule observes the reward.
 """
 
 import jax

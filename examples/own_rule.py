@@ -1,8 +1,8 @@
-"""A learning-rate rule of one's own: an initial state, an update and a scale.
+"""A custom learning-rate rule: an initial state, an update and a scale.
 
-"Bold driver" (Battiti, 1989): 5% faster after every better loss, half as fast after every worse one. The
-rule itself is the twenty lines below; carriers, chain, `every`, `has_value`, `axis_name`, metrics and plots
-come with it.
+The "bold driver" rule (Battiti, 1989) multiplies the learning rate by 1.05 after each improvement of the loss
+and by 0.5 after each deterioration. The twenty lines of `bold_driver` are enough for both adapters, `chain`,
+`every`, `has_value`, `axis_name`, metrics and plots.
 """
 
 from typing import NamedTuple
@@ -17,8 +17,8 @@ from greedylr_jax.plotting import plot_history
 
 
 class BoldDriverState(NamedTuple):
-    scale: jax.Array  # shape=(), dtype=float; every rule's state has this field
-    last_value: jax.Array  # shape=(), dtype=float
+    scale: jax.Array  # shape=(), dtype=float; required in the state of every rule
+    last_value: jax.Array  # shape=(), dtype=float; the last finite loss
 
 
 def bold_driver(up: float = 1.05, down: float = 0.5) -> greedylr_jax.Rule:
@@ -26,8 +26,8 @@ def bold_driver(up: float = 1.05, down: float = 0.5) -> greedylr_jax.Rule:
         return BoldDriverState(scale, jnp.full_like(scale, jnp.inf))
 
     def update(state, value):
-        better = value <= state.last_value  # False for NaN
-        scale = state.scale * jnp.where(better, up, down).astype(state.scale.dtype)
+        improved = value <= state.last_value  # False for NaN
+        scale = state.scale * jnp.where(improved, up, down).astype(state.scale.dtype)
         return BoldDriverState(scale, jnp.where(jnp.isfinite(value), value, state.last_value))
 
     return greedylr_jax.Rule(init, update, name="bold_driver")
@@ -39,13 +39,13 @@ def main() -> None:
     def loss_fn(params):
         return 0.5 * jnp.sum(curvature * params**2)
 
-    carriers = {
+    adapters = {
         "gradient transformation": greedylr_jax.chain(
             greedylr_jax.scale_by_rule(bold_driver()), optax.sgd(0.01)
         ),
         "schedule": optax.inject_hyperparams(optax.sgd)(greedylr_jax.schedule_by_rule(bold_driver(), 0.01)),
     }
-    for name, tx in carriers.items():
+    for name, tx in adapters.items():
         greedylr_jax.assert_controls_learning_rate(tx, jnp.ones(20))
 
         def step(carry, _, tx=tx):

@@ -1,9 +1,10 @@
-"""Train a digits classifier with GreedyLR: Flax NNX, Orbax checkpoints, TensorBoard, a picture at the end.
+"""Train a digits classifier with GreedyLR, Flax NNX, Orbax checkpoints and TensorBoard, and plot the run.
 
     pip install -e ".[examples]" && python examples/train_digits.py --out runs/digits
 
-Interrupt it as you like, even with SIGKILL: the same command goes on from the last checkpoint and ends with
-exactly the parameters and rates of an undisturbed run. `tensorboard --logdir runs` shows the curves.
+If the process is interrupted or killed, run the same command again: it resumes from the last checkpoint, and
+its parameters and rates are bit-identical to those of an uninterrupted run. `tensorboard --logdir runs` shows
+the curves.
 """
 
 import argparse
@@ -49,7 +50,7 @@ def loss_fn(model: Classifier, x: jax.Array, y: jax.Array) -> jax.Array:
 def train_step(model: Classifier, optimizer: nnx.Optimizer, x: jax.Array, y: jax.Array):
     loss, grads = nnx.value_and_grad(loss_fn)(model, x, y)
     optimizer.update(model, grads, value=loss)
-    # Metrics are read inside the compiled step: the host gets a few scalars and waits for nothing else.
+    # Read the metrics inside the compiled step, so that only a few scalars are copied to the host.
     metrics = greedylr_jax.metrics(optimizer.opt_state)
     rate = greedylr_jax.get_learning_rate(optimizer.opt_state, LEARNING_RATE)
     return loss, metrics | {"learning_rate": rate}
@@ -57,9 +58,11 @@ def train_step(model: Classifier, optimizer: nnx.Optimizer, x: jax.Array, y: jax
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/digits"), help="folder of the run")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--checkpoint-every", type=int, default=100, help="steps")
+    parser.add_argument("--out", type=Path, default=Path("runs/digits"), help="output folder")
+    parser.add_argument("--steps", type=int, default=1000, help="number of training steps")
+    parser.add_argument(
+        "--checkpoint-every", type=int, default=100, help="number of steps between checkpoints"
+    )
     arguments = parser.parse_args()
     steps, out = arguments.steps, arguments.out.absolute()
 
@@ -85,11 +88,11 @@ def main() -> None:
         nnx.update(model, restored["params"])
         nnx.update(optimizer, restored["optimizer"])
         history, first = restored["history"], saved
-        print(f"going on from step {first}")
+        print(f"resuming from step {first}")
 
     with SummaryWriter(str(out / "tensorboard"), purge_step=first) as writer:
         for step in track(range(first, steps), total=steps, completed=first, description="training"):
-            # The batch depends on the step alone, so a resumed run sees the same ones.
+            # The batch depends on the step only, so that a resumed run uses the same batches.
             batch = np.random.default_rng(step).choice(len(x), BATCH_SIZE, replace=False)
             loss, metrics = train_step(model, optimizer, x[batch], y[batch])
             history["loss"][step] = loss
@@ -110,7 +113,7 @@ def main() -> None:
 
 
 def snapshot(model: Classifier, optimizer: nnx.Optimizer, history: dict[str, np.ndarray]) -> dict:
-    """Everything that a resumed run needs, as plain arrays."""
+    """The state needed to resume the run, as plain arrays."""
     params, state = nnx.as_pure(nnx.state(model, nnx.Param)), nnx.as_pure(nnx.state(optimizer))
     return {"params": params, "optimizer": state, "history": {k: v.copy() for k, v in history.items()}}
 

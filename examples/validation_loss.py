@@ -1,7 +1,7 @@
-"""GreedyLR driven by a validation loss that is computed every k steps, inside one jitted scan.
+"""GreedyLR on a validation loss that is computed every k steps, inside one jitted scan.
 
-The training loss of an over-parameterised model falls for ever; its validation loss does not, and the rate
-should follow the latter. `has_value` tells the rule which steps bring a new one.
+An over-parameterised model overfits: its training loss keeps decreasing while its validation loss increases.
+The rule therefore observes the validation loss. `has_value` marks the steps that have a new one.
 """
 
 import jax
@@ -18,7 +18,7 @@ tx = optax.chain(
 
 
 def make_data(key: jax.Array, examples: int) -> tuple[jax.Array, jax.Array]:
-    """Noisy linear data: 80 examples of 60 features can nearly be fitted, noise and all."""
+    """Linear data with noise: 60 features fit 80 examples almost exactly, including their noise."""
     x_key, noise_key = jax.random.split(key)
     x = jax.random.normal(x_key, (examples, FEATURES))
     return x, x[:, 0] - x[:, 1] + jax.random.normal(noise_key, (examples,))
@@ -38,7 +38,7 @@ def train() -> dict[str, jax.Array]:
         params, state = carry
         loss, grads = jax.value_and_grad(loss_fn)(params, train_data)
         due = index % EVERY == 0
-        # The validation loss is computed only where it is due; elsewhere the value is ignored.
+        # The validation loss is computed only if due; at the other steps the value is ignored.
         value = jax.lax.cond(due, lambda: loss_fn(params, validation_data), lambda: jnp.nan)
         updates, state = tx.update(grads, state, params, value=value, has_value=due)
         scale = greedylr_jax.get_scale(state)

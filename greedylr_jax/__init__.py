@@ -1,18 +1,33 @@
-"""Learning-rate rules that watch training and set the rate themselves, inside the jitted step."""
+"""Learning-rate rules that adapt to the training loss inside the jitted training step.
+
+The public names are those in ``__all__``. Modules whose names start with an underscore are private.
+
+Examples:
+  >>> import jax.numpy as jnp, optax, greedylr_jax
+  >>> tx = optax.chain(optax.adamw(1e-3), greedylr_jax.greedy_lr(patience=0))
+  >>> params = jnp.ones(3)
+  >>> updates, state = tx.update(params, tx.init(params), params, value=1.0)
+  >>> print(greedylr_jax.get_learning_rate(state, base_learning_rate=1e-3))
+  0.0010526316
+"""
 
 import importlib
 from types import ModuleType
+from typing import TYPE_CHECKING
 
+from greedylr_jax import probing
 from greedylr_jax._accumulation import MultiStepsState, multi_steps
 from greedylr_jax._auto import AutoState, auto_lr
 from greedylr_jax._chain import chain
 from greedylr_jax._greedy import GreedyLRState, greedy_lr, greedy_lr_schedule
 from greedylr_jax._hypergradient import HypergradientState, hypergradient
+from greedylr_jax._placement import assert_controls_learning_rate
 from greedylr_jax._reading import (
-    assert_controls_learning_rate,
     get_learning_rate,
     get_scale,
     metrics,
+    set_learning_rate,
+    set_scale,
 )
 from greedylr_jax._rollback import RollbackState, with_rollback
 from greedylr_jax._rule import (
@@ -34,8 +49,8 @@ from greedylr_jax.probing import (
     superbatch_loss,
 )
 
-# Optional parts, imported when they are first used: they need more time or further packages.
-_LAZY = ("arc", "checkpoint", "flax", "plotting", "probing", "range_test", "schedules", "theory")
+if TYPE_CHECKING:
+    from greedylr_jax import arc, checkpoint, flax, plotting, range_test, schedules, theory
 
 __version__ = "0.1.0"
 
@@ -54,10 +69,13 @@ __all__ = [
     "RuleScheduleState",
     "RuleState",
     "TrendState",
+    "arc",
     "assert_controls_learning_rate",
     "auto_lr",
     "chain",
+    "checkpoint",
     "factor_polling",
+    "flax",
     "get_learning_rate",
     "get_scale",
     "greedy_lr",
@@ -66,13 +84,23 @@ __all__ = [
     "lr_tuner",
     "metrics",
     "multi_steps",
+    "plotting",
+    "probing",
+    "range_test",
     "scale_by_rule",
     "schedule_by_rule",
+    "schedules",
+    "set_learning_rate",
+    "set_scale",
     "superbatch_loss",
+    "theory",
     "trend_lr",
     "trend_lr_schedule",
     "with_rollback",
 ]
+
+# Modules that are imported at their first use: they take longer to import or need further packages.
+_LAZY = frozenset({"arc", "checkpoint", "flax", "plotting", "range_test", "schedules", "theory"})
 
 
 def __getattr__(name: str) -> ModuleType:
@@ -82,4 +110,4 @@ def __getattr__(name: str) -> ModuleType:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+    return sorted({*globals(), *__all__})

@@ -1,9 +1,8 @@
 """Argument checks shared by all rules.
 
-Hyperparameters may be Python numbers, NumPy or JAX scalars, or tracers. Each check returns its value as
-a Python number where it is known, so that it becomes a literal of the compiled program and can decide
-what is compiled at all. Where it is not known it stays the tracer that it is: its bounds cannot be
-checked, and every rule must stay well defined for it.
+Hyperparameters may be Python numbers, NumPy or JAX scalars, or tracers. Each check returns a known value as
+a Python number, so that it becomes a literal of the compiled program and can decide what is compiled. It
+returns a tracer unchanged: its bounds cannot be checked, so every rule must be well defined for any value.
 """
 
 import math
@@ -14,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import core
 from jax.typing import ArrayLike
 
 INT32_MAX = int(np.iinfo(np.int32).max)
@@ -21,7 +21,7 @@ INT32_MAX = int(np.iinfo(np.int32).max)
 
 def is_traced(value: Any) -> bool:
     """Whether ``value`` is known only when the compiled program runs."""
-    return isinstance(value, jax.core.Tracer)
+    return isinstance(value, core.Tracer)
 
 
 def is_known_false(condition: Any) -> bool:
@@ -30,7 +30,7 @@ def is_known_false(condition: Any) -> bool:
 
 
 def _scalar(name: str, value: ArrayLike, kinds: tuple[Any, ...], expected: str) -> Any:
-    """Returns ``value`` as a Python number, or the tracer that it is."""
+    """Returns ``value`` as a Python number, or unchanged if it is a tracer."""
     numeric = isinstance(value, (numbers.Real, np.ndarray, np.generic, jax.Array))
     if not numeric or isinstance(value, (bool, np.bool_)):
         raise ValueError(f"{name} must be {expected}, got {value!r}.")
@@ -48,15 +48,17 @@ def check_real(
     name: str,
     value: ArrayLike,
     *,
-    low: float = -math.inf,
-    high: float = math.inf,
+    low: float | jax.Array = -math.inf,
+    high: float | jax.Array = math.inf,
     low_open: bool = False,
     high_open: bool = False,
 ) -> float | jax.Array:
-    """Returns a real scalar between ``low`` and ``high``, or raises ``ValueError``."""
+    """Returns a real scalar between ``low`` and ``high``, or raises ``ValueError``. Bounds may be traced."""
     left, right = "(" if low_open else "[", ")" if high_open else "]"
-    expected = f"a number in {left}{low:g}, {high:g}{right}"
+    from_, to = ("?" if is_traced(bound) else f"{bound:g}" for bound in (low, high))
+    expected = f"a number in {left}{from_}, {to}{right}"
     number = _scalar(name, value, (jnp.floating, jnp.integer), expected)
+    low, high = -math.inf if is_traced(low) else low, math.inf if is_traced(high) else high
     if is_traced(number):
         return number
     above = number > low if low_open else number >= low
@@ -81,7 +83,7 @@ def check_static_integer(name: str, value: Any, *, low: int = 1) -> int:
         raise ValueError(
             f"{name} fixes the shape of the state and must be a Python integer, got a traced value."
         )
-    return check_integer(name, value, low=low)
+    return int(check_integer(name, value, low=low))
 
 
 def check_choice(name: str, value: Any, allowed: Collection[str]) -> str:
@@ -106,7 +108,7 @@ def check_leading_axis(name: str, tree: Any, what: str, *, low: int = 1) -> int:
 
 def check_order(low_name: str, low: ArrayLike, high_name: str, high: ArrayLike) -> None:
     """Raises ``ValueError`` if both values are known and ``low`` exceeds ``high``."""
-    if not is_traced(low) and not is_traced(high) and low > high:
+    if not is_traced(low) and not is_traced(high) and np.asarray(low) > np.asarray(high):
         raise ValueError(
             f"{low_name} must not exceed {high_name}, got {low_name}={low!r} and {high_name}={high!r}."
         )

@@ -1,103 +1,86 @@
-"""GreedyLR, zeroth order: raise the learning rate after steady improvement, cut it after steady decay.
+"""GreedyLR (zeroth order): raises the learning rate after steady improvement, lowers it after steady decay.
 
 Papers: S. Subramanian and V. Ganapathiraman, "Zeroth Order GreedyLR: An Adaptive Learning Rate Scheduler
 for Deep Neural Network Training", Algorithm 1; and the same authors' "Dynamic Learning Rate Scheduling
 based on Loss Changes Leads to Faster Convergence".
 
-Two algorithms carry this name, and they are different controllers:
+Two different algorithms are published under this name:
 
-* ``"reference"``, the published implementation (``transformers.optimization.GreedyLR``): after an
-  increase nothing is decided for ``warmup`` observations, after a decrease for ``cooldown``; every
-  change of rate restarts the counts.
+* ``"reference"``, the published implementation (``transformers.optimization.GreedyLR``): an increase is
+  followed by ``warmup`` observations without a decision, a decrease by ``cooldown`` observations; every
+  change of the rate resets the counts of good and bad observations.
 * ``"paper"``, Algorithm 1 line by line: the cooldown and warmup counters run all the time, and a change
-  of rate does not restart the counts, so that a long run of good epochs raises the rate at every
+  of the rate does not reset the counts, so that a long run of good epochs raises the rate at every
   further epoch. Taken literally, a cooldown > 0 with patience >= 1 means that the rate never rises, and
   a warmup > 0 with patience >= 1 that it never falls.
 
-Departures from the published implementation, on purpose:
+Departures from the published implementation:
 
-* The mean comes from the last ``window`` losses alone, by sums of eight of them, of which one is computed
-  anew at each loss; a running sum would keep one NaN for good.
-* A relative threshold is a margin of ``threshold * abs(best)`` on the better side for every sign of the
-  loss; ``best * (1 - threshold)`` puts it on the worse side below zero.
+* The mean over ``window`` losses is computed from the losses in the window (:mod:`greedylr_jax._ring`); a
+  running sum would stay NaN after one NaN.
+* A relative threshold is a margin of ``threshold * abs(best)`` on the better side, whatever the sign of the
+  loss; ``best * (1 - threshold)`` is on the worse side if ``best`` is negative.
 * A non-finite loss counts as worse, and enters neither the mean nor the best value.
 * An initial rate outside its bounds is an error where the values are known; it does not drift back.
 * An increase multiplies by the reciprocal of the factor, see ``_inverse``.
 """
 
-import itertools
 from collections.abc import Hashable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from greedylr_jax import _checks, _numerics, _rule
+from greedylr_jax import _checks, _deprecated, _numerics, _ring, _rule
 
-_CHANGED = _checks.INT32_MAX  # of a streak, see GreedyLRState
-_LONGEST = _CHANGED - 1
-_BLOCK = 8  # losses of the window whose sum is kept
+# Decisions. Positive: the observation is an improvement; negative: it is not.
+INCREASE = 2
+BETTER = 1
+HOLD = 0  # no decision during a cooldown or warmup
+WORSE = -1
+DECREASE = -2
 
 
 class GreedyLRState(NamedTuple):
-    """State of the GreedyLR rule. The names of the counts are those of Algorithm 1.
-
-    Of ``num_good`` and ``num_bad`` one is always zero, so one number stands for both. Where a change of rate
-    restarts the counts it says so, and counts as zero from then on: so the best value and the scale follow
-    from it alone, and XLA updates all three in place. On a small problem each scalar that has to be copied
-    shows in the time of a step.
-    """
+    """State of the GreedyLR rule; the names of the counts are those of Algorithm 1."""
 
     scale: jax.Array  # shape=(), dtype=float; the multiplier, or in a schedule the learning rate
     best_value: jax.Array  # shape=(), dtype=float; best (smoothed) value so far
-    streak: jax.Array  # shape=(), dtype=int32; improvements in a row; below zero: observations without one;
-    # _CHANGED or its negative: the rate was to be raised or cut, and the counts are zero again
+    num_good: jax.Array  # shape=(), dtype=int32; consecutive improvements
+    num_bad: jax.Array  # shape=(), dtype=int32; consecutive observations without improvement
+    decision: jax.Array  # shape=(), dtype=int32; on the last observation, one of the constants above
     cooldown_count: jax.Array  # shape=(), dtype=int32
     warmup_count: jax.Array  # shape=(), dtype=int32
     reset_countdown: jax.Array  # shape=(), dtype=int32; decreases at the minimum until a reset
-    num_observations: jax.Array  # shape=(), dtype=int32; since the last restart, where reset_after is set
-    initial_scale: jax.Array  # shape=(), dtype=float; where a reset goes back to
-    history: jax.Array  # shape=(window,), dtype=float; ring of the last finite values
-    history_sums: jax.Array  # shape=(window // 8 or 1,), dtype=float; of eight of them each
-    history_count: (
-        jax.Array
-    )  # shape=(), dtype=int32; values entered, modulo the window once full; 0: none counts
-
-    @property
-    def num_good(self) -> jax.Array:
-        """Improvements in a row; shape=(), dtype=int32."""
-        return jnp.maximum(_counted(self.streak), 0)
-
-    @property
-    def num_bad(self) -> jax.Array:
-        """Observations without improvement in a row; shape=(), dtype=int32."""
-        return jnp.maximum(-_counted(self.streak), 0)
-
-    def readings(self) -> dict[str, jax.Array]:
-        """What :func:`greedylr_jax.metrics` shows: the counts in place of the streak."""
-        readings = self._asdict()
-        del readings["streak"]
-        return readings | {"num_good": self.num_good, "num_bad": self.num_bad}
+    num_observations: jax.Array  # shape=(), dtype=int32; since the last reset; counted if reset_after is set
+    initial_scale: jax.Array  # shape=(), dtype=float; the scale after a reset
+    history: _ring.Ring  # the last `window` finite values
 
 
 class _Settings(NamedTuple):
-    """Hyperparameters of the rule. Numbers may be traced; a bool or int is static."""
+    """Arguments of :func:`greedy_lr` that define the rule. Numbers may be traced; ``window`` is static."""
 
     factor: ArrayLike
     patience: ArrayLike
     threshold: ArrayLike
-    relative: bool
+    threshold_mode: str
     cooldown: ArrayLike
     warmup: ArrayLike
     min_scale: ArrayLike
     max_scale: ArrayLike
-    window: int
+    window: int | None
     reset_at_min: ArrayLike | None
     reset_after: ArrayLike | None
-    sign: int  # 1: lower is better, -1: higher is better
+    mode: str
     eps: ArrayLike
+    algorithm: str
+
+    @property
+    def sign(self) -> int:
+        """1 if lower values are better, -1 if higher ones are."""
+        return 1 if self.mode == "min" else -1
 
 
 def greedy_lr(
@@ -119,39 +102,40 @@ def greedy_lr(
     every: ArrayLike = 1,
     axis_name: Hashable | None = None,
 ) -> _rule.GradientTransformationExtraLoss:
-    """GreedyLR: multiplies the updates by a scale that follows the training loss.
+    """GreedyLR: multiplies the updates by a scale that adapts to the training loss.
 
-    The scale starts at 1. When the (smoothed) loss has improved on its best value more than ``patience``
-    times in a row it is divided by ``factor``; when it has failed to for more than ``patience`` times in
-    a row it is multiplied by ``factor``; it stays in ``[min_scale, max_scale]``. The effective learning
-    rate is the optimizer's own (a constant or any schedule) times the scale. The defaults are the
+    The scale starts at 1. After more than ``patience`` consecutive improvements of the (smoothed) loss on
+    its best value the scale is divided by ``factor``; after more than ``patience`` consecutive observations
+    without improvement it is multiplied by ``factor``. It stays in ``[min_scale, max_scale]``. The effective
+    learning rate is that of the optimizer (a constant or any schedule) times the scale. The defaults are the
     paper's published settings.
 
-    Put it *after* the optimizer, or anywhere in :func:`greedylr_jax.chain`, and hand the loss to
+    Put it *after* the optimizer, or anywhere in :func:`greedylr_jax.chain`, and pass the loss to
     ``update``. All numeric hyperparameters but ``window`` may be traced, so that many settings train
-    under one ``jax.vmap`` and one compilation; bounds are checked where values are known.
+    under one ``jax.vmap`` and one compilation; bounds are checked if the values are known.
 
     Args:
-      factor: the rate is divided or multiplied by it; in (0, 1).
-      patience: how many observations in a row are tolerated before the rate changes, at the next one;
+      factor: divides or multiplies the scale; in (0, 1).
+      patience: number of consecutive good or bad observations after which the next one changes the scale;
         an integer >= 0.
-      threshold: how much better than the best value a loss must be to count as an improvement; >= 0.
-      threshold_mode: ``"abs"``: in the loss's own units; ``"rel"``: as a fraction of ``abs(best)``.
-      cooldown: observations for which nothing is decided after a decrease; an integer >= 0. With
-        ``algorithm="paper"`` a counter that runs all the time, see the module's docstring.
+      threshold: minimum improvement on the best value, >= 0.
+      threshold_mode: ``"abs"``: ``threshold`` is in units of the loss; ``"rel"``: it is a fraction of
+        ``abs(best)``.
+      cooldown: number of observations after a decrease during which no decision is made; an integer >= 0.
+        With ``algorithm="paper"`` a counter that runs all the time, see the module's docstring.
       warmup: the same after an increase.
-      min_scale: lowest scale, in [0, 1]; 0 stands for the smallest normal number, as no rate rises from 0.
-      max_scale: highest scale, in [1, inf).
-      window: number of losses in the running mean, a Python integer >= 1; None (or 1): no smoothing.
-      reset_at_min: back to the initial state once the scale was to be lowered this many times while at
-        its minimum, with no increase in between; an integer >= 1, or None: never. Not in Algorithm 1.
-      reset_after: back to the start at every observation that exceeds this number since the last
-        restart (so every ``reset_after + 1`` observations); an integer >= 1, or None: never. With
-        ``algorithm="paper"`` the best value and the cooldown and warmup counters survive (lines 32-39).
-      mode: ``"min"``: lower values are better; ``"max"``: higher ones (an accuracy, a reward).
-      eps: changes of the scale that are not larger than this are not made; >= 0. Not in Algorithm 1.
+      min_scale: minimum scale, in [0, 1]; 0 means the smallest normal number, since 0 could not increase.
+      max_scale: maximum scale, in [1, inf).
+      window: number of losses in the running mean, a Python integer >= 1; None or 1: no smoothing.
+      reset_at_min: number of decreases at the minimum scale, without an increase in between, after which
+        the initial state is restored; an integer >= 1, or None: never. Not in Algorithm 1.
+      reset_after: number of observations since the last reset after which the next one restores the
+        initial state (a reset every ``reset_after + 1`` observations); an integer >= 1, or None: never. With
+        ``algorithm="paper"`` the best value and the cooldown and warmup counters are kept (lines 32-39).
+      mode: ``"min"``: lower values are better; ``"max"``: higher values are (an accuracy, a reward).
+      eps: minimum change of the scale; a change must be larger to be made; >= 0. Not in Algorithm 1.
       algorithm: ``"reference"``, the published implementation, or ``"paper"``, Algorithm 1.
-      every: decide on the mean of this many losses, an integer >= 1.
+      every: number of losses whose mean is one observation, an integer >= 1.
       axis_name: mapped axis, or axes, over which the loss is averaged first.
 
     Returns:
@@ -159,8 +143,8 @@ def greedy_lr(
       ``update(updates, state, params, value=loss)``.
 
     Raises:
-      ValueError: if a hyperparameter is out of its range; the message names it, its value and the range.
-        ``update`` raises ``TypeError`` or ``ValueError`` if ``value`` is missing or not a scalar.
+      ValueError: if a hyperparameter is out of range. ``update`` raises ``TypeError`` or ``ValueError`` if
+        ``value`` is missing or not a scalar.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -181,15 +165,15 @@ def greedy_lr(
     Source: Algorithm 1 and Sections II and III of "Zeroth Order GreedyLR"; the class ``GreedyLR`` of
     ``transformers.optimization`` (5.x).
     """
-    rule = _greedy_rule(
-        factor,
-        patience,
+    settings = _Settings(
+        factor=factor,
+        patience=patience,
         threshold=threshold,
         threshold_mode=threshold_mode,
         cooldown=cooldown,
         warmup=warmup,
-        bounds=(("min_scale", min_scale), ("max_scale", max_scale)),
-        initial=("the initial scale", 1.0),
+        min_scale=min_scale,
+        max_scale=max_scale,
         window=window,
         reset_at_min=reset_at_min,
         reset_after=reset_after,
@@ -197,14 +181,16 @@ def greedy_lr(
         eps=eps,
         algorithm=algorithm,
     )
+    rule = _greedy_rule(_check(settings, 1.0, names=("min_scale", "the initial scale", "max_scale")))
     return _rule.scale_by_rule(rule, every=every, axis_name=axis_name)
 
 
+@_deprecated.renamed_arguments(min_value="min_learning_rate", max_value="max_learning_rate")
 def greedy_lr_schedule(
     init_value: ArrayLike,
     *,
-    min_value: ArrayLike,
-    max_value: ArrayLike,
+    min_learning_rate: ArrayLike,
+    max_learning_rate: ArrayLike,
     factor: ArrayLike = 0.95,
     patience: ArrayLike = 10,
     threshold: ArrayLike = 1e-6,
@@ -223,27 +209,28 @@ def greedy_lr_schedule(
     """GreedyLR as an Optax stateful schedule, in absolute learning rates.
 
     Use it with ``optax.inject_hyperparams``, and read the current rate from
-    ``opt_state.hyperparams["learning_rate"]``. It works in absolute rates and so reproduces the published
-    implementation number for number.
+    ``opt_state.hyperparams["learning_rate"]``. The rates equal those of the published
+    implementation exactly.
 
     Args:
       init_value: the initial learning rate, > 0.
-      min_value: lowest learning rate, in [0, init_value]; 0 as in :func:`greedy_lr`.
-      max_value: highest learning rate, >= init_value, finite.
+      min_learning_rate: minimum, in [0, ``init_value``]; 0 means the smallest normal number.
+      max_learning_rate: maximum, in [``init_value``, inf).
       factor, patience, threshold, threshold_mode, cooldown, warmup, window, reset_at_min, reset_after,
       mode, algorithm, every, axis_name: as in :func:`greedy_lr`.
-      eps: changes of the learning rate that are not larger than this are not made; >= 0.
+      eps: minimum change of the learning rate; a change must be larger to be made; >= 0.
 
     Returns:
       A stateful schedule, see :func:`greedylr_jax.schedule_by_rule`.
 
     Raises:
-      ValueError: if a hyperparameter is out of its range, or ``init_value`` outside its bounds.
+      ValueError: if a hyperparameter is out of range.
 
     Examples:
       >>> import jax.numpy as jnp, optax
       >>> from greedylr_jax import greedy_lr_schedule
-      >>> schedule = greedy_lr_schedule(0.25, min_value=0.025, max_value=1.0, factor=0.5, patience=0)
+      >>> schedule = greedy_lr_schedule(
+      ...     0.25, min_learning_rate=0.025, max_learning_rate=1.0, factor=0.5, patience=0)
       >>> tx = optax.inject_hyperparams(optax.adamw)(learning_rate=schedule)
       >>> params = jnp.ones(3)
       >>> state = tx.init(params)
@@ -251,7 +238,7 @@ def greedy_lr_schedule(
       >>> print(state.hyperparams["learning_rate"])
       0.5
 
-      By hand:
+      Without an optimizer:
 
       >>> state = schedule.init()
       >>> state = schedule.update(state, value=2.0)
@@ -260,15 +247,15 @@ def greedy_lr_schedule(
 
     Source: as :func:`greedy_lr`.
     """
-    rule = _greedy_rule(
-        factor,
-        patience,
+    settings = _Settings(
+        factor=factor,
+        patience=patience,
         threshold=threshold,
         threshold_mode=threshold_mode,
         cooldown=cooldown,
         warmup=warmup,
-        bounds=(("min_value", min_value), ("max_value", max_value)),
-        initial=("init_value", init_value),
+        min_scale=min_learning_rate,
+        max_scale=max_learning_rate,
         window=window,
         reset_at_min=reset_at_min,
         reset_after=reset_after,
@@ -276,57 +263,51 @@ def greedy_lr_schedule(
         eps=eps,
         algorithm=algorithm,
     )
+    names = ("min_learning_rate", "init_value", "max_learning_rate")
+    rule = _greedy_rule(_check(settings, init_value, names))
     return _rule.schedule_by_rule(rule, init_value, every=every, axis_name=axis_name)
 
 
-def _greedy_rule(
-    factor: ArrayLike,
-    patience: ArrayLike,
-    *,
-    threshold: ArrayLike,
-    threshold_mode: str,
-    cooldown: ArrayLike,
-    warmup: ArrayLike,
-    bounds: tuple[tuple[str, ArrayLike], tuple[str, ArrayLike]],
-    initial: tuple[str, ArrayLike],
-    window: int | None,
-    reset_at_min: ArrayLike | None,
-    reset_after: ArrayLike | None,
-    mode: Literal["min", "max"],
-    eps: ArrayLike,
-    algorithm: Literal["reference", "paper"],
-) -> _rule.Rule:
-    """Checks the hyperparameters and builds the rule. Bounds and start come with the user's names."""
+def _check(settings: _Settings, initial_scale: ArrayLike, names: tuple[str, str, str]) -> _Settings:
+    """Checks the settings; ``names`` are the user's for the minimum, the initial scale and the maximum."""
     real, integer = _checks.check_real, _checks.check_integer
-    (min_name, min_scale), (max_name, max_scale) = bounds
-    settings = _Settings(
-        factor=real("factor", factor, low=0.0, high=1.0, low_open=True, high_open=True),
-        patience=integer("patience", patience),
-        threshold=real("threshold", threshold, low=0.0, high_open=True),
-        relative=_checks.check_choice("threshold_mode", threshold_mode, ("abs", "rel")) == "rel",
-        cooldown=integer("cooldown", cooldown),
-        warmup=integer("warmup", warmup),
-        min_scale=real(min_name, min_scale, low=0.0, high_open=True),
-        max_scale=real(max_name, max_scale, low=0.0, low_open=True, high_open=True),
-        window=1 if window is None else _checks.check_static_integer("window", window),
+    min_name, initial_name, max_name = names
+    window, reset_at_min, reset_after = settings.window, settings.reset_at_min, settings.reset_after
+    checked = _Settings(
+        factor=real("factor", settings.factor, low=0.0, high=1.0, low_open=True, high_open=True),
+        patience=integer("patience", settings.patience),
+        threshold=real("threshold", settings.threshold, low=0.0, high_open=True),
+        threshold_mode=_checks.check_choice("threshold_mode", settings.threshold_mode, ("abs", "rel")),
+        cooldown=integer("cooldown", settings.cooldown),
+        warmup=integer("warmup", settings.warmup),
+        min_scale=real(min_name, settings.min_scale, low=0.0, high_open=True),
+        max_scale=real(max_name, settings.max_scale, low=0.0, low_open=True, high_open=True),
+        window=None if window is None else _checks.check_static_integer("window", window),
         reset_at_min=None if reset_at_min is None else integer("reset_at_min", reset_at_min, low=1),
         reset_after=None if reset_after is None else integer("reset_after", reset_after, low=1),
-        sign=1 if _checks.check_choice("mode", mode, ("min", "max")) == "min" else -1,
-        eps=real("eps", eps, low=0.0, high_open=True),
+        mode=_checks.check_choice("mode", settings.mode, ("min", "max")),
+        eps=real("eps", settings.eps, low=0.0, high_open=True),
+        algorithm=_checks.check_choice("algorithm", settings.algorithm, ("reference", "paper")),
     )
-    start = real(*initial, low=0.0, low_open=True, high_open=True)
-    _checks.check_order(min_name, settings.min_scale, max_name, settings.max_scale)
-    _checks.check_order(min_name, settings.min_scale, initial[0], start)
-    _checks.check_order(initial[0], start, max_name, settings.max_scale)
-    _checks.check_choice("algorithm", algorithm, ("reference", "paper"))
-    if algorithm == "paper" and settings.reset_at_min is not None:
+    initial_scale = real(initial_name, initial_scale, low=0.0, low_open=True, high_open=True)
+    _checks.check_order(min_name, checked.min_scale, max_name, checked.max_scale)
+    _checks.check_order(min_name, checked.min_scale, initial_name, initial_scale)
+    _checks.check_order(initial_name, initial_scale, max_name, checked.max_scale)
+    if checked.algorithm == "paper" and checked.reset_at_min is not None:
         raise ValueError(
             f"reset_at_min must be None with algorithm='paper', got {reset_at_min!r}: Algorithm 1 "
             "resets by count (reset_after)."
         )
-    if algorithm == "paper" and not _is_zero(settings.eps):
-        raise ValueError(f"eps must be 0 with algorithm='paper', got {eps!r}: Algorithm 1 has no such bound.")
-    step = _reference_step if algorithm == "reference" else _paper_step
+    if checked.algorithm == "paper" and not _is_zero(checked.eps):
+        raise ValueError(
+            f"eps must be 0 with algorithm='paper', got {settings.eps!r}: Algorithm 1 has no such bound."
+        )
+    return checked
+
+
+def _greedy_rule(settings: _Settings) -> _rule.Rule:
+    """The rule with settings that have been checked."""
+    step = _reference_step if settings.algorithm == "reference" else _paper_step
 
     def init(scale: jax.Array) -> GreedyLRState:
         return _initial_state(settings, scale)
@@ -338,9 +319,9 @@ def _greedy_rule(
 
 
 def _as_arrays(settings: _Settings, dtype: jnp.dtype) -> _Settings:
-    """The settings with numbers in the dtypes of the state: floats as ``dtype``, counts as int32."""
+    """Converts numbers to the dtypes of the state: floats to ``dtype``, counts to int32."""
 
-    def real(value: ArrayLike) -> ArrayLike:
+    def real(value: ArrayLike) -> jax.Array | np.ndarray:
         return _cast(value, dtype)
 
     def count(value: ArrayLike | None) -> ArrayLike | None:
@@ -360,15 +341,15 @@ def _as_arrays(settings: _Settings, dtype: jnp.dtype) -> _Settings:
     )
 
 
-def _at_least_tiny(value: ArrayLike) -> ArrayLike:
-    """The smallest normal number instead of 0: from 0, or from what flushes to 0, no rate could rise."""
-    tiny = np.asarray(np.finfo(value.dtype).tiny)[()]
+def _at_least_tiny(value: jax.Array | np.ndarray) -> ArrayLike:
+    """``value``, at least the smallest normal number: a rate of 0, or flushed to 0, could not increase."""
+    tiny = np.asarray(jnp.finfo(value.dtype).tiny)[()]
     return jnp.maximum(value, tiny) if isinstance(value, jax.Array) else np.maximum(value, tiny)
 
 
-def _cast(value: ArrayLike, dtype: jnp.dtype) -> ArrayLike:
-    # A known number stays a NumPy scalar: it becomes a literal of the compiled program, and nothing
-    # is sent to the device for it.
+def _cast(value: ArrayLike, dtype: DTypeLike) -> jax.Array | np.ndarray:
+    # A known number stays a NumPy scalar: it becomes a literal of the compiled program, without a transfer
+    # to the device.
     if isinstance(value, jax.Array):
         return value.astype(dtype)
     return np.asarray(value, dtype)[()]
@@ -384,115 +365,47 @@ def _initial_state(settings: _Settings, scale: jax.Array) -> GreedyLRState:
     return GreedyLRState(
         scale=scale,
         best_value=jnp.full((), settings.sign * jnp.inf, dtype),
-        streak=zero(),
+        num_good=zero(),
+        num_bad=zero(),
+        decision=zero(),
         cooldown_count=zero(),
         warmup_count=zero(),
         reset_countdown=jnp.array(0 if settings.reset_at_min is None else settings.reset_at_min, jnp.int32),
         num_observations=zero(),
         initial_scale=jnp.array(scale, copy=True),
-        history=jnp.zeros((settings.window,), dtype),
-        history_sums=jnp.zeros((settings.window // _BLOCK or 1,), dtype),
-        history_count=zero(),
+        history=_ring.empty(settings.window or 1, dtype),  # checkpoints take no empty arrays
     )
 
 
-def _restarted(settings: _Settings, state: GreedyLRState) -> GreedyLRState:
-    """The state before the first observation again, but for the ring, which counts as empty.
-
-    To empty it here would let a decision that comes of its mean write the whole ring once more, at every
-    step: under ``lax.scan`` that took many times as long as all the rest.
-    """
-    return _initial_state(settings, state.initial_scale)._replace(
-        history=state.history, history_sums=state.history_sums
-    )
+def _reset(settings: _Settings, state: GreedyLRState) -> GreedyLRState:
+    """The initial state, after the same decision."""
+    initial = _initial_state(settings, state.initial_scale)
+    return initial._replace(decision=state.decision, history=_ring.clear(state.history))
 
 
 def _smooth(
     settings: _Settings, state: GreedyLRState, value: jax.Array
 ) -> tuple[GreedyLRState, jax.Array, jax.Array]:
-    """Enters a value into the window (line 4).
+    """Adds a value to the window (line 4).
 
     Returns:
-      The new state, the mean over the window, and whether value and mean are usable (finite; the sum of
+      The new state, the mean over the window, and whether both value and mean are finite (the sum of
       huge losses may overflow).
     """
-    usable = jnp.isfinite(value)
-    window = settings.window
-    if window == 1:  # no smoothing; the slot is there because checkpoints take no empty arrays
-        return state, value, usable
-    # While the ring fills the count is its length; once full it runs from `window` to `2 * window - 1`,
-    # so that one number tells both the length and the slot of the next value, and never overflows.
-    # Unsigned, as JAX otherwise asks of each index whether it is negative.
-    count = state.history_count.astype(jnp.uint32)
-    slot = jnp.minimum(count, count - window)  # what is below zero wraps, and is the larger one
-    count = count + usable.astype(jnp.uint32)
-    count = _numerics.where(count == 2 * window, window, count)
-    length = jnp.minimum(jnp.maximum(count, 1), window)  # 1: nothing but non-finite values so far
-    state = _enter(settings, state, value, usable, slot, length)
-    # The sums of all whole blocks, and the losses behind them.
-    blocks = window // _BLOCK
-    starts = [*range(0, blocks * _BLOCK, _BLOCK), *range(blocks * _BLOCK, window)]
-    parts = jnp.concatenate([state.history_sums[:blocks], state.history[blocks * _BLOCK :]])
-    parts = _without_stale(settings, parts, np.array(starts, np.uint32), length)
-    mean = _sum(parts) / length.astype(parts.dtype)
-    state = state._replace(history_count=count.astype(jnp.int32))
-    return state, mean, usable & jnp.isfinite(mean)
-
-
-def _enter(
-    settings: _Settings,
-    state: GreedyLRState,
-    value: jax.Array,
-    usable: jax.Array,
-    slot: jax.Array,
-    length: jax.Array,
-) -> GreedyLRState:
-    """Writes a usable value into a slot of the ring, and the sum of the block that this slot is in.
-
-    The other blocks' sums still hold, so that a mean over fifty takes as many additions as one over fifteen;
-    and as no sum is ever carried on from one value to the next, rounding does not add up.
-    """
-    oldest = jax.lax.dynamic_slice(state.history, (slot,), (1,))
-    entered = _numerics.where(usable, value.reshape(1), oldest)
-    state = state._replace(history=jax.lax.dynamic_update_slice(state.history, entered, (slot,)))
-    blocks = settings.window // _BLOCK
-    if not blocks:
-        return state
-    # Of a slot behind the blocks the last block is summed again.
-    number = jnp.minimum(jax.lax.div(slot, np.uint32(_BLOCK)), blocks - 1)
-    start = number * _BLOCK
-    block = jax.lax.dynamic_slice(state.history, (start,), (_BLOCK,))
-    block = _without_stale(settings, block, start + jnp.arange(_BLOCK, dtype=slot.dtype), length)
-    sums = jax.lax.dynamic_update_slice(state.history_sums, _sum(block)[None], (number,))
-    return state._replace(history_sums=sums)
-
-
-def _without_stale(settings: _Settings, values: jax.Array, places: jax.Array, length: jax.Array) -> jax.Array:
-    """The values with zeros for those from before a restart, which leaves them in the ring."""
-    if settings.reset_at_min is None and settings.reset_after is None:
-        return values
-    return jnp.where(places < length, values, 0)
-
-
-def _sum(values: jax.Array) -> jax.Array:
-    """The sum of a vector, of a short one by pairs.
-
-    In ``jnp.sum`` on a CPU each addition waits for the one before.
-    """
-    if values.size > 3 * _BLOCK:  # would be a long program
-        return jnp.sum(values)
-    terms = [*values]
-    while len(terms) > 1:
-        pairs = list(itertools.zip_longest(terms[::2], terms[1::2]))
-        terms = [left if right is None else left + right for left, right in pairs]
-    return terms[0]
+    is_finite = jnp.isfinite(value)
+    if settings.window in (None, 1):
+        return state, value, is_finite
+    was_cleared = settings.reset_at_min is not None or settings.reset_after is not None
+    history = _ring.insert(state.history, value, is_finite, was_cleared=was_cleared)
+    mean = _ring.mean(history, was_cleared=was_cleared)
+    return state._replace(history=history), mean, is_finite & jnp.isfinite(mean)
 
 
 def _improves(settings: _Settings, state: GreedyLRState, mean: jax.Array) -> jax.Array:
-    """Whether ``mean`` beats the best value by more than the threshold (line 6)."""
+    """Whether ``mean`` improves on the best value by more than the threshold (line 6)."""
     best = settings.sign * state.best_value
-    # Before the first improvement the best value is infinite, and every finite value beats it.
-    if settings.relative:
+    # Before the first improvement the best value is infinite, and every finite value improves on it.
+    if settings.threshold_mode == "rel":
         known = _numerics.where(jnp.isfinite(best), best, 0)
         bound = known * _numerics.where(known < 0, 1 + settings.threshold, 1 - settings.threshold)
         bound = _numerics.where(jnp.isfinite(best), bound, best)
@@ -504,69 +417,65 @@ def _improves(settings: _Settings, state: GreedyLRState, mean: jax.Array) -> jax
 def _inverse(factor: ArrayLike) -> ArrayLike:
     """The reciprocal of the factor, rounded once to its dtype.
 
-    XLA turns a division into a product with the reciprocal where it sees a constant or a broadcast
-    divisor and keeps it elsewhere, so the same run would differ in its last bit between a constant and
-    a traced factor, or between a loop and a map. Asking for the product makes all of them agree.
+    XLA replaces a division by a constant or broadcast divisor with a product with the reciprocal, and keeps
+    other divisions. The last bit of a run would thus differ between a constant and a traced factor, or
+    between a loop and a map. With an explicit product all agree.
     """
-    return np.ones((), factor.dtype)[()] / factor
+    one: Any = np.ones((), jnp.result_type(factor))[()]
+    return one / factor
 
 
 def _increment(count: jax.Array) -> jax.Array:
     return jnp.minimum(count, _checks.INT32_MAX - 1) + 1
 
 
-def _counted(streak: jax.Array) -> jax.Array:
-    """The streak as the counts know it."""
-    return _numerics.where(jnp.abs(streak) == _CHANGED, 0, streak)
-
-
-def _prolong(streak: jax.Array, better: jax.Array) -> jax.Array:
-    """Counts an observation as an improvement or as none (lines 6-13); either ends the other's count."""
-    return _numerics.where(better, jnp.maximum(streak, 0) + 1, jnp.minimum(streak, 0) - 1)
-
-
-def _saturated(streak: jax.Array) -> jax.Array:
-    """The streak, kept from what marks a change of rate."""
-    return jnp.clip(streak, -_LONGEST, _LONGEST)
-
-
 def _is_zero(value: ArrayLike) -> bool:
-    return not _checks.is_traced(value) and value == 0
+    return not _checks.is_traced(value) and bool(value == 0)
 
 
 def _count_down(settings: _Settings, state: GreedyLRState) -> tuple[GreedyLRState, jax.Array | bool]:
-    """Runs a cooldown or else a warmup down by one; returns whether one was running.
+    """Counts a cooldown, or else a warmup, down by one; returns whether one was running.
 
-    A hold that is never started is left out of the program: on small problems each scalar that a step
-    writes costs as much as a part of the optimizer.
+    A counter that never starts is left out of the program: in a step of a few parameters every scalar that
+    is written takes time.
     """
-    holding = False
+    is_holding = False
     for name in ("cooldown", "warmup"):  # never both positive
         if _is_zero(getattr(settings, name)):
             continue
         count = getattr(state, f"{name}_count")
-        running = count > 0
-        state = state._replace(**{f"{name}_count": count - running.astype(jnp.int32)})
-        holding = holding | running
-    return state, holding
+        is_running = count > 0
+        state = state._replace(**{f"{name}_count": count - is_running.astype(jnp.int32)})
+        is_holding = is_holding | is_running
+    return state, is_holding
+
+
+def _decide(
+    settings: _Settings, state: GreedyLRState, is_better: jax.Array, is_holding: jax.Array | bool
+) -> jax.Array:
+    """Returns the decision on an observation.
+
+    The other fields are computed from the decision and their own previous value. XLA then updates each in
+    place; under ``lax.scan`` on a CPU, a step of 100 parameters takes 10% longer without.
+    """
+    increase = _increment(state.num_good) > settings.patience
+    decrease = _increment(state.num_bad) > settings.patience
+    decision = _numerics.where(
+        is_better, _numerics.where(increase, INCREASE, BETTER), _numerics.where(decrease, DECREASE, WORSE)
+    )
+    if is_holding is not False:
+        decision = _numerics.where(is_holding, HOLD, decision)
+    return decision.astype(jnp.int32)
 
 
 def _reference_step(settings: _Settings, state: GreedyLRState, value: jax.Array) -> GreedyLRState:
     """One observation by the published implementation."""
-    state, mean, usable = _smooth(settings, state, value)
+    state, mean, is_finite = _smooth(settings, state, value)
 
-    state, holding = _count_down(settings, state)
-    deciding = jnp.logical_not(holding)
-    better = deciding & usable & _improves(settings, state, mean)
-    streak = _prolong(_counted(state.streak), better)
-    if _checks.is_traced(settings.patience) or settings.patience >= _LONGEST:
-        streak = _saturated(streak)  # otherwise a change of rate ends it before
-    streak = _numerics.where(deciding, streak, 0)
-    streak = _numerics.where(streak > settings.patience, _CHANGED, streak)
-    streak = _numerics.where(streak < -settings.patience, -_CHANGED, streak)
-    best_value = _numerics.where(streak > 0, mean, state.best_value)
-
-    increase, decrease = streak == _CHANGED, streak == -_CHANGED
+    state, is_holding = _count_down(settings, state)
+    is_better = is_finite & _improves(settings, state, mean)
+    decision = _decide(settings, state, is_better, is_holding)
+    increase, decrease = decision == INCREASE, decision == DECREASE
     raised = jnp.minimum(state.scale * _inverse(settings.factor), settings.max_scale)
     lowered = jnp.maximum(state.scale * settings.factor, settings.min_scale)
     if _is_zero(settings.eps):
@@ -576,7 +485,13 @@ def _reference_step(settings: _Settings, state: GreedyLRState, value: jax.Array)
         lowered = _numerics.where(state.scale - lowered > settings.eps, lowered, state.scale)
     scale = _numerics.where(increase, raised, _numerics.where(decrease, lowered, state.scale))
 
-    stepped = state._replace(scale=scale, best_value=best_value, streak=streak)
+    stepped = state._replace(
+        scale=scale,
+        best_value=_numerics.where(decision > HOLD, mean, state.best_value),
+        num_good=_numerics.where(decision == BETTER, _increment(state.num_good), 0),
+        num_bad=_numerics.where(decision == WORSE, _increment(state.num_bad), 0),
+        decision=decision,
+    )
     if settings.reset_after is not None:
         stepped = stepped._replace(num_observations=_increment(state.num_observations))
     if not _is_zero(settings.cooldown):
@@ -589,50 +504,47 @@ def _reference_step(settings: _Settings, state: GreedyLRState, value: jax.Array)
         at_min = decrease & (scale <= settings.min_scale)
         remaining = state.reset_countdown - at_min.astype(jnp.int32)
         countdown = _numerics.where(increase, settings.reset_at_min, remaining)
-        # The reset is part of the decrease, which goes on to start its cooldown.
-        restarted = _restarted(settings, stepped)._replace(cooldown_count=stepped.cooldown_count)
+        # The decrease starts its cooldown after a reset, too.
+        initial = _reset(settings, stepped)._replace(cooldown_count=stepped.cooldown_count)
         stepped = stepped._replace(reset_countdown=countdown)
-        stepped = _numerics.select(at_min & (countdown <= 0), restarted, stepped)
+        stepped = _numerics.select(at_min & (countdown <= 0), initial, stepped)
     if settings.reset_after is not None:
-        due = stepped.num_observations > settings.reset_after
-        stepped = _numerics.select(due, _restarted(settings, stepped), stepped)
+        is_due = stepped.num_observations > settings.reset_after
+        stepped = _numerics.select(is_due, _reset(settings, stepped), stepped)
     return stepped
 
 
 def _paper_step(settings: _Settings, state: GreedyLRState, value: jax.Array) -> GreedyLRState:
     """One epoch of Algorithm 1, lines 3 to 40."""
-    state, mean, usable = _smooth(settings, state, value)  # line 4
+    state, mean, is_finite = _smooth(settings, state, value)  # line 4
 
-    better = usable & _improves(settings, state, mean)  # lines 6-13
-    best_value = _numerics.where(better, mean, state.best_value)
-    streak = _saturated(_prolong(state.streak, better))
+    is_better = is_finite & _improves(settings, state, mean)
+    is_cooling = state.cooldown_count < settings.cooldown
+    is_warming = state.warmup_count < settings.warmup
+    is_holding = _numerics.where(is_better, is_cooling, is_warming)
+    decision = _decide(settings, state, is_better, is_holding)
 
-    cooling = state.cooldown_count < settings.cooldown  # lines 14-19
-    cooldown_count = _numerics.where(cooling, state.cooldown_count + 1, 0)
-    streak = _numerics.where(cooling, jnp.minimum(streak, 0), streak)  # num_good = 0
-
-    warming = state.warmup_count < settings.warmup  # lines 20-25
-    warmup_count = _numerics.where(warming, state.warmup_count + 1, 0)
-    streak = _numerics.where(warming, jnp.maximum(streak, 0), streak)  # num_bad = 0
-
-    scale = state.scale
-    raised = scale * _inverse(settings.factor)
-    scale = _numerics.where(streak > settings.patience, raised, scale)  # lines 26-28
-    scale = _numerics.where(streak < -settings.patience, scale * settings.factor, scale)  # lines 29-31
+    raised = state.scale * _inverse(settings.factor)
+    scale = _numerics.where(decision == INCREASE, raised, state.scale)  # lines 26-28
+    scale = _numerics.where(decision == DECREASE, scale * settings.factor, scale)  # lines 29-31
 
     stepped = state._replace(
         scale=scale,
-        best_value=best_value,
-        streak=streak,
-        cooldown_count=cooldown_count,
-        warmup_count=warmup_count,
+        best_value=_numerics.where(is_better, mean, state.best_value),  # lines 6-13
+        num_good=_numerics.where(decision > HOLD, _increment(state.num_good), 0),
+        num_bad=_numerics.where(decision < HOLD, _increment(state.num_bad), 0),
+        decision=decision,
+        cooldown_count=_numerics.where(is_cooling, state.cooldown_count + 1, 0),  # lines 14-19
+        warmup_count=_numerics.where(is_warming, state.warmup_count + 1, 0),  # lines 20-25
         num_observations=_increment(state.num_observations),
     )
     if settings.reset_after is not None:  # lines 32-39
-        restarted = _restarted(settings, stepped)._replace(
-            best_value=best_value, cooldown_count=cooldown_count, warmup_count=warmup_count
+        initial = _reset(settings, stepped)._replace(
+            best_value=stepped.best_value,
+            cooldown_count=stepped.cooldown_count,
+            warmup_count=stepped.warmup_count,
         )
-        due = stepped.num_observations > settings.reset_after
-        stepped = _numerics.select(due, restarted, stepped)
-    within = jnp.clip(stepped.scale, settings.min_scale, settings.max_scale)  # line 40
-    return stepped._replace(scale=within)
+        is_due = stepped.num_observations > settings.reset_after
+        stepped = _numerics.select(is_due, initial, stepped)
+    scale = jnp.clip(stepped.scale, settings.min_scale, settings.max_scale)  # line 40
+    return stepped._replace(scale=scale)

@@ -1,37 +1,136 @@
-"""Reading the loss and its companions from the extra arguments of ``update``."""
+"""Reading the loss of a step and its companions from the extra arguments of ``update``.
+
+Every rule and wrapper reads ``value``, ``has_value`` and ``axis_name`` with :func:`read`, and takes the mean
+of ``every`` losses with :func:`accumulate`.
+"""
 
 import functools
 import inspect
 from collections.abc import Hashable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from greedylr_jax import _checks
+from greedylr_jax import _checks, _numerics
 
 T = TypeVar("T")
 
 
+class Observation(NamedTuple):
+    """The loss of one step."""
+
+    value: jax.Array  # shape=(), dtype=float; averaged over devices; a placeholder where there is no loss
+    has_value: np.bool_ | jax.Array  # shape=(), dtype=bool; a NumPy scalar where it is known at trace time
+
+    @property
+    def is_absent(self) -> bool:
+        """Whether it is known at trace time that the step has no loss."""
+        return _checks.is_known_false(self.has_value)
+
+    @property
+    def is_present(self) -> bool:
+        """Whether it is known at trace time that the step has a loss."""
+        return not _checks.is_traced(self.has_value) and bool(self.has_value)
+
+
+def read(
+    rule_name: str,
+    value: ArrayLike | None,
+    has_value: ArrayLike | None,
+    dtype: Any,
+    axis_name: Hashable | None = None,
+    *,
+    default: float | None = None,
+) -> Observation:
+    """Reads the loss of a step from the arguments of ``update``.
+
+    Args:
+      rule_name: what error messages call the rule.
+      value: the loss, a real scalar. Ignored where ``has_value`` is False at trace time.
+      has_value: whether the step brings a loss, a Python bool or a boolean scalar array; None: it does.
+      dtype: dtype of the loss that is returned.
+      axis_name: mapped axis, or axes, over which the loss is averaged, over the devices that have one.
+      default: the loss of a step without ``value``; None: ``value`` is required.
+
+    Returns:
+      An :class:`Observation`, the same on all devices of ``axis_name``.
+
+    Raises:
+      TypeError: if ``value`` is missing, or not a real number.
+      ValueError: if ``value`` or ``has_value`` is not a scalar.
+    """
+    observed = _check_has_value(rule_name, has_value)
+    if _checks.is_known_false(observed):
+        return Observation(jnp.full((), 0.0 if default is None else default, dtype), observed)
+    if value is None and default is not None:
+        return Observation(jnp.full((), default, dtype), observed)
+    loss = check_loss(rule_name, value).astype(dtype)
+    if axis_name is not None and _checks.is_traced(observed):
+        total, count = jax.lax.psum((jnp.where(observed, loss, 0), observed.astype(loss.dtype)), axis_name)
+        return Observation(total / jnp.maximum(count, 1), count > 0)
+    return Observation(average(loss, axis_name), observed)
+
+
+def read_optional(
+    rule_name: str, name: str, value: ArrayLike | None, dtype: Any, axis_name: Hashable | None = None
+) -> jax.Array | None:
+    """Reads a further scalar, such as ``validation_value``, which a step may leave out."""
+    if value is None:
+        return None
+    return average(check_loss(rule_name, value, name).astype(dtype), axis_name)
+
+
+def accumulate(
+    value_sum: jax.Array, value_count: jax.Array, observation: Observation
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Adds the loss of a step, if it has one, to a running sum. Returns the sum, the count and the mean."""
+    if observation.is_present:
+        value_sum, value_count = value_sum + observation.value, value_count + 1
+    else:
+        added = _numerics.where(observation.has_value, value_sum + observation.value, value_sum)
+        value_sum, value_count = added, value_count + observation.has_value.astype(jnp.int32)
+    return value_sum, value_count, value_sum / jnp.maximum(value_count, 1).astype(value_sum.dtype)
+
+
 def average(losses: T, axis_name: Hashable | None) -> T:
-    """The mean over the devices of a mapped axis; what is given where there is none."""
+    """The mean over the devices of a mapped axis; the losses as they are where there is no axis."""
     return losses if axis_name is None else jax.lax.pmean(losses, axis_name)
+
+
+def given(**extra_args: Any) -> dict[str, Any]:
+    """The extra arguments that are not None.
+
+    Wrappers hand these to the transformation inside: a line search passes every argument that it gets on to
+    ``value_fn``, which fails on those that it does not know.
+    """
+    return {name: argument for name, argument in extra_args.items() if argument is not None}
 
 
 def read_loss(
     rule_name: str,
     value: ArrayLike | None,
     has_value: ArrayLike | None,
-    dtype: jnp.dtype,
+    dtype: Any,
     axis_name: Hashable | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The loss of a step, averaged over devices, and whether there is one: if not, the loss is any number."""
-    if value is None and _checks.is_known_false(has_value):
-        value = 0.0
-    loss = average(check_loss(rule_name, value).astype(dtype), axis_name)
-    return loss, jnp.asarray(True if has_value is None else has_value, bool)
+    """:func:`read`, as a pair of arrays."""
+    loss, has_value = read(rule_name, value, has_value, dtype, axis_name)
+    return loss, jnp.asarray(has_value)
+
+
+def _check_has_value(rule_name: str, has_value: ArrayLike | None) -> np.bool_ | jax.Array:
+    if has_value is None:
+        return np.bool_(True)
+    if jnp.shape(has_value) != ():
+        raise ValueError(
+            f"{rule_name}: has_value must be a Python bool or a boolean scalar array, got shape "
+            f"{jnp.shape(has_value)}."
+        )
+    return jnp.asarray(has_value, bool) if _checks.is_traced(has_value) else np.bool_(has_value)
 
 
 def check_loss(rule_name: str, value: ArrayLike | None, name: str = "value") -> jax.Array:
@@ -62,11 +161,12 @@ def check_loss(rule_name: str, value: ArrayLike | None, name: str = "value") -> 
 
 
 def bind_extra_args(tx: optax.GradientTransformation, **extra_args: Any) -> optax.GradientTransformation:
-    """The same transformation, whose ``update`` gets these extra arguments if it takes any.
+    """The same transformation, whose ``update`` gets these extra arguments if it accepts any.
 
-    The type does not tell: ``optax.MultiSteps`` takes them without being of a type that says so.
+    Its signature decides instead of its type: ``optax.MultiSteps`` accepts them, but is not a
+    ``GradientTransformationExtraArgs``.
     """
     parameters = inspect.signature(tx.update).parameters.values()
-    takes_them = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    update = functools.partial(tx.update, **extra_args) if takes_them else tx.update
+    accepts_them = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    update = functools.partial(tx.update, **extra_args) if accepts_them else tx.update
     return optax.GradientTransformation(tx.init, update)

@@ -1,21 +1,19 @@
-"""Rules and their carriers: how a learning-rate rule gets into a training step.
+"""Rules and their adapters: how a learning-rate rule gets into a training step.
 
-A *rule* is a small state machine: it sees one loss at a time and holds a multiplier for the learning
-rate, its ``scale``. It knows nothing of Optax. The *carriers* in this file bring any such rule into a
-training step:
+A *rule* is a small state machine: it observes one loss at a time and holds a multiplier for the learning
+rate, its ``scale``. It does not depend on Optax. Two *adapters* bring any such rule into a training step:
 
-* :func:`scale_by_rule`, a gradient transformation that multiplies the updates;
-* :func:`schedule_by_rule`, a stateful schedule that is the learning rate itself;
-* :func:`chain`, a drop-in for ``optax.chain`` in which a rule acts on the learning rate wherever it
-  stands.
+* :func:`scale_by_rule`, a gradient transformation that multiplies the updates by the scale;
+* :func:`schedule_by_rule`, a stateful schedule whose value is the learning rate.
 
-Both carriers observe through one function, so they agree on the timing: the loss passed at a step is
-the loss *before* that step's update, and it already acts on that update.
+Both adapters agree on the timing: the loss passed at a step is the loss *before* that step's update, and
+that update already uses the rule's answer to it. :func:`greedylr_jax.chain` is a drop-in for ``optax.chain``
+in which a rule acts on the learning rate wherever it stands.
 """
 
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -28,21 +26,20 @@ from greedylr_jax import _checks, _numerics, _observe
 class Rule(NamedTuple):
     """A zeroth-order learning-rate rule: a state machine over loss values.
 
-    Write one to get both carriers, ``chain``, ``every``, ``has_value``, ``axis_name`` and the readers
-    of :mod:`greedylr_jax.reading` for it. Both functions are pure functions of arrays, so they can be
-    compiled, mapped and scanned.
+    A rule defined by these two functions has both adapters, :func:`greedylr_jax.chain`, ``every``,
+    ``has_value``, ``axis_name``, the readers (:func:`greedylr_jax.get_scale`, ...) and the setters. Both are
+    pure functions of arrays, so they can be compiled, mapped and scanned.
 
     Attributes:
-      init: from the starting multiplier (a float scalar; 1 in a gradient transformation, the initial
-        learning rate in a schedule) to the first state, a NamedTuple of arrays with at least the field
-        ``scale``, the multiplier that the rule holds. It may have a method ``readings()``, a dict of what
-        :func:`greedylr_jax.metrics` shows in place of its fields.
-      update: from the state and one loss (a float scalar, possibly not finite) to the next state, of
+      init: maps the initial multiplier (a float scalar; 1 in a gradient transformation, the initial
+        learning rate in a schedule) to the initial state, a NamedTuple of arrays with at least the field
+        ``scale``, the current multiplier.
+      update: maps the state and one loss (a float scalar, possibly not finite) to the next state, of
         the same structure, shapes and dtypes.
-      name: what error messages call the rule.
-      observes: names of further scalars that the rule looks at, such as ``"validation_value"``. They are
-        extra arguments of the carrier's ``update``, averaged over devices like the loss, and reach ``update``
-        by name; None where a step brings none. With ``every`` they are those of the step that decides.
+      name: the rule's name in error messages.
+      observes: names of further scalars that the rule observes, such as ``"validation_value"``. They are
+        extra arguments of the adapter's ``update``, averaged over devices like the loss, and are passed to
+        ``update`` by name; None if a step has none. With ``every`` they are those of the deciding step.
 
     Examples:
       A rule that cuts the rate by 10 whenever the loss is not finite:
@@ -69,24 +66,24 @@ class Rule(NamedTuple):
 
 
 class RuleState(NamedTuple):
-    """What every carrier keeps for its rule."""
+    """State of a rule in either adapter."""
 
     rule: Any  # the rule's own state, a NamedTuple with the field `scale`
     value_sum: jax.Array  # shape=(), dtype=float; sum of the losses since the last decision
-    value_count: jax.Array  # shape=(), dtype=int32; how many they are
+    value_count: jax.Array  # shape=(), dtype=int32; the number of these losses
 
 
 class RuleScheduleState(NamedTuple):
-    """State of a rule that is a schedule: its ``scale`` is the learning rate itself."""
+    """State of a rule in a schedule: its ``scale`` is the learning rate."""
 
-    init_value: jax.Array  # shape=(), dtype=float; the learning rate at the start
+    init_value: jax.Array  # shape=(), dtype=float; the initial learning rate
     rule_state: RuleState
 
 
 class RateState(NamedTuple):
-    """Learning rates that an optimizer keeps itself, where the readers find them."""
+    """Learning rates in the state of an optimizer that has its own, where the readers find them."""
 
-    learning_rate: Any  # a float scalar; or a dict from group labels to such; or a pytree like the params
+    learning_rate: Any  # a float scalar, a dict from group labels to such, or a pytree like the params
 
 
 def is_rate_state(node: Any) -> bool:
@@ -95,7 +92,13 @@ def is_rate_state(node: Any) -> bool:
 
 
 def map_rates(change: Callable[..., jax.Array], node: Any, *others: Any) -> Any:
-    """Such a node with its scale or rates changed, given those of nodes like it; any other as it is."""
+    """Changes the scale or the rates of a node for which :func:`is_rate_state` is true.
+
+    Args:
+      change: maps the scale or rate, and those of ``others``, to the new one.
+      node: any node of an optimizer state; nodes without a scale or rate are returned as they are.
+      *others: nodes of the same structure.
+    """
     if isinstance(node, RuleScheduleState):
         rule_state = map_rates(change, node.rule_state, *(other.rule_state for other in others))
         return node._replace(rule_state=rule_state)
@@ -115,9 +118,9 @@ class GradientTransformationExtraLoss(optax.GradientTransformationExtraArgs):
     ``update(updates, state, params=None, *, value, has_value=None, **extra_args)``:
 
     * ``value``: the scalar loss at ``params``, before this update;
-    * ``has_value``: False (a Python bool or a boolean scalar array) says that this step brings no new
-      observation; the rule then keeps its state and ``value`` is ignored (it may be omitted where
-      ``has_value`` is the Python constant False).
+    * ``has_value``: False (a Python bool or a boolean scalar array) if this step has no new observation.
+      The rule then keeps its state and ignores ``value``, which may be omitted if ``has_value`` is the
+      Python constant False.
 
     Examples:
       >>> import jax.numpy as jnp, greedylr_jax
@@ -127,30 +130,34 @@ class GradientTransformationExtraLoss(optax.GradientTransformationExtraArgs):
       >>> updates, state = tx.update(jnp.ones(2), tx.init(jnp.ones(2)), value=0.5)
     """
 
+    if TYPE_CHECKING:  # Optax's types allow no state of a certain type
+
+        def __new__(cls, init: Callable[..., Any], update: Callable[..., Any]) -> Self: ...
+
 
 class ScaleByRule(GradientTransformationExtraLoss):
-    """A transformation that does nothing but multiply the updates by its rule's scale.
+    """A transformation that only multiplies the updates by its rule's scale.
 
-    This is what lets :func:`chain` move it: a factor on the final step commutes with nothing before
-    it, but means the same wherever it was written.
+    :func:`greedylr_jax.chain` recognises rules by this type and applies them last.
     """
 
 
 def scale_by_rule(
     rule: Rule, *, every: ArrayLike = 1, axis_name: Hashable | None = None
 ) -> GradientTransformationExtraLoss:
-    """Carries a rule as a gradient transformation that multiplies the updates by the rule's scale.
+    """A rule as a gradient transformation that multiplies the updates by the rule's scale.
 
-    Put it after the optimizer (``optax.chain(optax.adamw(1e-3), scale_by_rule(rule))``) or anywhere in a
-    :func:`chain`. The scale starts at 1. Products are taken in the wider of the two dtypes and rounded
-    once to the updates' dtype; leaves that are not floating point or complex pass unchanged.
+    Place it after the optimizer (``optax.chain(optax.adamw(1e-3), scale_by_rule(rule))``) or anywhere in a
+    :func:`greedylr_jax.chain`. The initial scale is 1. Products are computed in the wider of the two dtypes
+    and rounded once to the updates' dtype; leaves that are not floating point or complex are unchanged.
 
     Args:
       rule: the rule, see :class:`Rule`.
-      every: decide on the mean of this many losses (an "epoch"), at the last of them; an integer >= 1,
-        which may be traced. A non-finite loss makes its mean non-finite, and so "worse".
-      axis_name: the mapped axis, or axes, over which the loss is averaged first, so that all devices
-        decide alike (under ``jax.shard_map``, ``jax.pmap`` or ``jax.vmap`` with this axis name).
+      every: number of losses whose mean is one observation (an "epoch"); the rule decides at the last of
+        them. An integer >= 1, which may be traced; default 1. If one loss is not finite, neither is the mean.
+      axis_name: mapped axis, or axes, over which the loss is averaged first, so that all devices make the
+        same decision (under ``jax.shard_map``, ``jax.pmap`` or ``jax.vmap`` with this axis name). A traced
+        ``has_value`` may differ between devices: the mean is over those that have a loss.
 
     Returns:
       A :class:`GradientTransformationExtraLoss`, whose state is a :class:`RuleState`.
@@ -186,7 +193,16 @@ def scale_by_rule(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RuleSchedule:
-    """An Optax stateful schedule whose value is the scale of a rule, see :func:`schedule_by_rule`."""
+    """An Optax stateful schedule whose value is the scale of a rule, see :func:`schedule_by_rule`.
+
+    Examples:
+      >>> import greedylr_jax
+      >>> schedule = greedylr_jax.greedy_lr_schedule(0.5, min_value=0.1, max_value=1.0)
+      >>> isinstance(schedule, greedylr_jax.RuleSchedule)
+      True
+      >>> print(schedule(schedule.init()))
+      0.5
+    """
 
     rule: Rule
     init_value: ArrayLike
@@ -194,7 +210,7 @@ class RuleSchedule:
     axis_name: Hashable | None
 
     def init(self) -> RuleScheduleState:
-        """The state before the first loss."""
+        """The initial state."""
         rule_state = _init_rule(self.rule, self.init_value)
         return RuleScheduleState(
             init_value=jnp.array(self.init_value, rule_state.value_sum.dtype), rule_state=rule_state
@@ -208,7 +224,7 @@ class RuleSchedule:
         has_value: ArrayLike | None = None,
         **extra_args: Any,
     ) -> RuleScheduleState:
-        """The state after the loss ``value`` was observed."""
+        """The state after observing the loss ``value``."""
         rule_state = _next_state(
             self.rule, state.rule_state, value, has_value, self.every, self.axis_name, extra_args
         )
@@ -222,10 +238,10 @@ class RuleSchedule:
         has_value: ArrayLike | None = None,
         **extra_args: Any,
     ) -> jax.Array:
-        """The learning rate that observing ``value`` leads to; without ``value``, the current one."""
+        """The learning rate after observing ``value``; the current one without ``value``. A new array."""
         if value is not None:
             state = self.update(state, value=value, has_value=has_value, **extra_args)
-        return state.rule_state.rule.scale
+        return _numerics.weakly_typed(state.rule_state.rule.scale)
 
 
 def schedule_by_rule(
@@ -235,20 +251,26 @@ def schedule_by_rule(
     every: ArrayLike = 1,
     axis_name: Hashable | None = None,
 ) -> RuleSchedule:
-    """Carries a rule as an Optax stateful schedule: the rule's scale *is* the learning rate.
+    """A rule as an Optax stateful schedule: the rule's scale *is* the learning rate.
 
     Use it as ``optax.inject_hyperparams(optax.adamw)(learning_rate=schedule_by_rule(rule, 1e-3))``; the
-    current rate is then ``opt_state.hyperparams["learning_rate"]``, and ``update`` needs ``value=loss``.
+    current rate is then ``opt_state.hyperparams["learning_rate"]``, and ``update`` requires ``value=loss``.
+
+    ``optax.inject_hyperparams`` converts all hyperparameters to the parameters' dtype. In bfloat16 Adam's
+    ``b2=0.999`` rounds to 1, and its bias correction divides by zero: for parameters in bfloat16 or float16
+    pass ``hyperparam_dtype=jnp.float32`` to ``inject_hyperparams``. The updates are then float32;
+    ``optax.apply_updates`` rounds the new parameters to their dtype. The rate in the schedule's state is
+    float32 in either case.
 
     Args:
-      rule: the rule, see :class:`Rule`; bounds that it knows are absolute learning rates here.
+      rule: the rule, see :class:`Rule`. Its bounds, if it has any, are learning rates here.
       init_value: the initial learning rate, > 0.
       every: as in :func:`scale_by_rule`.
       axis_name: as in :func:`scale_by_rule`.
 
     Returns:
       A stateful schedule ``s`` with ``state = s.init()``, ``state = s.update(state, value=loss)``,
-      ``rate = s(state)``, and ``s(state, value=loss)`` the rate that observing ``loss`` leads to.
+      ``rate = s(state)``, and ``s(state, value=loss)``, the rate after observing ``loss``.
 
     Raises:
       ValueError: if ``init_value`` or ``every`` is out of range.
@@ -288,38 +310,23 @@ def _next_state(
     axis_name: Hashable | None,
     extra_args: Mapping[str, Any],
 ) -> RuleState:
-    """Hands one loss to the rule: averaged over devices, and over ``every`` losses."""
-    if _checks.is_known_false(has_value):
-        return state
-    if not _checks.is_traced(has_value):
-        has_value = None
+    """Passes one loss to the rule, averaged over devices and over ``every`` losses."""
     dtype = state.value_sum.dtype
-
-    def read(name: str, given: ArrayLike | None) -> jax.Array:
-        return _observe.average(_observe.check_loss(rule.name, given, name).astype(dtype), axis_name)
-
-    loss = read("value", value)
-    observations = {
-        name: None
-        if extra_args.get(name) is None
-        else _observe.average(
-            _observe.check_loss(rule.name, extra_args[name], name).astype(loss.dtype), axis_name
-        )
+    observation = _observe.read(rule.name, value, has_value, dtype, axis_name)
+    if observation.is_absent:
+        return state
+    further = {
+        name: _observe.read_optional(rule.name, name, extra_args.get(name), dtype, axis_name)
         for name in rule.observes
     }
     decides_each_step = not _checks.is_traced(every) and every == 1
-    if decides_each_step and has_value is None:
-        return state._replace(rule=rule.update(state.rule, loss, **observations))
+    if decides_each_step and observation.is_present:
+        return state._replace(rule=rule.update(state.rule, observation.value, **further))
 
-    observed = jnp.asarray(True if has_value is None else has_value, bool)
-    value_sum = state.value_sum + loss
-    value_count = state.value_count + 1
-    decides = observed & (value_count >= jnp.asarray(every, jnp.int32))
-    mean = value_sum / value_count.astype(value_sum.dtype)
-    decided = RuleState(
-        rule=rule.update(state.rule, mean, **observations),
-        value_sum=jnp.zeros_like(value_sum),
-        value_count=jnp.zeros_like(value_count),
+    value_sum, value_count, mean = _observe.accumulate(state.value_sum, state.value_count, observation)
+    decides = observation.has_value & (value_count >= jnp.asarray(every, jnp.int32))
+    return RuleState(
+        rule=_numerics.select(decides, rule.update(state.rule, mean, **further), state.rule),
+        value_sum=_numerics.where(decides, 0, value_sum),
+        value_count=_numerics.where(decides, 0, value_count),
     )
-    collected = RuleState(rule=state.rule, value_sum=value_sum, value_count=value_count)
-    return _numerics.select(decides, decided, _numerics.select(observed, collected, state))

@@ -1,23 +1,24 @@
-"""A rule that asks whether the loss has changed more than its noise explains.
+"""The trend rule: raises the learning rate while the loss falls significantly, cuts it when the loss rises.
 
-Every ``window`` losses the mean of all since a moment, the *block*, is compared with that of a stretch
-before it, the *reference*, by Welch's statistic
+Every ``window`` losses the mean of the current window, all losses since the last decision, is compared with
+that of the baseline window, the losses before, by Welch's statistic
 
-    z = (mean - reference mean) / sqrt(variance / n + reference variance / reference n).
+    z = (mean - baseline mean) / sqrt(variance / n + baseline variance / baseline n).
 
-Significantly lower: the rate works, and is raised. Significantly higher: it is cut. Neither: the rate
-drifts up a little, so that one that is far too low, whose losses are all noise, does not stay so; and the
-block grows by another window, so that a change that is lost in the noise of twenty losses shows in forty, or
-eighty. After a decision the last window is the reference; without one, a block twice as long as its reference
-takes its place.
+* Significantly lower: the rate is raised, and the last ``window`` losses become the baseline. If the loss
+  keeps falling at 70% or more of the speed before the previous increase, ``accelerated_factor`` is used.
+* Significantly higher: the rate is cut, and the last ``window`` losses become the baseline.
+* Neither: the rate drifts up a little, so that it does not stay far too low where the losses are all noise.
+  The current window grows, so that a change that is lost in the noise of 20 losses is detected in 40 or 80.
+  Once it is twice as long as the baseline it becomes the baseline.
 
-A raise after which the loss falls about as fast as before it has paid, as the loss falls ever more slowly
-otherwise: the next one is a leap. One that has not paid does not make the next ones smaller: with that rule
-perceptrons came out as before, and a vision transformer with SGD four points lower. With each turn from
-rising to falling all moves become smaller, as a rate that was too high once will be so again.
+Each cut that follows an increase reduces the step exponent, the power to which all factors are raised: the
+rate then oscillates around the largest stable one. Smaller increases after one that did not speed up the
+decrease of the loss were tried and rejected: the accuracy of perceptrons did not change, that of a vision
+transformer trained with SGD was 4 points lower.
 
-There is no paper; the test is B. L. Welch, "The Generalization of 'Student's' Problem when Several Different
-Population Variances are Involved", 1947.
+Not from a paper. The test is that of B. L. Welch, "The Generalization of 'Student's' Problem when Several
+Different Population Variances are Involved", 1947.
 """
 
 from collections.abc import Hashable
@@ -27,21 +28,23 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from greedylr_jax import _checks, _numerics, _rule
+from greedylr_jax import _checks, _deprecated, _numerics, _rule
 from greedylr_jax._window import LONGEST, Window, empty_window, mean_variance, observe
 
-_LEAST_BOLDNESS = 0.125
-_PAID = 0.7  # least speed after a raise, over that before, of one that has paid
+_MIN_STEP_EXPONENT = 0.125
+_MIN_SPEED_RATIO = 0.7  # of the speeds after and before an increase: from it on the next one is accelerated
 
 
-# Verdicts, in an order in which one comparison tells what is kept.
-WAITS = 0  # the window is not full
-GOES_ON = 1  # nothing is significant: the block grows
-DOUBLES = 2  # nor is anything in a block twice as long as the reference, whose place it takes
-BEGINS = 3  # there is nothing to compare with: the window is the reference
-RAISES = 4
-LEAPS = 5
-CUTS = 6
+# Decisions. They are ordered, so that one comparison selects the windows that are kept.
+WAIT = 0  # the window is not full
+CONTINUE = 1  # no significant change; the current window grows
+RENEW_BASELINE = (
+    2  # no significant change; the current window is twice as long as the baseline and replaces it
+)
+START = 3  # there is no baseline; the window becomes the baseline
+RAISE = 4
+ACCELERATE = 5
+CUT = 6
 DIVERGED = 7  # the loss is not finite
 
 
@@ -49,127 +52,141 @@ class TrendState(NamedTuple):
     """State of the trend rule."""
 
     scale: jax.Array  # shape=(), dtype=float; the multiplier, or in a schedule the learning rate
-    boldness: jax.Array  # shape=(), dtype=float; exponent of all factors, 1 at the start
-    rose: jax.Array  # shape=(), dtype=bool; whether the last move was up
-    verdict: jax.Array  # shape=(), dtype=int32; what the last loss led to, one of the constants above
-    window: Window  # the losses since the last test; after a test until the next loss, those that led to it
-    block: Window  # the losses since the reference; the same
-    reference: Window  # what the block is compared with
-    speed: jax.Array  # shape=(), dtype=float; fall of the loss a step before the last raise; 0 after a cut
+    step_exponent: jax.Array  # shape=(), dtype=float; power to which all factors are raised, initially 1
+    rose: jax.Array  # shape=(), dtype=bool; whether the last change of the scale was an increase
+    decision: jax.Array  # shape=(), dtype=int32; after the last loss, one of the constants above
+    window: Window  # losses since the last test; cleared at the first loss after a test
+    current: Window  # losses since the end of the baseline; cleared at the first loss after a decision
+    baseline: Window  # losses that the current window is compared with
+    speed: (
+        jax.Array
+    )  # shape=(), dtype=float; decrease of the loss per step before the last increase, 0 after a cut
 
 
 class TrendSettings(NamedTuple):
-    """Hyperparameters of the rule; all may be traced. Those with a default are :func:`trend_lr`'s."""
+    """Arguments of :func:`trend_lr` that define the rule; all may be traced."""
 
-    low: ArrayLike
-    high: ArrayLike
+    min_scale: ArrayLike
+    max_scale: ArrayLike
     window: ArrayLike = 20
     raise_factor: ArrayLike = 1.3
-    leap_factor: ArrayLike = 2.0
+    accelerated_factor: ArrayLike = 2.0
     cut_factor: ArrayLike = 0.49
     drift: ArrayLike = 1.1
-    fade: ArrayLike = 0.5
+    decay: ArrayLike = 0.5
     significance: ArrayLike = 2.0
 
 
+@_deprecated.renamed_arguments(leap_factor="accelerated_factor", fade="decay")
 def trend_lr(
     *,
     window: ArrayLike = 20,
     raise_factor: ArrayLike = 1.3,
-    leap_factor: ArrayLike = 2.0,
+    accelerated_factor: ArrayLike = 2.0,
     cut_factor: ArrayLike = 0.49,
     drift: ArrayLike = 1.1,
-    fade: ArrayLike = 0.5,
+    decay: ArrayLike = 0.5,
     significance: ArrayLike = 2.0,
     min_scale: ArrayLike = 1e-4,
     max_scale: ArrayLike = 5.0,
     every: ArrayLike = 1,
     axis_name: Hashable | None = None,
 ) -> _rule.GradientTransformationExtraLoss:
-    """The trend rule as a gradient transformation, to stand after the optimizer.
+    """Multiplies the updates by a scale that follows the trend of the training loss.
 
-    For a training whose initial rate may be too low by any factor: it rises by ``raise_factor``,
-    ``leap_factor`` or ``drift`` every ``window`` losses. It is what :func:`greedylr_jax.auto_lr` does after
-    its search.
+    For an initial rate that may be too low by any factor: while the loss falls, the scale increases by
+    ``raise_factor``, ``accelerated_factor`` or ``drift`` every ``window`` losses. Put it after the optimizer.
+    All numeric arguments may be traced.
 
     Args:
-      window: losses between two tests, an integer in [2, 2**24]; may be traced, as may all numbers here.
-      raise_factor: of the rate after a significant improvement, >= 1.
-      leap_factor: the same, where the raise before has paid, >= 1.
-      cut_factor: of the rate after a significant worsening or a loss that is not finite, in (0, 1).
-      drift: of the rate where nothing is significant, >= 1; 1 leaves it as it is. Where the loss is noisy it
-        raises even a rate that is too high, until that shows.
-      fade: in [0, 1]: what a cut after a rise multiplies the exponent of all factors by, down to 1/8; 1 keeps
-        them as they are. A loss that is not finite is always cut by ``cut_factor``.
-      significance: how many standard errors two means must be apart, >= 0.
-      min_scale: lower bound of the multiplier, in (0, 1].
-      max_scale: upper bound of the multiplier, >= 1. The rule itself finds out that a rate is too high only
-        after the loss has risen, and some networks do not recover from that.
-      every: losses whose mean is one observation, >= 1; ``window`` counts observations.
-      axis_name: the mapped axis, or axes, over which losses are averaged first.
+      window: number of losses between two tests, an integer in [2, 2**24].
+      raise_factor: multiplies the scale after a significant decrease of the loss, >= 1.
+      accelerated_factor: the same, if the loss kept its speed after the previous increase, >= 1.
+      cut_factor: multiplies the scale after a significant increase of the loss, or a loss that is not finite;
+        in (0, 1).
+      drift: multiplies the scale if the change is not significant, >= 1; 1 disables it. In noise it increases
+        even a rate that is too high, until the loss rises significantly.
+      decay: multiplies the step exponent of all factors at each cut that follows an increase, down to 1/8; in
+        [0, 1]; 1 disables it. After a loss that is not finite the cut is always by ``cut_factor``.
+      significance: standard errors by which two means must differ, >= 0.
+      min_scale: minimum scale, in (0, 1].
+      max_scale: maximum scale, >= 1. The rule detects a rate that is too high only after the loss has risen,
+        and some networks do not recover from that.
+      every: number of losses whose mean is one observation, >= 1; ``window`` counts observations.
+      axis_name: mapped axis, or axes, over which the loss is averaged first.
 
     Returns:
-      A gradient transformation; ``update`` needs ``value=loss``.
+      A :class:`greedylr_jax.GradientTransformationExtraLoss`: call
+      ``update(updates, state, params, value=loss)``.
 
     Raises:
-      ValueError: if a number is out of its range.
+      ValueError: if an argument is out of range.
 
     Examples:
       >>> import jax.numpy as jnp, optax, greedylr_jax
       >>> tx = optax.chain(optax.sgd(0.1), greedylr_jax.trend_lr(window=2))
       >>> state = tx.init(jnp.ones(3))
-      >>> for loss in (4.0, 3.9, 2.0, 1.9):  # 1.95 is far below 3.95
+      >>> for loss in (4.0, 3.9, 2.0, 1.9):  # means 3.95 and 1.95
       ...     updates, state = tx.update(jnp.ones(3), state, value=loss)
       >>> print(greedylr_jax.get_scale(state))
       1.3
 
     Source: this project; the test of two means is Welch's (1947).
     """
-    low = _checks.check_real("min_scale", min_scale, low=0.0, high=1.0, low_open=True)
-    high = _checks.check_real("max_scale", max_scale, low=1.0)
-    settings = _check(low, high, window, raise_factor, leap_factor, cut_factor, drift, fade, significance)
-    return _rule.scale_by_rule(trend_rule(settings), every=every, axis_name=axis_name)
+    settings = TrendSettings(
+        min_scale=min_scale,
+        max_scale=max_scale,
+        window=window,
+        raise_factor=raise_factor,
+        accelerated_factor=accelerated_factor,
+        cut_factor=cut_factor,
+        drift=drift,
+        decay=decay,
+        significance=significance,
+    )
+    rule = trend_rule(_check(settings, 1.0, names=("min_scale", "the initial scale", "max_scale")))
+    return _rule.scale_by_rule(rule, every=every, axis_name=axis_name)
 
 
+@_deprecated.renamed_arguments(
+    min_value="min_learning_rate",
+    max_value="max_learning_rate",
+    leap_factor="accelerated_factor",
+    fade="decay",
+)
 def trend_lr_schedule(
     init_value: ArrayLike,
     *,
-    min_value: ArrayLike,
-    max_value: ArrayLike,
+    min_learning_rate: ArrayLike,
+    max_learning_rate: ArrayLike,
     window: ArrayLike = 20,
     raise_factor: ArrayLike = 1.3,
-    leap_factor: ArrayLike = 2.0,
+    accelerated_factor: ArrayLike = 2.0,
     cut_factor: ArrayLike = 0.49,
     drift: ArrayLike = 1.1,
-    fade: ArrayLike = 0.5,
+    decay: ArrayLike = 0.5,
     significance: ArrayLike = 2.0,
     every: ArrayLike = 1,
     axis_name: Hashable | None = None,
 ) -> _rule.RuleSchedule:
-    """The trend rule as an Optax stateful schedule, which is the learning rate itself.
+    """The trend rule as an Optax stateful schedule, in absolute learning rates.
 
     Args:
       init_value: the initial learning rate, > 0.
-      min_value: lower bound of the rate, in (0, ``init_value``].
-      max_value: upper bound of the rate, >= ``init_value``.
-      window: as in :func:`trend_lr`.
-      raise_factor: as in :func:`trend_lr`.
-      leap_factor: as in :func:`trend_lr`.
-      cut_factor: as in :func:`trend_lr`.
-      drift: as in :func:`trend_lr`.
-      fade: as in :func:`trend_lr`.
-      significance: as in :func:`trend_lr`.
-      every: as in :func:`trend_lr`.
+      min_learning_rate: minimum, in (0, ``init_value``].
+      max_learning_rate: maximum, >= ``init_value``.
+      window, raise_factor, accelerated_factor, cut_factor, drift, decay, significance, every,
       axis_name: as in :func:`trend_lr`.
 
     Returns:
       A stateful schedule, see :func:`greedylr_jax.schedule_by_rule`.
 
     Raises:
-      ValueError: if a number is out of its range.
+      ValueError: if an argument is out of range.
 
     Examples:
-      >>> schedule = trend_lr_schedule(0.1, min_value=1e-3, max_value=1.0, window=2)
+      >>> from greedylr_jax import trend_lr_schedule
+      >>> schedule = trend_lr_schedule(0.1, min_learning_rate=1e-3, max_learning_rate=1.0, window=2)
       >>> state = schedule.init()
       >>> for loss in (4.0, 3.9, 5.0, 5.1):
       ...     state = schedule.update(state, value=loss)
@@ -178,105 +195,107 @@ def trend_lr_schedule(
 
     Source: as :func:`trend_lr`.
     """
-    low = _checks.check_real("min_value", min_value, low=0.0, low_open=True, high_open=True)
-    high = _checks.check_real("max_value", max_value, low=0.0, low_open=True)
-    first = _checks.check_real("init_value", init_value, low=0.0, low_open=True, high_open=True)
-    _checks.check_order("min_value", low, "init_value", first)
-    _checks.check_order("init_value", first, "max_value", high)
-    settings = _check(low, high, window, raise_factor, leap_factor, cut_factor, drift, fade, significance)
-    return _rule.schedule_by_rule(trend_rule(settings), first, every=every, axis_name=axis_name)
-
-
-def _check(
-    low: ArrayLike,
-    high: ArrayLike,
-    window: ArrayLike,
-    raise_factor: ArrayLike,
-    leap_factor: ArrayLike,
-    cut_factor: ArrayLike,
-    drift: ArrayLike,
-    fade: ArrayLike,
-    significance: ArrayLike,
-) -> TrendSettings:
-    return TrendSettings(
-        low=low,
-        high=high,
-        window=_checks.check_integer("window", window, low=2, high=LONGEST),
-        raise_factor=_checks.check_real("raise_factor", raise_factor, low=1.0, high_open=True),
-        leap_factor=_checks.check_real("leap_factor", leap_factor, low=1.0, high_open=True),
-        cut_factor=_checks.check_real(
-            "cut_factor", cut_factor, low=0.0, high=1.0, low_open=True, high_open=True
-        ),
-        drift=_checks.check_real("drift", drift, low=1.0, high_open=True),
-        fade=_checks.check_real("fade", fade, low=0.0, high=1.0),
-        significance=_checks.check_real("significance", significance, low=0.0, high_open=True),
+    settings = TrendSettings(
+        min_scale=min_learning_rate,
+        max_scale=max_learning_rate,
+        window=window,
+        raise_factor=raise_factor,
+        accelerated_factor=accelerated_factor,
+        cut_factor=cut_factor,
+        drift=drift,
+        decay=decay,
+        significance=significance,
     )
+    names = ("min_learning_rate", "init_value", "max_learning_rate")
+    rule = trend_rule(_check(settings, init_value, names))
+    return _rule.schedule_by_rule(rule, init_value, every=every, axis_name=axis_name)
+
+
+def _check(settings: TrendSettings, initial_scale: ArrayLike, names: tuple[str, str, str]) -> TrendSettings:
+    """Checks the settings; ``names`` are the user's for the minimum, the initial scale and the maximum."""
+    real = _checks.check_real
+    min_name, initial_name, max_name = names
+    checked = TrendSettings(
+        min_scale=real(min_name, settings.min_scale, low=0.0, low_open=True, high_open=True),
+        max_scale=real(max_name, settings.max_scale, low=0.0, low_open=True),
+        window=_checks.check_integer("window", settings.window, low=2, high=LONGEST),
+        raise_factor=real("raise_factor", settings.raise_factor, low=1.0, high_open=True),
+        accelerated_factor=real("accelerated_factor", settings.accelerated_factor, low=1.0, high_open=True),
+        cut_factor=real("cut_factor", settings.cut_factor, low=0.0, high=1.0, low_open=True, high_open=True),
+        drift=real("drift", settings.drift, low=1.0, high_open=True),
+        decay=real("decay", settings.decay, low=0.0, high=1.0),
+        significance=real("significance", settings.significance, low=0.0, high_open=True),
+    )
+    initial_scale = real(initial_name, initial_scale, low=0.0, low_open=True, high_open=True)
+    _checks.check_order(min_name, checked.min_scale, initial_name, initial_scale)
+    _checks.check_order(initial_name, initial_scale, max_name, checked.max_scale)
+    return checked
 
 
 def trend_rule(settings: TrendSettings) -> _rule.Rule:
-    """The rule itself, with settings that are in range."""
+    """The rule with settings that are in range."""
 
     def init(scale: jax.Array) -> TrendState:
         return TrendState(
             scale=scale,
-            boldness=jnp.ones_like(scale),
+            step_exponent=jnp.ones_like(scale),
             rose=jnp.zeros((), bool),
-            verdict=jnp.full((), WAITS, jnp.int32),
+            decision=jnp.full((), WAIT, jnp.int32),
             window=empty_window(),
-            block=empty_window(),
-            reference=empty_window(),
+            current=empty_window(),
+            baseline=empty_window(),
             speed=jnp.zeros_like(scale),
         )
 
     def update(state: TrendState, value: jax.Array) -> TrendState:
         numbers = TrendSettings(*(jnp.asarray(number, value.dtype) for number in settings))
-        window = observe(_numerics.select(state.verdict > WAITS, empty_window(), state.window), value)
-        block = observe(_numerics.select(state.verdict > GOES_ON, empty_window(), state.block), value)
-        verdict, speed = _judge(state, window, block, value, numbers)
-        factor = _factor(verdict, numbers)
-        moved = state.scale * factor ** _numerics.where(verdict == DIVERGED, 1, state.boldness)
-        faded = jnp.maximum(state.boldness * numbers.fade, _LEAST_BOLDNESS)
-        reference = _numerics.select(verdict == DOUBLES, block, state.reference)
-        reference = _numerics.select(verdict >= BEGINS, window, reference)
+        window = observe(_numerics.select(state.decision > WAIT, empty_window(), state.window), value)
+        current = observe(_numerics.select(state.decision > CONTINUE, empty_window(), state.current), value)
+        decision, speed = _decide(state, window, current, value, numbers)
+        factor = _factor(decision, numbers)
+        scale = state.scale * factor ** _numerics.where(decision == DIVERGED, 1, state.step_exponent)
+        reduced = jnp.maximum(state.step_exponent * numbers.decay, _MIN_STEP_EXPONENT)
+        baseline = _numerics.select(decision == RENEW_BASELINE, current, state.baseline)
+        baseline = _numerics.select(decision >= START, window, baseline)
         return TrendState(
-            scale=jnp.clip(moved, numbers.low, numbers.high),
-            boldness=_numerics.where((verdict >= CUTS) & state.rose, faded, state.boldness),
+            scale=jnp.clip(scale, numbers.min_scale, numbers.max_scale),
+            step_exponent=_numerics.where((decision >= CUT) & state.rose, reduced, state.step_exponent),
             rose=_numerics.where(factor == 1, state.rose, factor > 1),
-            verdict=verdict,
+            decision=decision,
             window=window,
-            block=block,
-            # What came before a divergence is no measure of what comes after.
-            reference=_numerics.select(verdict == DIVERGED, empty_window(), reference),
+            current=current,
+            # Losses before a divergence are not comparable with those after it.
+            baseline=_numerics.select(decision == DIVERGED, empty_window(), baseline),
             speed=speed,
         )
 
     return _rule.Rule(init, update, name="trend_lr")
 
 
-def _judge(
-    state: TrendState, window: Window, block: Window, value: jax.Array, numbers: TrendSettings
+def _decide(
+    state: TrendState, window: Window, current: Window, value: jax.Array, numbers: TrendSettings
 ) -> tuple[jax.Array, jax.Array]:
-    """What a loss, the last one of a window and of a block, leads to; and the state's next ``speed``."""
-    reference = state.reference
-    rise = block.mean - reference.mean
-    bound = numbers.significance * jnp.sqrt(mean_variance(block) + mean_variance(reference))
-    # From the middle of one stretch to that of the other.
-    distance = 0.5 * (block.steps + reference.steps)
-    has_paid = (state.speed > 0) & (-rise >= _PAID * state.speed * distance)
+    """Returns the decision after a loss, the last one of both windows, and the next ``speed``."""
+    baseline = state.baseline
+    rise = current.mean - baseline.mean
+    bound = numbers.significance * jnp.sqrt(mean_variance(current) + mean_variance(baseline))
+    distance = 0.5 * (current.steps + baseline.steps)  # between the middles of both windows
+    keeps_speed = (state.speed > 0) & (-rise >= _MIN_SPEED_RATIO * state.speed * distance)
 
-    verdict = _numerics.where(block.steps >= 2 * reference.steps, DOUBLES, GOES_ON)
-    verdict = _numerics.where(rise < -bound, _numerics.where(has_paid, LEAPS, RAISES), verdict)
-    verdict = _numerics.where(rise > bound, CUTS, verdict)
-    verdict = _numerics.where(reference.steps > 0, verdict, BEGINS)
-    verdict = _numerics.where(window.steps >= numbers.window, verdict, WAITS)
-    verdict = _numerics.where(jnp.isfinite(value), verdict, DIVERGED).astype(jnp.int32)
-    speed = _numerics.where((verdict == RAISES) | (verdict == LEAPS), -rise / distance, state.speed)
-    return verdict, _numerics.where(verdict >= CUTS, 0, speed)
+    decision = _numerics.where(current.steps >= 2 * baseline.steps, RENEW_BASELINE, CONTINUE)
+    decision = _numerics.where(rise < -bound, _numerics.where(keeps_speed, ACCELERATE, RAISE), decision)
+    decision = _numerics.where(rise > bound, CUT, decision)
+    decision = _numerics.where(baseline.steps > 0, decision, START)
+    decision = _numerics.where(window.steps >= numbers.window, decision, WAIT)
+    decision = _numerics.where(jnp.isfinite(value), decision, DIVERGED).astype(jnp.int32)
+    raises = (decision == RAISE) | (decision == ACCELERATE)
+    speed = _numerics.where(raises, -rise / distance, state.speed)
+    return decision, _numerics.where(decision >= CUT, 0, speed)
 
 
-def _factor(verdict: jax.Array, numbers: TrendSettings) -> jax.Array:
-    """What the scale is multiplied by, before its exponent."""
-    factor = _numerics.where((verdict == GOES_ON) | (verdict == DOUBLES), numbers.drift, 1)
-    factor = _numerics.where(verdict == RAISES, numbers.raise_factor, factor)
-    factor = _numerics.where(verdict == LEAPS, numbers.leap_factor, factor)
-    return _numerics.where(verdict >= CUTS, numbers.cut_factor, factor)
+def _factor(decision: jax.Array, numbers: TrendSettings) -> jax.Array:
+    """The factor of the scale, before it is raised to the step exponent."""
+    factor = _numerics.where((decision == CONTINUE) | (decision == RENEW_BASELINE), numbers.drift, 1)
+    factor = _numerics.where(decision == RAISE, numbers.raise_factor, factor)
+    factor = _numerics.where(decision == ACCELERATE, numbers.accelerated_factor, factor)
+    return _numerics.where(decision >= CUT, numbers.cut_factor, factor)

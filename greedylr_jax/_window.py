@@ -1,4 +1,4 @@
-"""The losses of a stretch of training: their mean and their spread, kept as they come."""
+"""Running mean and variance of the losses of a window."""
 
 from typing import NamedTuple
 
@@ -7,13 +7,13 @@ import jax.numpy as jnp
 
 from greedylr_jax import _numerics
 
-LONGEST = 2**24  # losses that a window may have: float32 counts no further
-NEAR = 3  # losses whose mean tells that the loss has risen
-_ERRORS = 6.0  # standard errors that are no noise
+LONGEST = 2**24  # maximum number of losses in a window: float32 counts exactly up to it
+NEAR = 3  # number of recent losses whose mean is compared with a threshold
+_ERRORS = 6.0  # standard errors between the mean and the threshold
 
 
 class Window(NamedTuple):
-    """The losses since some moment; those that are not finite are counted, and left out of the rest.
+    """Statistics of the losses since the window was cleared; those that are not finite are only counted.
 
     One array holds all: on a CPU each array of a state is a kernel of its own, to be compiled and started.
     """
@@ -22,32 +22,32 @@ class Window(NamedTuple):
 
     @property
     def steps(self) -> jax.Array:
-        """How many losses, exact up to :data:`LONGEST`."""
+        """Number of losses, exact up to :data:`LONGEST`."""
         return self.numbers[..., 0]
 
     @property
     def finite(self) -> jax.Array:
-        """How many of them were finite."""
+        """Number of finite losses."""
         return self.numbers[..., 1]
 
     @property
     def mean(self) -> jax.Array:
-        """The mean of those."""
+        """Mean of the finite losses, 0 if there are none."""
         return self.numbers[..., 2]
 
     @property
     def squares(self) -> jax.Array:
-        """The sum of their squared deviations from the mean."""
+        """Sum of the squared deviations of the finite losses from their mean."""
         return self.numbers[..., 3]
 
 
 def empty_window() -> Window:
-    """A window without losses."""
+    """Returns a window without losses."""
     return Window(jnp.zeros(4, _numerics.default_float_dtype()))
 
 
 def observe(window: Window, loss: jax.Array) -> Window:
-    """Welford's update of mean and squared deviations."""
+    """Adds a loss, by Welford's update of the mean and the squared deviations."""
     finite = jnp.isfinite(loss)
     count = window.finite + finite.astype(loss.dtype)
     deviation = _numerics.where(finite, loss - window.mean, 0)
@@ -57,15 +57,15 @@ def observe(window: Window, loss: jax.Array) -> Window:
 
 
 def variance(window: Window) -> jax.Array:
-    """Of single losses; 0 where fewer than two are known."""
+    """Variance of single losses; 0 if fewer than two are finite."""
     return window.squares / jnp.maximum(window.finite - 1, 1)
 
 
 def mean_variance(window: Window) -> jax.Array:
-    """Squared standard error of the mean; 0 where fewer than two are known."""
+    """Squared standard error of the mean; 0 if fewer than two losses are finite."""
     return variance(window) / jnp.maximum(window.finite, 1)
 
 
 def rise_limit(mean: jax.Array, variance: jax.Array) -> jax.Array:
-    """What the mean of three losses exceeds if they have risen by more than noise explains."""
+    """The threshold that the mean of :data:`NEAR` losses exceeds if the rise is significant."""
     return mean + _ERRORS * jnp.sqrt(variance / NEAR)

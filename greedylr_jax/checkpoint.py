@@ -1,7 +1,7 @@
-"""A check that a checkpoint fits the optimizer state it is to be restored into.
+"""Checks that a checkpoint fits the optimizer state into which it is restored.
 
-Orbax saves and restores every rule's state as it is; no helper is needed for that. But where the shapes
-differ it names neither the array nor the cause, so ask here first.
+Orbax saves and restores the state of every rule without a helper. If shapes differ, its error names neither
+the array nor the cause; :func:`check_restorable` does.
 """
 
 from typing import Any
@@ -13,18 +13,17 @@ _MAX_LISTED = 10
 
 
 def check_restorable(saved: Any, target: Any) -> None:
-    """Raises an error that names every field by which a checkpoint differs from its target.
+    """Raises an error that names every field in which a checkpoint differs from its target.
 
     Args:
-      saved: what the checkpoint holds: the metadata that Orbax gives
-        (``checkpointer.metadata(path).item_metadata`` or ``manager.item_metadata(step)``), or any pytree
-        of arrays.
-      target: the state to restore into, or its ``jax.eval_shape``; of the same nesting as what was saved.
+      saved: the content of the checkpoint: Orbax's metadata (``checkpointer.metadata(path).item_metadata`` or
+        ``manager.item_metadata(step)``), or any pytree of arrays.
+      target: the state to restore into, or its ``jax.eval_shape``, with the nesting of the saved state.
 
     Raises:
-      ValueError: if a field is missing on one side, or differs in shape or dtype. A rule's ``history``
-        that differs in length was saved with another ``window``; a missing field tells of another version
-        of the library, or another optimizer.
+      ValueError: if a field is missing in the checkpoint or in the target, or differs in shape or dtype. A
+        rule's ``history.values`` of another length was saved with another ``window``; a missing field
+        indicates another version of the library, or another optimizer.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -35,9 +34,9 @@ def check_restorable(saved: Any, target: Any) -> None:
       >>> check_restorable(saved, greedy_lr(window=20).init(None))
       Traceback (most recent call last):
       ...
-      ValueError: the checkpoint does not fit: rule.history: float32[50] saved, float32[20] expected ...
+      ValueError: the checkpoint does not fit: rule.history.block_sums: float32[6] saved, ...
     """
-    if saved is None:  # what a manager answers that was not told how its checkpoints are saved
+    if saved is None:  # a manager's metadata if it was built without a handler
         raise ValueError(
             "saved must be the metadata of a checkpoint, got None: a CheckpointManager knows it only with "
             "item_handlers=orbax.checkpoint.StandardCheckpointHandler()."
@@ -49,8 +48,8 @@ def check_restorable(saved: Any, target: Any) -> None:
             continue
         found, wanted = there.get(name, "nothing"), here.get(name, "nothing")
         problem = f"{name}: {found} saved, {wanted} expected"
-        if name.endswith("rule.history") and name in there and name in here:
-            problem += " (the window of the rule: rebuild it with the one that was saved)"
+        if name.endswith("rule.history.values") and name in there and name in here:
+            problem += " (the window of the rule: build the rule with the saved window)"
         problems.append(problem)
     if problems:
         shown = problems[:_MAX_LISTED]
@@ -60,7 +59,7 @@ def check_restorable(saved: Any, target: Any) -> None:
 
 
 def _fields(tree: Any) -> dict[str, str]:
-    """Dtype and shape of every leaf under its path; dictionaries and named tuples read alike."""
+    """Dtype and shape of every leaf by its path; dictionaries and named tuples give the same paths."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {".".join(map(_entry_name, path)): _describe(leaf) for path, leaf in leaves}
 

@@ -1,11 +1,11 @@
 """Helpers for Flax: a train state for Linen, and functions of the parameters for NNX.
 
-``flax.nnx.Optimizer`` needs no helper: ``optimizer.update(model, grads, value=loss)`` hands the loss on,
-and the readers of :mod:`greedylr_jax` work on ``optimizer.opt_state``.
+``flax.nnx.Optimizer`` needs no helper: ``optimizer.update(model, grads, value=loss)`` passes the loss on,
+and the readers of :mod:`greedylr_jax` accept ``optimizer.opt_state``.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import jax
 import optax
@@ -17,9 +17,9 @@ from greedylr_jax import _observe
 
 
 class TrainState(train_state.TrainState):
-    """``flax.training.train_state.TrainState`` whose ``apply_gradients`` takes the loss.
+    """``flax.training.train_state.TrainState`` whose ``apply_gradients`` accepts the loss.
 
-    The original hands nothing but gradients to the transformation. This one is otherwise the same class.
+    Flax's own passes only the gradients to the transformation. Everything else is inherited.
 
     Examples:
       >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
@@ -50,39 +50,38 @@ class TrainState(train_state.TrainState):
         has_value: ArrayLike | None = None,
         value_fn: Callable[[optax.Params], jax.Array] | None = None,
         **kwargs: Any,
-    ) -> "TrainState":
-        """As in Flax, with the arguments of ``tx.update`` that learning-rate rules need.
+    ) -> Self:
+        """Like Flax's, with the arguments of ``tx.update`` that learning-rate rules use.
 
         Args:
           grads: gradients with the structure of ``params``.
           value: the scalar loss at ``params``.
-          has_value: False where this step brings no new loss.
+          has_value: False if this step has no new loss.
           value_fn: the loss as a function of the parameters, for rules that probe.
           **kwargs: other fields of the state to replace.
 
         Returns:
           The state after the update.
         """
-        extra_args = {"value": value, "has_value": has_value, "value_fn": value_fn}
-        given = {name: argument for name, argument in extra_args.items() if argument is not None}
+        given = _observe.given(value=value, has_value=has_value, value_fn=value_fn)
         bound = self.replace(tx=_observe.bind_extra_args(self.tx, **given))
-        stepped = train_state.TrainState.apply_gradients(bound, grads=grads, **kwargs)
+        stepped: Any = train_state.TrainState.apply_gradients(bound, grads=grads, **kwargs)
         return stepped.replace(tx=self.tx)
 
 
 def value_fn(
     model: nnx.Module, loss_fn: Callable[..., jax.Array], *args: Any, wrt: Any = nnx.Param
 ) -> Callable[[Any], jax.Array]:
-    """The loss of an NNX model as a function of its parameters, as probing rules and line searches need.
+    """The loss of an NNX model as a function of its parameters, for probing rules and line searches.
 
-    The parameters that ``nnx.Optimizer`` hands to a transformation are a pure state; this merges them
-    with everything else of the model as it is now. What ``loss_fn`` changes in the model (batch
-    statistics, random number streams) is dropped, so that every call sees the same model.
+    ``nnx.Optimizer`` passes the parameters to a transformation as a pure state; this function merges them
+    with the model's other variables. Changes that ``loss_fn`` makes to the model (batch statistics, random
+    number streams) are discarded, so every call evaluates the same model.
 
     Args:
       model: the model; not changed.
-      loss_fn: from a model and ``args`` to a scalar loss, such as the function that is differentiated.
-      *args: handed to ``loss_fn`` after the model: a batch, for example.
+      loss_fn: maps a model and ``args`` to a scalar loss, such as the function that is differentiated.
+      *args: passed to ``loss_fn`` after the model: a batch, for example.
       wrt: which variables are parameters, as in ``nnx.Optimizer``.
 
     Returns:

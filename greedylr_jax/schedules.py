@@ -1,4 +1,4 @@
-"""Passive schedules that the papers compare with and Optax does not have."""
+"""Schedules that the papers use as baselines and that Optax does not provide."""
 
 from collections.abc import Sequence
 
@@ -13,20 +13,21 @@ from greedylr_jax import _checks
 def knee_schedule(
     init_value: float, explore_steps: int, total_steps: int, *, warmup_steps: int = 0, end_value: float = 0.0
 ) -> optax.Schedule:
-    """Explore, then exploit: hold the rate, then lower it linearly.
+    """Explore-exploit schedule: holds the rate, then decreases it linearly.
 
     Args:
-      init_value: the rate of the explore phase, > 0.
-      explore_steps: steps at that rate, warmup included; an integer in [0, ``total_steps``].
-      total_steps: steps of the whole run, an integer >= 1; from then on the rate is ``end_value``.
-      warmup_steps: steps in which the rate rises linearly from 0, an integer in [0, ``explore_steps``].
-      end_value: the rate at the end, in [0, ``init_value``].
+      init_value: learning rate of the explore phase, > 0.
+      explore_steps: number of steps of the explore phase, including the warm-up; an integer in
+        [0, ``total_steps``].
+      total_steps: number of steps after which the rate is ``end_value``, an integer >= 1.
+      warmup_steps: number of steps of a linear warm-up from 0, an integer in [0, ``explore_steps``].
+      end_value: final learning rate, in [0, ``init_value``].
 
     Returns:
       A function from the step to the learning rate.
 
     Raises:
-      ValueError: if an argument is out of its range.
+      ValueError: if an argument is out of range.
 
     Examples:
       >>> from greedylr_jax.schedules import knee_schedule
@@ -35,7 +36,7 @@ def knee_schedule(
       [0.5, 0.5, 0.25, 0.0]
 
     Source: N. Iyer et al., "Wide-minima Density Hypothesis and the Explore-Exploit Learning Rate Schedule"
-    (2020), to which the LRTuner paper refers in its Section 2.1.
+    (2020), cited in Section 2.1 of the LRTuner paper.
     """
     value = _checks.check_real("init_value", init_value, low=0.0, low_open=True, high_open=True)
     _checks.check_integer("total_steps", total_steps, low=1)
@@ -55,22 +56,22 @@ def knee_schedule(
 def epoch_step_schedule(
     init_value: float, epochs: Sequence[int], steps_per_epoch: int, *, factor: float = 0.1
 ) -> optax.Schedule:
-    """Step decay in epochs: the rate is multiplied by ``factor`` at the start of each epoch listed.
+    """Step decay in epochs: multiplies the rate by ``factor`` at the start of each epoch in ``epochs``.
 
     Args:
-      init_value: the initial rate, > 0.
-      epochs: epochs, counted from 0, at whose first step the rate falls; increasing integers >= 1.
-      steps_per_epoch: an integer >= 1.
-      factor: in (0, 1].
+      init_value: initial learning rate, > 0.
+      epochs: epochs, counted from 0, at whose first step the rate decreases; increasing integers >= 1.
+      steps_per_epoch: number of steps per epoch, an integer >= 1.
+      factor: multiplies the rate; in (0, 1].
 
     Returns:
       A function from the step to the learning rate.
 
     Raises:
-      ValueError: if an argument is out of its range.
+      ValueError: if an argument is out of range.
 
     Examples:
-      The baseline of LRTuner's Table 1, 30 epochs each at 0.1, 0.01 and 0.001:
+      The baseline in Table 1 of LRTuner, 30 epochs each at 0.1, 0.01 and 0.001:
 
       >>> from greedylr_jax.schedules import epoch_step_schedule
       >>> schedule = epoch_step_schedule(0.1, [30, 60], steps_per_epoch=5000)

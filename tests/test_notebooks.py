@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, quickly, and are kept without output."""
+"""The notebooks run from top to bottom, quickly, and are stored without output."""
 
 import time
 from pathlib import Path
@@ -14,7 +14,7 @@ def read(path):
     return nbformat.read(path, as_version=4)
 
 
-def test_they_are_the_ones_that_the_readme_lists():
+def test_the_readme_lists_all_notebooks():
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     assert len(NOTEBOOKS) == 3
     for path in NOTEBOOKS:
@@ -48,7 +48,8 @@ def test_notebook_runs_from_top_to_bottom(path, tmp_path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_is_kept_without_output(path):
-    for cell in read(path).cells:
-        if cell.cell_type == "code":
-            assert not cell.outputs and cell.execution_count is None
+def test_notebook_is_stored_without_output(path):
+    cells = [cell for cell in read(path).cells if cell.cell_type == "code"]
+    assert cells
+    for cell in cells:
+        assert not cell.outputs and cell.execution_count is None

@@ -1,5 +1,5 @@
-"""Making and judging ARC's weights: generate samples, train networks, select one, evaluate it."""
+"""The pipeline that produces and evaluates ARC's weights: generate samples, train, select, evaluate."""
 
-# Of a training that ARC controls, as in Section 4 of its paper.
-EPOCHS = 30  # what is called so here: a thirtieth of the steps
-DECISIONS = 10  # one every three epochs
+# Schedule of a training run that ARC controls (Section 4 of its paper).
+EPOCHS = 30  # evaluation periods per run; an "epoch" is steps / 30
+DECISIONS = 10  # per run, one every three epochs

@@ -1,4 +1,4 @@
-"""The commands ``python -m experiments arc ...``: from trainings to weights, and what they are worth."""
+"""The commands ``python -m experiments arc generate|train|select|evaluate|all``."""
 
 import json
 from collections.abc import Callable
@@ -13,49 +13,49 @@ from experiments.options import at_least, make_console, one_of
 
 ROOT = Path("results/arc")
 app = typer.Typer(
-    help="Makes and judges the weights of ARC's network: generate, train, select, evaluate, or all of them.",
+    help="Train and evaluate the weights of ARC's network: generate, train, select, evaluate, or all.",
     no_args_is_help=True,
 )
 
 
-class Sizes(NamedTuple):
-    """How much work a preset is."""
+class Preset(NamedTuple):
+    """Amount of work of each stage."""
 
-    configurations: int
-    trainings: int
-    candidates: int
-    epochs: int
-    learning_rate: float
-    proxy_steps: int
-    steps: dict[str, int]  # of each case of arc evaluate; multiples of 30
-    seeds: int  # of the proxy task and of the evaluation
+    configurations: int  # tasks that samples are generated from
+    trainings: int  # training runs that samples are generated from
+    candidates: int  # networks trained on the samples
+    epochs: int  # passes over the samples
+    learning_rate: float  # of Adam, for the candidates
+    proxy_steps: int  # training steps of arc select
+    steps: dict[str, int]  # training steps of each case of arc evaluate; multiples of 30
+    seeds: int  # of arc select and arc evaluate
 
 
-PRESETS: dict[str, Sizes] = {
-    # A pass through everything, as in the tests; its weights are worth nothing.
-    "tiny": Sizes(3, 18, 2, 2, 1e-3, 60, {"image": 60}, 2),
-    "quick": Sizes(12, 120, 4, 40, 1e-3, 300, {"image": 600}, 3),
-    "full": Sizes(12, 640, 10, 300, 3e-4, 600, {"image": 3000, "detection": 900, "language": 900}, 5),
+PRESETS: dict[str, Preset] = {
+    # Runs every stage, for tests; the resulting weights are useless.
+    "tiny": Preset(3, 18, 2, 2, 1e-3, 60, {"image": 60}, 2),
+    "quick": Preset(12, 120, 4, 40, 1e-3, 300, {"image": 600}, 3),
+    "full": Preset(12, 640, 10, 300, 3e-4, 600, {"image": 3000, "detection": 900, "language": 900}, 5),
 }
-Preset = Annotated[str, typer.Option(help=f"How much work: {', '.join(PRESETS)}.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Drop unfinished work instead of going on with it.")]
-Out = Annotated[Path | None, typer.Option(help="Folder for the results. Default: below results/arc.")]
-Published = Annotated[
-    Path | None, typer.Option(help="The authors' weights as a safetensors file, to run beside ours.")
+PresetOption = Annotated[str, typer.Option(help=f"Amount of work: {', '.join(PRESETS)}.")]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Discard unfinished work instead of resuming it.")]
+OutOption = Annotated[Path | None, typer.Option(help="Output folder. Default: below results/arc.")]
+PublishedOption = Annotated[
+    Path | None, typer.Option(help="The authors' weights as a safetensors file, to include them.")
 ]
 
 
 @app.command()
 def generate(
-    preset: Preset = "quick",
+    preset: PresetOption = "quick",
     trainings: Annotated[
-        int | None, typer.Option(help="About how many trainings; each gives up to ten samples.")
+        int | None, typer.Option(help="Approximate number of training runs; each yields up to ten samples.")
     ] = None,
-    out: Out = None,
-    fresh: Fresh = False,
+    out: OutOption = None,
+    fresh: FreshOption = False,
 ) -> None:
-    """Train networks whose checkpoints branch, and keep what the loss looked like and what did best."""
-    sizes, console = _begin(preset)
+    """Generate samples: loss histories labelled with the best change of the learning rate."""
+    sizes, console = _set_up(preset)
     if trainings is not None:
         at_least("--trainings", trainings, 1)
     from experiments.arc.generate import generate as run
@@ -71,25 +71,27 @@ def generate(
 
 @app.command()
 def train(
-    preset: Preset = "quick",
-    candidates: Annotated[int | None, typer.Option(help="Networks that differ in their start.")] = None,
+    preset: PresetOption = "quick",
+    candidates: Annotated[
+        int | None, typer.Option(help="Number of networks, each with its own initial weights.")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the samples.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of Adam.")] = None,
-    samples: Annotated[Path, typer.Option(help="What arc generate left.")] = ROOT / "samples/runs.parquet",
-    out: Out = None,
-    fresh: Fresh = False,
+    learning_rate: Annotated[float | None, typer.Option(help="Learning rate of Adam.")] = None,
+    samples: Annotated[Path, typer.Option(help="Samples from arc generate.")] = ROOT / "samples/runs.parquet",
+    out: OutOption = None,
+    fresh: FreshOption = False,
 ) -> None:
     """Train candidates of ARC's network on the samples."""
-    sizes, console = _begin(preset)
+    sizes, console = _set_up(preset)
     for option, value in (("--candidates", candidates), ("--epochs", epochs)):
         if value is not None:
             at_least(option, value, 1)
     if learning_rate is not None and not 0 < learning_rate < float("inf"):
         raise UsageError(f"--learning-rate must be positive, got {learning_rate}")
-    from experiments.arc.training import Settings
+    from experiments.arc.training import CandidateSettings
     from experiments.arc.training import train as run
 
-    settings = Settings(
+    settings = CandidateSettings(
         candidates or sizes.candidates, epochs or sizes.epochs, learning_rate or sizes.learning_rate
     )
     run(samples, out or ROOT / "candidates", settings, console, fresh=fresh)
@@ -97,32 +99,33 @@ def train(
 
 @app.command()
 def select(
-    preset: Preset = "quick",
-    candidates: Annotated[Path, typer.Option(help="What arc train left.")] = ROOT / "candidates",
-    out: Out = None,
-    fresh: Fresh = False,
+    preset: PresetOption = "quick",
+    candidates: Annotated[Path, typer.Option(help="Folder with candidates from arc train.")] = ROOT
+    / "candidates",
+    out: OutOption = None,
+    fresh: FreshOption = False,
 ) -> None:
-    """Choose the candidate that trains a proxy task best."""
-    sizes, console = _begin(preset)
+    """Select the candidate with the best accuracy on a proxy task."""
+    sizes, console = _set_up(preset)
     from experiments.arc import select as module
     from experiments.studies.base import Job
 
     job = Job("select", preset, out or ROOT / "selection", console, fresh=fresh, command="arc")
-    module.select(candidates, job, module.Sizes(sizes.proxy_steps, sizes.seeds))
+    module.select(candidates, job, module.SelectionSettings(sizes.proxy_steps, sizes.seeds))
 
 
 @app.command()
 def evaluate(
-    preset: Preset = "quick",
+    preset: PresetOption = "quick",
     weights: Annotated[
         Path | None, typer.Option(help="Weights as a safetensors file. Default: those of the package.")
     ] = None,
-    published: Published = None,
-    out: Out = None,
-    fresh: Fresh = False,
+    published: PublishedOption = None,
+    out: OutOption = None,
+    fresh: FreshOption = False,
 ) -> None:
-    """Compare ARC with other schedules at three initial rates."""
-    sizes, console = _begin(preset)
+    """Compare ARC with other schedules at three initial learning rates."""
+    sizes, console = _set_up(preset)
     for option, path in (("--weights", weights), ("--published", published)):
         if path is not None and not path.is_file():
             raise UsageError(f"{option} must be a file, got {path}")
@@ -130,19 +133,22 @@ def evaluate(
     from experiments.studies.base import Job
 
     job = Job("evaluate", preset, out or ROOT / "evaluation", console, fresh=fresh, command="arc")
-    module.evaluate(job, module.Sizes(sizes.steps, sizes.seeds), weights, published)
+    module.evaluate(job, module.EvaluationSettings(sizes.steps, sizes.seeds), weights, published)
 
 
 @app.command(name="all")
 def everything(
-    preset: Preset = "quick", published: Published = None, out: Out = None, fresh: Fresh = False
+    preset: PresetOption = "quick",
+    published: PublishedOption = None,
+    out: OutOption = None,
+    fresh: FreshOption = False,
 ) -> None:
-    """Generate, train, select and evaluate, one after the other; goes on with what was interrupted."""
+    """Generate, train, select and evaluate in sequence; resumes after an interruption."""
     folder = out or ROOT
     samples, candidates = folder / "samples", folder / "candidates"
     selection, evaluation = folder / "selection", folder / "evaluation"
     weights = selection / "arc.safetensors"
-    # What each stage leaves at its end, and the stage.
+    # Each stage with the file that it writes last.
     stages: tuple[tuple[Path, Callable[[], Any]], ...] = (
         (samples / "runs.parquet", lambda: generate(preset, None, samples, fresh)),
         (
@@ -152,30 +158,31 @@ def everything(
         (weights, lambda: select(preset, candidates, selection, fresh)),
         (evaluation / "report.html", lambda: evaluate(preset, weights, published, evaluation, fresh)),
     )
-    _claim(folder, preset, [result for result, _ in stages], fresh=fresh)
+    _reserve(folder, preset, [result for result, _ in stages], fresh=fresh)
     for result, run in stages:
         if not result.exists():
             run()
 
 
-def _claim(folder: Path, preset: str, results: list[Path], *, fresh: bool) -> None:
-    """Notes the preset in the folder; what another one left there is no result of this one."""
+def _reserve(folder: Path, preset: str, results: list[Path], *, fresh: bool) -> None:
+    """Records the preset in ``all.json``; raises ``UsageError`` if results of another preset are there."""
     from experiments.training.store import write_atomically
 
-    note, described = folder / "all.json", json.dumps({"preset": preset})
-    is_ours = note.exists() and note.read_text(errors="replace") == described
+    record, content = folder / "all.json", json.dumps({"preset": preset})
+    has_same_preset = record.exists() and record.read_text(errors="replace") == content
     if fresh:
         for result in results:
             result.unlink(missing_ok=True)
-    elif not is_ours and any(result.exists() for result in results):
+    elif not has_same_preset and any(result.exists() for result in results):
         raise UsageError(
-            f"{folder} holds results that arc all --preset {preset} did not make: give --fresh to make them "
-            "all anew, or another --out"
+            f"{folder} holds results of another call than arc all --preset {preset}; pass --fresh to replace "
+            "them, or another --out"
         )
-    write_atomically(note, lambda path: path.write_text(described))
+    write_atomically(record, lambda path: path.write_text(content))
 
 
-def _begin(preset: str) -> tuple[Sizes, Console]:
+def _set_up(preset: str) -> tuple[Preset, Console]:
+    """Validates the preset, configures JAX, and returns the preset's sizes and a console."""
     one_of("--preset", preset, PRESETS)
     from experiments.training import engine
 

@@ -1,10 +1,10 @@
 """ARC against passive schedules, superconvergence and a line search, at three initial rates.
 
 Paper: X. Dong et al., "To Raise or Not To Raise: The Autonomous Learning Rate Question", Section 4 (Tables 2
-to 4), Section 5 (failure modes) and Appendix A.5 (how often it is asked). The paper trains CIFAR-10 with
-Adam, MSCOCO with momentum and PTB with SGD; here stand for them the digits, scenes of digits and source code,
-with the same optimizers, and rates a decade apart, as in its first and last table. As in the paper a run
-counts with its best held-out metric, of thirty, and a cell is the median of the runs.
+to 4), Section 5 (failure modes) and Appendix A.5 (frequency of decisions). The paper trains CIFAR-10 with
+Adam, MSCOCO with momentum and PTB with SGD. Digits, scenes of digits and source code take their place here,
+with the same optimizers and initial rates a factor of ten apart, as in Tables 2 and 4. As in the paper, the
+score of a run is its best held-out metric of 30, and each table cell is the median over runs.
 """
 
 import hashlib
@@ -19,25 +19,27 @@ import polars as pl
 from experiments.arc import DECISIONS, EPOCHS
 from experiments.reporting import drawing, html
 from experiments.reporting.tables import print_table
-from experiments.studies.base import Job, Sweep, publish
+from experiments.studies.base import Job, Sweep, publish, read_published
 from experiments.studies.tuning import TUNING_SEEDS
 from experiments.tasks import make_task
-from experiments.training.engine import OPTIMIZERS, Settings, batch_indices, make_specs, take
-from experiments.training.schedules import arc_with
+from experiments.training.engine import OPTIMIZERS, Settings, make_specs
+from experiments.training.loop import batch_indices, take
+from experiments.training.schedules import SCHEDULES, arc_with
 from experiments.training.store import write_atomically
 from experiments.training.sweep import Group
 from greedylr_jax.arc import load_weights
 from greedylr_jax.range_test import range_test, suggest_best
 
-PASSIVE = ("constant", "cosine", "cyclic-cosine", "exponential")
+PASSIVE_SCHEDULES = ("constant", "cosine", "cyclic-cosine", "exponential")
 SUPERCONVERGENCE, LINE_SEARCH = "one-cycle", "Armijo"
-OURS, BLIND, PUBLISHED = "ARC", "ARC, no validation", "ARC, published weights"
-EVERY = (1, 2, 3, 4, 5, 6)  # epochs between two decisions
-_TEST_STEPS = 300
+ARC, ARC_NO_VALIDATION, ARC_PUBLISHED = "ARC", "ARC, no validation", "ARC, published weights"
+INTERVALS = (1, 2, 3, 4, 5, 6)  # epochs between two decisions
+_MIN_DECISIONS = 10  # per run, at every interval
+_RANGE_TEST_STEPS = 300
 
 
 class Case(NamedTuple):
-    """A table of the paper, and what stands for it here."""
+    """A table of the paper, and the task that replaces its own."""
 
     key: str
     paper: str
@@ -61,95 +63,104 @@ CASES = {
 }
 
 
-class Sizes(NamedTuple):
-    """What is trained."""
+class EvaluationSettings(NamedTuple):
+    """The number of training steps and seeds."""
 
     steps: dict[str, int]  # by case; multiples of 30
     seeds: int
 
 
-def evaluate(job: Job, sizes: Sizes, weights: Path | None, published: Path | None) -> None:
-    """Trains all runs, and leaves rows, tables, figures and report; goes on where it stopped.
+def evaluate(job: Job, settings: EvaluationSettings, weights: Path | None, published: Path | None) -> None:
+    """Trains all runs; writes rows, tables, figures and report. Resumes after an interruption.
 
     Args:
-      job: the call from the command line.
-      sizes: steps of each case, and seeds.
-      weights: of ARC, a safetensors file; None: those that ship.
-      published: the authors' weights as a safetensors file; None: leave them out.
+      job: the command line's call.
+      settings: training steps of each case, and number of seeds.
+      weights: ARC's weights, a safetensors file; None: the weights in the package.
+      published: the authors' weights, a safetensors file; None: leave them out.
     """
-    ours = None if weights is None else str(weights)
+    arc_weights = None if weights is None else str(weights)
     variants = {
-        OURS: arc_with(ours, decisions=DECISIONS),
-        BLIND: arc_with(ours, decisions=DECISIONS, validation=False),
+        ARC: arc_with(arc_weights, decisions=DECISIONS),
+        ARC_NO_VALIDATION: arc_with(arc_weights, decisions=DECISIONS, validation=False),
     }
     if published is not None:
-        variants[PUBLISHED] = arc_with(str(published), decisions=DECISIONS)
-    names = {schedule: name for name, schedule in variants.items()}
+        variants[ARC_PUBLISHED] = arc_with(str(published), decisions=DECISIONS)
     digests = [_digest(path) for path in (weights, *([published] if published else []))]
-    described = {"sizes": sizes._asdict(), "variants": variants, "digests": digests}
-    frames, sweeps = [], []
-    for key, steps in sizes.steps.items():
-        case = CASES[key]
-        sweep = _sweep(job, key, steps, described)
+    described = {"evaluation": settings._asdict(), "variants": variants, "digests": digests}
+    sweeps, frames = [], []
+    for key, steps in settings.steps.items():
+        sweep = _open_sweep(job, key, steps, EPOCHS, described)
+        frames.append(_train_case(sweep, job, CASES[key], variants, settings.seeds))
         sweeps.append(sweep)
-        greatest = greatest_rate(case)
-        job.console.print(f"{case.task}: the range test suggests {greatest:.3g} for superconvergence")
-        seeds = range(sizes.seeds)
-        specs = make_specs((*PASSIVE, *variants.values()), case.learning_rates, seeds)
-        specs += make_specs((SUPERCONVERGENCE,), (greatest,), seeds)
-        groups = [
-            Group(case.task, case.optimizer, specs),
-            # The line search finds its steps itself, from 1 down, along the gradient.
-            Group(case.task, "sgd", make_specs((LINE_SEARCH,), (1.0,), seeds)),
-        ]
-        rows = sweep.train(groups).with_columns(pl.col("schedule").replace(names), case=pl.lit(key))
-        frames.append(rows.with_columns(every=pl.lit(None, pl.Int64)))
-    first, steps = next(iter(sizes.steps.items()))
-    for every in EVERY:
-        # As in the paper: at least ten decisions.
-        epochs = max(EPOCHS, 10 * every)
-        sweep = _sweep(job, f"every-{every}", steps // EPOCHS * epochs, described, epochs)
+    first, steps = next(iter(settings.steps.items()))
+    for interval in INTERVALS:
+        epochs = max(EPOCHS, _MIN_DECISIONS * interval)
+        sweep = _open_sweep(job, f"every-{interval}", steps // EPOCHS * epochs, epochs, described)
+        schedule = arc_with(arc_weights, decisions=epochs // interval)
+        frames.append(_train_interval(sweep, CASES[first], schedule, interval, settings.seeds))
         sweeps.append(sweep)
-        case = CASES[first]
-        schedule = arc_with(ours, decisions=epochs // every)
-        specs = make_specs((schedule,), case.learning_rates, range(sizes.seeds))
-        rows = sweep.train([Group(case.task, case.optimizer, specs)])
-        rows = rows.with_columns(schedule=pl.lit(OURS), case=pl.lit(first), every=pl.lit(every, pl.Int64))
-        frames.append(rows)
     runs = pl.concat(frames)
     write_atomically(job.out / "runs.parquet", runs.write_parquet)
     for sweep in sweeps:
         sweep.finish()
-    _report(job, runs, sizes)
+    _report(job, runs, settings)
+
+
+def _open_sweep(job: Job, name: str, steps: int, evaluations: int, described: dict[str, Any]) -> Sweep:
+    return Sweep(job.in_folder(name), Settings(steps, evaluations, validated=True), described)
+
+
+def _train_case(sweep: Sweep, job: Job, case: Case, variants: dict[str, str], seeds: int) -> pl.DataFrame:
+    """Trains all schedules on a case from each of its initial rates; returns the rows."""
+    suggested = superconvergence_rate(case)
+    job.console.print(f"{case.task}: the range test suggests {suggested:.3g} for superconvergence")
+    specs = []
+    for label, schedule in ({name: name for name in PASSIVE_SCHEDULES} | variants).items():
+        specs += make_specs((schedule,), case.learning_rates, range(seeds), label=label)
+    specs += make_specs((SUPERCONVERGENCE,), (suggested,), range(seeds), label=SUPERCONVERGENCE)
+    # The line search chooses its steps itself, at most 1, along the gradient.
+    line_search = make_specs((LINE_SEARCH,), (1.0,), range(seeds), label=LINE_SEARCH)
+    rows = sweep.train([Group(case.task, case.optimizer, specs), Group(case.task, "sgd", line_search)])
+    return _rows_of(rows, case, None)
+
+
+def _train_interval(sweep: Sweep, case: Case, schedule: str, interval: int, seeds: int) -> pl.DataFrame:
+    """Trains ARC with a decision every ``interval`` epochs; returns the rows."""
+    specs = make_specs((schedule,), case.learning_rates, range(seeds), label=ARC)
+    return _rows_of(sweep.train([Group(case.task, case.optimizer, specs)]), case, interval)
+
+
+def _rows_of(rows: pl.DataFrame, case: Case, interval: int | None) -> pl.DataFrame:
+    """The rows with the case, the epochs between two decisions, and the label as the name of the schedule."""
+    return rows.with_columns(
+        schedule=pl.col("label"), case=pl.lit(case.key), every=pl.lit(interval, pl.Int64)
+    )
 
 
 def _digest(weights: Path | None) -> str:
-    """Tells weights from others that lie at the same place."""
+    """A hash of the weights, so that changed weights at the same path are noticed."""
     arrays = load_weights(weights)
     content = b"".join(np.asarray(arrays[name]).tobytes() for name in sorted(arrays))
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _sweep(job: Job, name: str, steps: int, described: dict[str, Any], epochs: int = EPOCHS) -> Sweep:
-    return Sweep(job._replace(out=job.out / name), Settings(steps, epochs, validated=True), described)
-
-
-def greatest_rate(case: Case) -> float:
-    """The rate at which a range test of 300 steps sees the least loss (Appendix A.3)."""
+def superconvergence_rate(case: Case) -> float:
+    """The rate with the lowest loss in a learning-rate range test of 300 steps (Appendix A.3)."""
     task = make_task(case.task)
     init_key, batch_key = jax.random.split(jax.random.key(TUNING_SEEDS[0]))
-    batches = take(task.train, batch_indices(task, _TEST_STEPS, batch_key))
+    batches = take(task.train, batch_indices(task, _RANGE_TEST_STEPS, batch_key))
     inner = OPTIMIZERS[case.optimizer](1.0)
     test = jax.jit(
         lambda params, batches: range_test(
-            task.loss, params, batches, inner=inner, min_value=1e-5, max_value=100.0
+            task.loss, params, batches, inner=inner, min_learning_rate=1e-5, max_learning_rate=100.0
         )
     )
     return float(suggest_best(test(task.init(init_key), batches)))
 
 
 def scores(runs: pl.DataFrame) -> pl.DataFrame:
-    """Each run's best held-out metric, in the units of its table; infinite where no perplexity is finite.
+    """Adds each run's best held-out metric, in percent or as a perplexity; infinite if no loss was finite.
 
     Returns:
       The rows of ``runs`` with a column ``score``.
@@ -165,22 +176,22 @@ def scores(runs: pl.DataFrame) -> pl.DataFrame:
 
 
 def _of_tables(runs: pl.DataFrame) -> pl.DataFrame:
-    """The runs of Tables 2 to 4 with their scores, those of Appendix A.5 left out."""
+    """The runs of Tables 2 to 4 with their scores, without those of Appendix A.5."""
     return scores(runs.filter(pl.col("every").is_null()))
 
 
 def _from_rate(cell: pl.DataFrame, schedule: str, rate: float) -> pl.DataFrame:
-    """The runs of a schedule from a rate; those that choose their own are in every cell."""
-    chooses = schedule in (SUPERCONVERGENCE, LINE_SEARCH)
-    return cell if chooses else cell.filter(pl.col("learning_rate") == rate)
+    """The runs of a schedule at an initial rate; all of them if the schedule chooses its own rate."""
+    chooses_rate = schedule in (SUPERCONVERGENCE, LINE_SEARCH)
+    return cell if chooses_rate else cell.filter(pl.col("learning_rate") == rate)
 
 
 def summarize(runs: pl.DataFrame) -> pl.DataFrame:
     """Tables 2 to 4: one row for each case and schedule.
 
     Returns:
-      A frame with ``case``, ``schedule``; ``high``, ``middle``, ``low``: the median score from each initial
-      rate (that of superconvergence and of the line search, which choose their own, in all three);
+      A frame with ``case``; ``schedule``; ``high``, ``middle``, ``low``: median score at each initial rate
+      (the same in all three for superconvergence and the line search, which choose their own rate);
       ``worst``: the worst of the three.
     """
     rows = []
@@ -194,14 +205,14 @@ def summarize(runs: pl.DataFrame) -> pl.DataFrame:
 
 
 def claim(table: pl.DataFrame, key: str) -> tuple[bool, str]:
-    """Whether ARC's worst median over the three rates beats that of every passive schedule, and in words."""
+    """Whether ARC's worst median over the three rates beats every passive schedule's; and a sentence."""
     case = CASES[key]
     worst = dict(table.filter(pl.col("case") == key).select("schedule", "worst").iter_rows())
-    ours = worst[OURS]
-    best = (min if case.lower_is_better else max)(PASSIVE, key=worst.__getitem__)
-    holds = ours < worst[best] if case.lower_is_better else ours > worst[best]
+    arc_worst = worst[ARC]
+    best = (min if case.lower_is_better else max)(PASSIVE_SCHEDULES, key=worst.__getitem__)
+    holds = arc_worst < worst[best] if case.lower_is_better else arc_worst > worst[best]
     return holds, (
-        f"{case.task}: ARC's worst median over the three rates is {ours:.2f}, that of the best passive "
+        f"{case.task}: ARC's worst median over the three rates is {arc_worst:.2f}, that of the best passive "
         f"schedule ({best}) {worst[best]:.2f} ({case.metric}): the paper's claim "
         f"{'holds' if holds else 'does not hold'}."
     )
@@ -211,102 +222,90 @@ def by_frequency(runs: pl.DataFrame) -> pl.DataFrame:
     """Appendix A.5: one row for each number of epochs between two decisions.
 
     Returns:
-      A frame with ``every``; ``median``, ``least`` and ``greatest`` score of all runs, whatever their rate.
+      A frame with ``every``; ``median``, ``minimum`` and ``maximum`` score over all runs and initial rates.
     """
     scored = scores(runs.filter(pl.col("every").is_not_null()))
     return (
         scored.group_by("every")
-        .agg(median=pl.col("score").median(), least=pl.col("score").min(), greatest=pl.col("score").max())
+        .agg(median=pl.col("score").median(), minimum=pl.col("score").min(), maximum=pl.col("score").max())
         .sort("every")
     )
 
 
 def decisions(runs: pl.DataFrame) -> pl.DataFrame:
-    """Section 5: what ARC did, one row for each case and initial rate.
+    """Section 5: ARC's decisions, one row for each case and initial rate.
 
     Returns:
-      A frame with ``case``, ``learning_rate``; ``raised``, ``kept``, ``lowered``: decisions a run, the mean;
-      ``final_rate``: the median; ``turned_up``: the share of runs whose rate rose from its lowest point to
-      the end (Figure 6c); ``failed``: the share of runs that are worse than every run with the constant
-      rate from there (Figure 6a).
+      A frame with ``case``; ``learning_rate``; ``raised``, ``unchanged``, ``lowered``: mean number of
+      decisions per run; ``final_rate``: median final rate; ``turned_up``: fraction of runs whose rate fell
+      and then rose from its minimum (Figure 6c); ``failed``: fraction of runs with a worse score than every
+      run with the constant rate (Figure 6a).
     """
-    rows = []
     scored = _of_tables(runs)
-    for (key, rate), cell in scored.filter(pl.col("schedule") == OURS).group_by(
+    rows = []
+    for (key, rate), cell in scored.filter(pl.col("schedule") == ARC).group_by(
         ["case", "learning_rate"], maintain_order=True
     ):
-        case = CASES[key]
         constant = scored.filter(
             (pl.col("case") == key) & (pl.col("schedule") == "constant") & (pl.col("learning_rate") == rate)
         )["score"]
-        failed = cell["score"] > constant.max() if case.lower_is_better else cell["score"] < constant.min()
-        histories = np.array(cell["rate"].to_list(), float)
-        ratios = histories[:, 1:] / histories[:, :-1]
-        raised, lowered = (ratios > 1.3).sum(axis=1), (ratios < 0.8).sum(axis=1)
-        lowest = histories.min(axis=1)
-        rows.append(
-            {
-                "case": key,
-                "learning_rate": rate,
-                "raised": float(raised.mean()),
-                "kept": float((DECISIONS - raised - lowered).mean()),
-                "lowered": float(lowered.mean()),
-                "final_rate": float(np.median(histories[:, -1])),
-                "turned_up": float(
-                    ((histories[:, -1] > 1.3 * lowest) & (lowest < 0.8 * histories[:, 0])).mean()
-                ),
-                "failed": float(failed.mean()),
-            }
+        is_worse = (
+            cell["score"] > constant.max() if CASES[key].lower_is_better else cell["score"] < constant.min()
         )
+        counts = _count_decisions(np.array(cell["rate"].to_list(), float))
+        rows.append({"case": key, "learning_rate": rate} | counts | {"failed": float(is_worse.mean())})
     return pl.DataFrame(rows)
 
 
-def printed() -> pl.DataFrame:
-    """The paper's Tables 2 to 4, in the form of :func:`summarize` without ``worst``; percent, perplexity."""
-    path = Path(__file__).parents[1] / "studies" / "published" / "arc_tables.csv"
-    return pl.read_csv(path)
+def _count_decisions(rates: np.ndarray) -> dict[str, float]:
+    """Decisions inferred from the rates of runs, shape (runs, steps); see :func:`decisions`."""
+    ratios = rates[:, 1:] / rates[:, :-1]
+    raised, lowered = (ratios > 1.3).sum(axis=1), (ratios < 0.8).sum(axis=1)
+    lowest = rates.min(axis=1)
+    turned_up = (rates[:, -1] > 1.3 * lowest) & (lowest < 0.8 * rates[:, 0])
+    return {
+        "raised": float(raised.mean()),
+        "unchanged": float((DECISIONS - raised - lowered).mean()),
+        "lowered": float(lowered.mean()),
+        "final_rate": float(np.median(rates[:, -1])),
+        "turned_up": float(turned_up.mean()),
+    }
 
 
-_COLORS = dict(
-    zip(
-        (*PASSIVE, SUPERCONVERGENCE, LINE_SEARCH, OURS, BLIND, PUBLISHED),
-        (
-            drawing.SKY,
-            drawing.BLUE,
-            drawing.GREEN,
-            drawing.GREY,
-            drawing.PINK,
-            drawing.BLACK,
-            drawing.RED,
-            drawing.ORANGE,
-            drawing.YELLOW,
-        ),
-        strict=True,
-    )
-)
+def published_tables() -> pl.DataFrame:
+    """The paper's Tables 2 to 4, in the format of :func:`summarize` without ``worst``."""
+    return read_published("arc_tables")
 
 
-def _report(job: Job, runs: pl.DataFrame, sizes: Sizes) -> None:
-    table, frequency, taken = summarize(runs), by_frequency(runs), decisions(runs)
-    for key in sizes.steps:
+_LOOKS = {name: SCHEDULES[name].look for name in (*PASSIVE_SCHEDULES, SUPERCONVERGENCE, LINE_SEARCH, ARC)} | {
+    ARC_NO_VALIDATION: drawing.Look(drawing.ORANGE),
+    ARC_PUBLISHED: drawing.Look(drawing.YELLOW),
+}
+_COLORS = {name: look.color for name, look in _LOOKS.items()}
+
+
+def _report(job: Job, runs: pl.DataFrame, settings: EvaluationSettings) -> None:
+    """Prints the tables and writes the report."""
+    table, frequency, decided = summarize(runs), by_frequency(runs), decisions(runs)
+    for key in settings.steps:
         own = table.filter(pl.col("case") == key)
         print_table(job.console, f"{CASES[key].task}: {CASES[key].metric}", _headers(key), _cells(own))
         job.console.print(claim(table, key)[1])
     print_table(job.console, "Epochs between two decisions", _FREQUENCY_HEADERS, _rows(frequency))
-    print_table(job.console, "What ARC did", _DECISION_HEADERS, _rows(taken), left=1)
-    steps = ", ".join(f"{CASES[key].task} {steps} steps" for key, steps in sizes.steps.items())
+    print_table(job.console, "ARC's decisions", _DECISION_HEADERS, _rows(decided), left=1)
+    steps = ", ".join(f"{CASES[key].task} {steps} steps" for key, steps in settings.steps.items())
     publish(
         job,
         "ARC at three initial rates",
-        f"{steps}; {sizes.seeds} seeds; medians of each run's best of {EPOCHS} held-out metrics. Every other "
-        "held-out example was ARC's validation; what is reported is of the rest, for all schedules.",
-        tables={"table": table, "frequency": frequency, "decisions": taken},
+        f"{steps}; {settings.seeds} seeds; medians of each run's best of {EPOCHS} held-out metrics. Half of "
+        "the held-out examples give ARC's validation losses; all metrics are of the other half.",
+        tables={"table": table, "frequency": frequency, "decisions": decided},
         figures={
             "histories": draw_histories(runs),
             "runs": draw_runs(runs),
             "frequency": draw_frequency(runs),
         },
-        sections=_sections(runs, table, frequency, taken),
+        sections=_sections(runs, table, frequency, decided),
         recomputed_by="experiments.arc.evaluate.summarize, by_frequency and decisions",
     )
 
@@ -320,12 +319,12 @@ def _cells(table: pl.DataFrame) -> list[list[str]]:
     return [[row[0], *(f"{value:.2f}" for value in row[1:])] for row in columns.iter_rows()]
 
 
-_FREQUENCY_HEADERS = ("epochs", "median", "least", "greatest")
+_FREQUENCY_HEADERS = ("epochs", "median", "minimum", "maximum")
 _DECISION_HEADERS = (
     "case",
     "initial rate",
     "raised",
-    "kept",
+    "unchanged",
     "lowered",
     "final rate",
     "turned up",
@@ -340,7 +339,7 @@ def _rows(table: pl.DataFrame) -> list[list[str]]:
 
 
 def _median_run(cell: pl.DataFrame, case: Case) -> dict[str, Any]:
-    """The run whose score is the median one."""
+    """The run with the median score."""
     ordered = cell.sort("score", descending=case.lower_is_better)
     return ordered.row(len(ordered) // 2, named=True)
 
@@ -353,7 +352,7 @@ def _shown_metric(run: dict[str, Any], case: Case) -> np.ndarray:
 
 
 class _Cell(NamedTuple):
-    """A case from one initial rate: the runs of each schedule."""
+    """The runs of each schedule on a case at one initial rate."""
 
     case: Case
     rate: float
@@ -361,7 +360,7 @@ class _Cell(NamedTuple):
 
 
 def _cells_of(runs: pl.DataFrame) -> list[_Cell]:
-    """The cells of Tables 2 to 4, three for each case."""
+    """The cells of Tables 2 to 4, three per case."""
     cells = []
     for (key,), own in _of_tables(runs).group_by(["case"], maintain_order=True):
         schedules = {name: cell for (name,), cell in own.group_by(["schedule"], maintain_order=True)}
@@ -378,7 +377,7 @@ def draw_histories(runs: pl.DataFrame) -> plt.Figure:
     for (case, rate, by_schedule), metric, rates in zip(cells, panels[::2], panels[1::2], strict=True):
         for schedule, cell in by_schedule.items():
             run = _median_run(cell, case)
-            style = {"color": _COLORS[schedule], "lw": 2 if schedule == OURS else 1, "label": schedule}
+            style = _LOOKS[schedule].matplotlib() | {"lw": 2 if schedule == ARC else 1, "label": schedule}
             for axes, shown in ((metric, _shown_metric(run, case)), (rates, np.array(run["rate"], float))):
                 axes.plot(drawing.percent_of_steps(len(shown)), shown, **style)
         metric.set_title(f"{case.task}, from {rate:g}: {case.metric}", fontsize=9)
@@ -408,7 +407,7 @@ def draw_runs(runs: pl.DataFrame) -> plt.Figure:
 
 
 def draw_frequency(runs: pl.DataFrame) -> plt.Figure:
-    """Figure 14: scores by how often ARC is asked."""
+    """Figure 14: scores by the number of epochs between two decisions."""
     scored = scores(runs.filter(pl.col("every").is_not_null()))
     figure, (axes,) = drawing.panels(1, 1, width=5.5)
     boxes = {
@@ -422,42 +421,49 @@ def draw_frequency(runs: pl.DataFrame) -> plt.Figure:
 
 
 def _sections(
-    runs: pl.DataFrame, table: pl.DataFrame, frequency: pl.DataFrame, taken: pl.DataFrame
+    runs: pl.DataFrame, table: pl.DataFrame, frequency: pl.DataFrame, decided: pl.DataFrame
 ) -> list[html.Section]:
-    cells, theirs = _cells_of(runs), printed()
-    sections = []
-    for key in table["case"].unique(maintain_order=True):
-        case = CASES[key]
-        parts: list[Any] = [html.Table(_headers(key), _cells(table.filter(pl.col("case") == key)))]
-        published = theirs.filter(pl.col("case") == key)
-        parts.append(
-            html.Table(("paper: " + case.paper, "high", "middle", "low"), _rows(published.drop("case")))
-        )
-        for _, rate, by_schedule in (cell for cell in cells if cell.case is case):
-            for name in ("metric", "rate"):
-                curves = []
-                for schedule, cell in by_schedule.items():
-                    run = _median_run(cell, case)
-                    shown = _shown_metric(run, case) if name == "metric" else np.array(run["rate"], float)
-                    steps = drawing.percent_of_steps(len(shown))
-                    curves.append(html.Curve(schedule, steps, shown, {"color": _COLORS[schedule]}))
-                title = f"{case.metric if name == 'metric' else 'learning rate'}, from {rate:g}"
-                is_log = name == "rate" or case.lower_is_better
-                parts.append(html.line_figure(curves, "steps, %", title, y_log=is_log))
-        sections.append(html.Section(f"{case.task} ({case.paper})", claim(table, key)[1], parts))
+    """The sections of the report: one per case, then frequency and decisions."""
+    cells = _cells_of(runs)
+    sections = [
+        _case_section(CASES[key], table, [cell for cell in cells if cell.case.key == key])
+        for key in table["case"].unique(maintain_order=True)
+    ]
     sections.append(
         html.Section(
-            "How often ARC is asked",
-            "Appendix A.5: the paper finds that once in three epochs is as often as does no harm.",
+            "Frequency of decisions",
+            "Appendix A.5: in the paper, deciding more often than once in three epochs reduces the accuracy.",
             [html.Table(_FREQUENCY_HEADERS, _rows(frequency))],
         )
     )
     sections.append(
         html.Section(
-            "What ARC did",
-            "Section 5. Decisions a run; turned up: share of the runs whose rate rose again from a low, as "
-            "in figure 6c; failed: share that is worse than every run with a constant rate, as in figure 6a.",
-            [html.Table(_DECISION_HEADERS, _rows(taken))],
+            "ARC's decisions",
+            "Section 5. Mean number of decisions per run; turned up: fraction of runs whose rate fell and "
+            "then rose again (Figure 6c); failed: fraction of runs with a worse score than every run with a "
+            "constant rate (Figure 6a).",
+            [html.Table(_DECISION_HEADERS, _rows(decided))],
         )
     )
     return sections
+
+
+def _case_section(case: Case, table: pl.DataFrame, cells: list[_Cell]) -> html.Section:
+    """A case: our table, the paper's table, and curves of the median runs at each initial rate."""
+    published = published_tables().filter(pl.col("case") == case.key).drop("case")
+    parts: list[Any] = [
+        html.Table(_headers(case.key), _cells(table.filter(pl.col("case") == case.key))),
+        html.Table(("paper: " + case.paper, "high", "middle", "low"), _rows(published)),
+    ]
+    for _, rate, by_schedule in cells:
+        for name in ("metric", "rate"):
+            curves = []
+            for schedule, cell in by_schedule.items():
+                run = _median_run(cell, case)
+                shown = _shown_metric(run, case) if name == "metric" else np.array(run["rate"], float)
+                steps = drawing.percent_of_steps(len(shown))
+                curves.append(html.Curve(schedule, steps, shown, _LOOKS[schedule].plotly()))
+            title = f"{case.metric if name == 'metric' else 'learning rate'}, from {rate:g}"
+            is_log = name == "rate" or case.lower_is_better
+            parts.append(html.line_figure(curves, "steps, %", title, y_log=is_log))
+    return html.Section(f"{case.task} ({case.paper})", claim(table, case.key)[1], parts)

@@ -1,12 +1,12 @@
-"""Samples for ARC: what a training looked like, and which change of rate did best from there.
+"""Generates training samples for ARC: loss histories labelled with the change of rate that worked best.
 
 Paper: X. Dong et al., "To Raise or Not To Raise: The Autonomous Learning Rate Question", Sections 3.2 and
-3.3. A training has ten rounds. In each the network trains for n epochs; from there three branches train n
-epochs more, with the rate raised, kept and lowered; that with the lowest validation loss is the label. Then
-the rate of the worst is dropped, one of the other two is drawn, and the next round goes on from the
-checkpoint with it. As that trains the same branch again, with other batches, it shows how far the comparison
-can be trusted: where the order of the three losses would be another with the new one, the label becomes
-"keep".
+3.3. A training run has ten rounds. Each round trains the network for n epochs; from that checkpoint, three
+branches train for n more epochs with the rate raised, unchanged and lowered; the label is the branch with the
+lowest validation loss. The branch with the highest loss is then discarded, one of the other two is drawn, and
+the next round continues from the checkpoint with its rate. Because that repeats a branch with different
+batches, it shows how reliable the comparison is: if the repeated loss changes the order of the three, the
+label becomes "keep".
 """
 
 import functools
@@ -25,47 +25,53 @@ import greedylr_jax
 from experiments.arc.configurations import CONFIGURATIONS, OPTIMIZERS, RATES, Configuration
 from experiments.progress import make_progress
 from experiments.tasks.base import Batch, Task
-from experiments.training.engine import compiler_options, device_mesh, place, side_by_side, take
+from experiments.training.engine import compiler_options, device_mesh, place, side_by_side
+from experiments.training.loop import take, train_step
 from experiments.training.store import RunStore
 from greedylr_jax.arc import ACTIONS
 from greedylr_jax.arc._controller import MULTIPLIERS
 from greedylr_jax.arc._features import MAX_CYCLES
 
 ROUNDS = 10
-MAX_EPOCHS = 10  # of a round
-EPOCH_STEPS = 20  # an epoch of tasks this small would be too few or too many
+MAX_EPOCHS = 10  # per round
+EPOCH_STEPS = 20  # steps that count as an epoch; the number of batches varies too much between these tasks
 _KEEP = ACTIONS.index("keep")
-_PARTS = 1 + len(ACTIONS)  # of a round: the training itself, and its branches
+_PARTS = 1 + len(ACTIONS)  # per round: the training itself, then one branch per action
 
 
 class Training(NamedTuple):
-    """One training that samples are taken of."""
+    """A training run from which samples are generated."""
 
     seed: int
     learning_rate: float
-    epochs: int  # of a round
+    epochs: int  # per round
+
+
+# A configuration, the name of an optimizer, and training runs.
+Planned = tuple[Configuration, str, list[Training]]
 
 
 class Rounds(NamedTuple):
-    """What a training leaves: a row a round, and one more, whose end checks the label of the last."""
+    """The record of a training run: one row per round, and one more to check the label of the last round."""
 
     train_loss: np.ndarray  # shape=(rounds + 1, MAX_EPOCHS * EPOCH_STEPS); NaN beyond the round
     validation_loss: np.ndarray  # shape=(rounds + 1, MAX_EPOCHS); NaN beyond the round
     rate: np.ndarray  # shape=(rounds + 1,)
-    branch_loss: np.ndarray  # shape=(rounds, 3); validation losses at the ends of the branches
+    branch_loss: np.ndarray  # shape=(rounds, 3); final validation loss of each branch
     drawn: np.ndarray  # shape=(rounds,); the branch that the next round repeats
 
 
 def correct_label(branch_loss: np.ndarray, drawn: int, repeated: float) -> int:
-    """The label of a round, corrected.
+    """Returns the corrected label of a round.
 
     Args:
-      branch_loss: validation losses of raising, keeping and lowering, shape (3,); infinite if they diverged.
-      drawn: the branch that was trained again.
-      repeated: its validation loss then.
+      branch_loss: validation losses after raising, keeping and lowering the rate, shape (3,); infinite if
+        the branch diverged.
+      drawn: index of the branch that was repeated.
+      repeated: validation loss of the repeated branch.
 
     Returns:
-      The index of the lowest, or "keep" where the order of the three depends on the random numbers.
+      The index of the lowest loss, or that of "keep" if the repeated loss changes the order of the three.
 
     Examples:
       >>> correct_label(np.array([0.113, 0.112, 0.111]), 2, 0.109)
@@ -87,46 +93,29 @@ def train_rounds(
     data: tuple[Batch, Batch],
     training: Training,
 ) -> Rounds:
-    """One training; ``data`` and ``training`` may be traced.
+    """Runs all rounds and branches of one training run.
 
-    Rounds and branches are parts of one loop, so that a training step is compiled once.
+    They are iterations of a single ``lax.scan``, so that the training step is compiled once.
+
+    Args:
+      task: the task to train.
+      make_optimizer: from a learning rate to an optimizer.
+      data: training and validation examples; may be traced.
+      training: the run; may be traced.
     """
-    train, test = data
-    most = MAX_EPOCHS * EPOCH_STEPS
     multipliers = jnp.asarray((1.0, *MULTIPLIERS), jnp.float32)  # of each part of a round
     init_key, run_key = jax.random.split(jax.random.key(training.seed))
-
-    def train_part(start: tuple[Any, Any], rate: jax.Array, key: jax.Array) -> tuple[Any, ...]:
-        """A round's epochs; batches are drawn with replacement, as an epoch here is a number of steps."""
-
-        def step(index: jax.Array, carry: Any) -> Any:
-            params, state, losses, validation = carry
-            drawn = jax.random.randint(
-                jax.random.fold_in(key, index), (task.batch_size,), 0, task.num_examples
-            )
-            loss, grads = jax.value_and_grad(task.loss)(params, take(train, drawn))
-            updates, state = make_optimizer(rate).update(grads, state, params)
-            params = optax.apply_updates(params, updates)
-            epoch = index // EPOCH_STEPS
-            measured = jax.lax.cond(
-                (index + 1) % EPOCH_STEPS == 0, lambda: task.loss(params, test), lambda: validation[epoch]
-            )
-            return params, state, losses.at[index].set(loss), validation.at[epoch].set(measured)
-
-        nothing = jnp.full(most, jnp.nan), jnp.full(MAX_EPOCHS, jnp.nan)
-        *end, losses, validation = jax.lax.fori_loop(
-            0, training.epochs * EPOCH_STEPS, step, (*start, *nothing)
-        )
-        return tuple(end), losses, validation
+    train_part = _make_train_part(task, make_optimizer, data, training.epochs)
 
     def one_part(carry: Any, inputs: Any) -> Any:
         checkpoint, rate, ends, drawn = carry
         part, key = inputs
         end, losses, validation = train_part(checkpoint, rate * multipliers[part], key)
         checkpoint = jax.tree.map(lambda new, old: jnp.where(part == 0, new, old), end, checkpoint)
-        reached = validation[training.epochs - 1]
-        ends = jnp.where(jnp.arange(_PARTS) == part, jnp.where(jnp.isfinite(reached), reached, jnp.inf), ends)
-        # Of the two that are not the worst one is drawn; of equally bad ones the first is the worst.
+        last_loss = validation[training.epochs - 1]
+        last_loss = jnp.where(jnp.isfinite(last_loss), last_loss, jnp.inf)
+        ends = jnp.where(jnp.arange(_PARTS) == part, last_loss, ends)
+        # Draw one of the two branches other than the worst; of equal losses, the first counts as the worst.
         others = (jnp.argmax(ends[1:]) + jnp.array([1, 2])) % len(ACTIONS)
         is_last = part == _PARTS - 1
         drawn = jnp.where(is_last, others[jax.random.randint(key, (), 0, 2)], drawn)
@@ -139,21 +128,59 @@ def train_rounds(
     count = ROUNDS * _PARTS + 1
     inputs = jnp.arange(count) % _PARTS, jax.random.split(run_key, count)
     _, (losses, validation, rates, ends, drawn) = jax.lax.scan(one_part, start, inputs)
-    begins, finishes = slice(0, None, _PARTS), slice(_PARTS - 1, None, _PARTS)
-    return Rounds(losses[begins], validation[begins], rates[begins], ends[finishes], drawn[finishes])
+    first, last = slice(0, None, _PARTS), slice(_PARTS - 1, None, _PARTS)
+    return Rounds(losses[first], validation[first], rates[first], ends[last], drawn[last])
+
+
+def _make_train_part(
+    task: Task,
+    make_optimizer: Callable[[jax.Array], optax.GradientTransformation],
+    data: tuple[Batch, Batch],
+    epochs: jax.Array | int,
+) -> Callable[..., tuple[Any, jax.Array, jax.Array]]:
+    """Returns a function that trains for a round's epochs from ``(params, optimizer state)``.
+
+    Batches are drawn with replacement, because an epoch is a number of steps here.
+
+    Returns:
+      From the start, the learning rate and a key to the end, the training losses, shape
+      (MAX_EPOCHS * EPOCH_STEPS,), and the validation losses, shape (MAX_EPOCHS,), both padded with NaN.
+    """
+    train, test = data
+
+    def train_part(start: tuple[Any, Any], rate: jax.Array, key: jax.Array) -> tuple[Any, ...]:
+        tx = optax.with_extra_args_support(make_optimizer(rate))
+
+        def step(index: jax.Array, carry: Any) -> Any:
+            params, state, losses, validation = carry
+            drawn = jax.random.randint(
+                jax.random.fold_in(key, index), (task.batch_size,), 0, task.num_examples
+            )
+            params, state, loss = train_step(task, tx, params, state, take(train, drawn))
+            epoch = index // EPOCH_STEPS
+            validation_loss = jax.lax.cond(
+                (index + 1) % EPOCH_STEPS == 0, lambda: task.loss(params, test), lambda: validation[epoch]
+            )
+            return params, state, losses.at[index].set(loss), validation.at[epoch].set(validation_loss)
+
+        padding = jnp.full(MAX_EPOCHS * EPOCH_STEPS, jnp.nan), jnp.full(MAX_EPOCHS, jnp.nan)
+        *end, losses, validation = jax.lax.fori_loop(0, epochs * EPOCH_STEPS, step, (*start, *padding))
+        return tuple(end), losses, validation
+
+    return train_part
 
 
 def samples_of(training: Training, rounds: Rounds) -> Iterator[dict[str, Any]]:
-    """The samples of a training: histories of up to three rounds, and the corrected label.
+    """Yields the samples of a training run: histories of up to three rounds, and the corrected label.
 
-    There are none from where it diverged.
+    Stops at the first round that has a non-finite loss.
     """
     steps = training.epochs * EPOCH_STEPS
     for index in range(ROUNDS):
-        seen = slice(max(0, index + 1 - MAX_CYCLES), index + 1)
+        window = slice(max(0, index + 1 - MAX_CYCLES), index + 1)
         train, validation = (
-            rounds.train_loss[seen, :steps],
-            rounds.validation_loss[seen, : training.epochs],
+            rounds.train_loss[window, :steps],
+            rounds.validation_loss[window, : training.epochs],
         )
         if not (np.isfinite(train).all() and np.isfinite(validation).all()):
             return
@@ -164,7 +191,7 @@ def samples_of(training: Training, rounds: Rounds) -> Iterator[dict[str, Any]]:
             "round": index,
             "train_loss": train.tolist(),
             "validation_loss": validation.tolist(),
-            "rates": rounds.rate[seen].tolist(),
+            "rates": rounds.rate[window].tolist(),
             "branch_loss": ends.tolist(),
             "drawn": int(rounds.drawn[index]),
             "repeated": repeated,
@@ -173,14 +200,13 @@ def samples_of(training: Training, rounds: Rounds) -> Iterator[dict[str, Any]]:
         }
 
 
-def plan(
-    trainings: int, configurations: int = len(CONFIGURATIONS)
-) -> Iterator[tuple[Configuration, str, list[Training]]]:
-    """What is trained: for each configuration and optimizer, trainings with random rates and epochs.
+def plan(trainings: int, configurations: int = len(CONFIGURATIONS)) -> Iterator[Planned]:
+    """Yields the training runs of each configuration and optimizer, with random rates and numbers of epochs.
 
     Args:
-      trainings: about how many in all; each configuration gets its share, and each optimizer one at least.
-      configurations: how many of :data:`CONFIGURATIONS`, the first ones.
+      trainings: approximate total number, divided by the configurations' shares; at least one per
+        configuration and optimizer.
+      configurations: number of configurations to use, from the start of :data:`CONFIGURATIONS`.
     """
     chosen = CONFIGURATIONS[:configurations]
     total = sum(configuration.share for configuration in chosen)
@@ -193,7 +219,7 @@ def plan(
                 Training(seed, float(np.exp(rng.uniform(low, high))), int(rng.integers(1, MAX_EPOCHS + 1)))
                 for seed in range(count)
             ]
-            # Those that are trained side by side should end together.
+            # Runs that train in parallel take about the same time.
             yield configuration, optimizer, sorted(drawn, key=lambda training: training.epochs)
 
 
@@ -205,47 +231,36 @@ def generate(
     configurations: int = len(CONFIGURATIONS),
     fresh: bool = False,
 ) -> pl.DataFrame:
-    """Trains, and leaves ``runs.parquet`` with one row a sample; goes on where it stopped.
+    """Trains, and writes ``runs.parquet`` with one row per sample. Resumes after an interruption.
 
     Args:
-      out: folder.
-      trainings: about how many; each gives up to ten samples.
+      out: output folder.
+      trainings: approximate number of training runs; each yields up to ten samples.
       console: for the progress bar.
-      configurations: how many of :data:`CONFIGURATIONS`, the first ones.
-      fresh: drop what an interrupted call left.
+      configurations: number of configurations to use, from the start of :data:`CONFIGURATIONS`.
+      fresh: discard unfinished work.
 
     Returns:
       The samples, with the columns of :func:`samples_of`, ``configuration``, ``optimizer``, ``seed``,
       ``learning_rate`` and ``epochs``.
     """
-    described = {
+    settings = {
         "trainings": trainings,
         "configurations": [configuration.name for configuration in CONFIGURATIONS[:configurations]],
         "rates": RATES,
         "epoch_steps": EPOCH_STEPS,
         "version": greedylr_jax.__version__,
     }
-    store = RunStore(out, described, fresh=fresh)
-    kept = store.rows()
-    done = set() if kept is None else set(kept.select("configuration", "optimizer", "seed").iter_rows())
-    planned = [
-        (configuration, optimizer, [t for t in all_ if (configuration.name, optimizer, t.seed) not in done])
-        for configuration, optimizer, all_ in plan(trainings, configurations)
-    ]
-    left = sum(len(each) for _, _, each in planned)
+    store = RunStore(out, settings, fresh=fresh)
+    planned = list(plan(trainings, configurations))
+    remaining = _without_finished(planned, store.rows())
+    total, num_remaining = (sum(len(runs) for _, _, runs in each) for each in (planned, remaining))
     with make_progress(console, "trainings") as progress:
-        total = sum(len(each) for _, _, each in plan(trainings, configurations))
-        bar = progress.add_task("", total=total, completed=total - left)
-        for configuration, optimizer, each in planned:
+        bar = progress.add_task("", total=total, completed=total - num_remaining)
+        for configuration, optimizer, runs in remaining:
             progress.update(bar, description=f"{configuration.name}, {optimizer}")
-            for group, trained in _train(configuration, optimizer, each) if each else ():
-                rows = [
-                    {"configuration": configuration.name, "optimizer": optimizer}
-                    | training._asdict()
-                    | sample
-                    for training, rounds in zip(group, trained, strict=True)
-                    for sample in samples_of(training, rounds)
-                ]
+            for group, trained in _train(configuration, optimizer, runs) if runs else ():
+                rows = _rows(configuration, optimizer, group, trained)
                 if rows:
                     store.append(rows)
                 progress.update(bar, advance=len(group))
@@ -255,31 +270,59 @@ def generate(
     return samples
 
 
+def _without_finished(planned: Sequence[Planned], finished: pl.DataFrame | None) -> list[Planned]:
+    """The planned training runs without those that have rows in ``finished``."""
+    if finished is None:
+        return list(planned)
+    done = set(finished.select("configuration", "optimizer", "seed").iter_rows())
+    return [
+        (
+            configuration,
+            optimizer,
+            [run for run in runs if (configuration.name, optimizer, run.seed) not in done],
+        )
+        for configuration, optimizer, runs in planned
+    ]
+
+
+def _rows(
+    configuration: Configuration, optimizer: str, group: Sequence[Training], trained: Sequence[Rounds]
+) -> list[dict[str, Any]]:
+    """The samples of a group of finished training runs as rows of ``runs.parquet``."""
+    return [
+        {"configuration": configuration.name, "optimizer": optimizer} | training._asdict() | sample
+        for training, rounds in zip(group, trained, strict=True)
+        for sample in samples_of(training, rounds)
+    ]
+
+
 def label_shares(samples: pl.DataFrame) -> str:
-    """How often each label is given, before and after its correction, in words."""
+    """A sentence with the share of each label after and before the correction."""
     shares = []
     for column in ("uncorrected", "label"):
         share = [100 * (samples[column] == index).mean() for index in range(len(ACTIONS))]
         shares.append(", ".join(f"{name} {value:.1f}%" for name, value in zip(ACTIONS, share, strict=True)))
-    return f"Labels: {shares[1]} (before their correction {shares[0]})."
+    return f"Labels: {shares[1]} (before correction: {shares[0]})."
 
 
 def _train(
     configuration: Configuration, optimizer: str, trainings: Sequence[Training]
 ) -> Iterator[tuple[Sequence[Training], list[Rounds]]]:
-    """Trains side by side, one training a device, and yields each group as it ends."""
+    """Trains one run per device in parallel, and yields each group as it finishes."""
     task, mesh = configuration.make(), device_mesh()
     data = place((task.train, task.test), mesh)
-    alone = functools.partial(train_rounds, task, OPTIMIZERS[optimizer])
+    train_one = functools.partial(train_rounds, task, OPTIMIZERS[optimizer])
 
     def on_one_device(data: Any, training: Training) -> Rounds:
-        return jax.tree.map(lambda leaf: leaf[None], alone(data, Training(*(leaf[0] for leaf in training))))
+        return jax.tree.map(
+            lambda leaf: leaf[None], train_one(data, Training(*(leaf[0] for leaf in training)))
+        )
 
     mapped = side_by_side(on_one_device, mesh, split=(False, True))
     program = None
     for start in range(0, len(trainings), mesh.size):
         group = trainings[start : start + mesh.size]
-        filled = [*group, *[group[-1]._replace(epochs=0)] * (mesh.size - len(group))]  # nothing to do there
+        filled = [*group, *[group[-1]._replace(epochs=0)] * (mesh.size - len(group))]  # idle devices
         inputs = Training(
             *(
                 np.array(values, kind)

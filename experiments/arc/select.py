@@ -1,9 +1,10 @@
-"""Which candidate is the best controller: each trains a proxy task at three initial rates.
+"""Selects the best of several candidate networks by training a proxy task at three initial rates.
 
 Paper: X. Dong et al., "To Raise or Not To Raise: The Autonomous Learning Rate Question", Section 3.5 and
-Appendix A.2: no figure of the held-out samples tells, so ten candidates train a network that is not among
-those they learned from, on data that is, five times at each of three rates; the one with the best mean of the
-best accuracies is taken.
+Appendix A.2: the metrics on held-out samples do not predict how well a candidate controls a training run.
+Therefore each of ten candidates trains a network that the samples do not contain, on data that they do
+contain, five times at each of three initial rates. The candidate with the highest mean of the best accuracies
+is selected.
 """
 
 import shutil
@@ -24,63 +25,63 @@ from experiments.training.store import write_atomically
 from experiments.training.sweep import Group
 
 TASK, OPTIMIZER, LEARNING_RATES = "mnist1d-residual", "adamw", (1e-1, 1e-3, 1e-5)
-BASELINES = ("constant", "cosine")  # to see what the candidates are worth
-CHOSEN = "arc.safetensors"
+BASELINES = ("constant", "cosine")
+SELECTED = "arc.safetensors"
 
 
-class Sizes(NamedTuple):
-    """How long candidates are tried."""
+class SelectionSettings(NamedTuple):
+    """The number of training steps and seeds of the proxy task."""
 
     steps: int
     seeds: int
 
 
-def select(candidates: Path, job: Job, sizes: Sizes) -> Path:
-    """Trains the proxy task with all candidates, and copies the best one; goes on where it stopped.
+def select(candidates: Path, job: Job, settings: SelectionSettings) -> Path:
+    """Trains the proxy task with all candidates, and copies the best one. Resumes after an interruption.
 
-    Leaves ``runs.parquet``, ``selection.csv``, ``selection.png`` and ``arc.safetensors``.
+    Writes ``runs.parquet``, ``selection.csv``, ``selection.png`` and ``arc.safetensors``.
 
     Args:
-      candidates: the folder that ``arc train`` left.
-      job: the call from the command line.
-      sizes: steps and seeds.
+      candidates: the folder that ``arc train`` wrote.
+      job: the command line's call.
+      settings: training steps and number of seeds.
 
     Returns:
-      Where the best weights lie.
+      The file with the selected weights.
 
     Raises:
       UsageError: if there are no candidates in the folder.
     """
     paths = sorted(candidates.glob("candidate-*.safetensors"))
     if not paths:
-        raise UsageError(f"no candidates in {candidates}: make them with arc train")
+        raise UsageError(f"no candidates in {candidates}; train them with arc train")
     schedules = {path.stem: arc_with(str(path), decisions=DECISIONS) for path in paths}
-    settings = Settings(sizes.steps, EPOCHS, validated=True)
-    described = {"candidates": {path.stem: path.stat().st_mtime for path in paths}, "seeds": sizes.seeds}
-    sweep = Sweep(job, settings, described)
-    specs = make_specs((*BASELINES, *schedules.values()), LEARNING_RATES, range(sizes.seeds))
+    described = {"candidates": {path.stem: path.stat().st_mtime for path in paths}, "seeds": settings.seeds}
+    sweep = Sweep(job, Settings(settings.steps, EPOCHS, validated=True), described)
+    specs = []
+    for label, schedule in ({name: name for name in BASELINES} | schedules).items():
+        specs += make_specs((schedule,), LEARNING_RATES, range(settings.seeds), label=label)
     sweep.train([Group(TASK, OPTIMIZER, specs)])
-    names = {schedule: name for name, schedule in schedules.items()}
-    runs = sweep.finish().with_columns(pl.col("schedule").replace(names))
+    runs = sweep.finish().with_columns(schedule=pl.col("label"))
     table = summarize(runs)
     best = table.filter(pl.col("schedule").is_in(list(schedules)))["schedule"][0]
     write_atomically(job.out / "selection.csv", table.write_csv)
     drawing.save(draw(runs, best), job.out / "selection.png")
-    chosen = job.out / CHOSEN
-    write_atomically(chosen, lambda path: shutil.copyfile(candidates / f"{best}.safetensors", path))
+    selected = job.out / SELECTED
+    write_atomically(selected, lambda path: shutil.copyfile(candidates / f"{best}.safetensors", path))
     headers = ("controller", *table.columns[1:])
     cells = [[row[0], *(f"{value:.2f}" for value in row[1:])] for row in table.iter_rows()]
-    print_table(job.console, f"Best accuracy on {TASK}, %, mean of {sizes.seeds} seeds", headers, cells)
-    job.console.print(f"{best} is the best; it is in {chosen}.")
-    return chosen
+    print_table(job.console, f"Best accuracy on {TASK}, %, mean of {settings.seeds} seeds", headers, cells)
+    job.console.print(f"{best} has the highest mean; its weights are in {selected}.")
+    return selected
 
 
 def summarize(runs: pl.DataFrame) -> pl.DataFrame:
-    """One row a controller, the best first.
+    """One row per controller, the best first.
 
     Returns:
-      A frame with ``schedule``; a column for each initial rate, the mean over the seeds of the best accuracy
-      of a run in percent; ``mean``, that over all runs.
+      A frame with ``schedule``; for each initial rate, a column with the mean over the seeds of each run's
+      best accuracy in percent; ``mean``: the mean over all runs.
     """
     scored = runs.with_columns(accuracy=100 * pl.col("test_metrics").list.max())
     from_rates = {
@@ -92,7 +93,7 @@ def summarize(runs: pl.DataFrame) -> pl.DataFrame:
 
 
 def draw(runs: pl.DataFrame, best: str) -> plt.Figure:
-    """The paper's figure 8: the best accuracies of each controller, a box for each."""
+    """Draws the best accuracies of each controller as a box (Figure 8 of the paper)."""
     scored = runs.sort("schedule").with_columns(pl.col("schedule").str.strip_prefix("candidate-"))
     scored = scored.with_columns(accuracy=100 * pl.col("test_metrics").list.max())
     colors = {best.removeprefix("candidate-"): drawing.ORANGE}
@@ -103,5 +104,5 @@ def draw(runs: pl.DataFrame, best: str) -> plt.Figure:
         drawing.draw_boxes(axes, dict(cells.iter_rows()), colors)
         axes.set_title(f"initial rate {rate:g}", fontsize=10)
     panels[0].set_ylabel("best accuracy, %")
-    figure.suptitle(f"Candidates on {TASK}; the chosen one is orange")
+    figure.suptitle(f"Candidates on {TASK}; the selected candidate is orange")
     return figure

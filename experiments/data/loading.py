@@ -1,4 +1,4 @@
-"""From a TFDS builder to arrays in memory, through ``as_data_source`` (no TensorFlow)."""
+"""Loads TFDS data sets into NumPy arrays through ``as_data_source`` (no TensorFlow)."""
 
 import contextlib
 import io
@@ -16,16 +16,16 @@ from experiments.errors import UsageError
 def load_split(
     builder_class: type[EmbeddedBuilder], split: str, data_dir: Path | None = None, config: str | None = None
 ) -> dict[str, np.ndarray]:
-    """Prepares an embedded data set once and returns one split of it, a stacked array for each feature.
+    """Loads one split of an embedded data set, and prepares the data set on the first call.
 
     Args:
       builder_class: the builder.
-      split: its split, such as ``"train"``.
-      data_dir: where prepared data sets are kept; None: TFDS's own folder (``TFDS_DATA_DIR``).
-      config: the builder's configuration, such as a language; None: its only or first one.
+      split: name of the split, such as ``"train"``.
+      data_dir: folder of prepared data sets; None: TFDS's default (``TFDS_DATA_DIR``).
+      config: name of the builder's configuration, such as a language; None: the first one.
 
     Returns:
-      A dict from feature names to arrays with the example as the leading axis, in a fixed order. Text is an
+      A dict from feature names to arrays whose leading axis is the example, in a fixed order. Text is an
       array of ``bytes`` objects.
 
     Examples:
@@ -45,31 +45,31 @@ def load_split(
 def load_public(
     name: str, split: str, data_dir: Path | None = None, limit: int | None = None
 ) -> dict[str, np.ndarray]:
-    """Returns one split of a public data set by its TFDS name; it is downloaded once, if it is not there yet.
+    """Loads one split of a public data set, and downloads the data set on the first call.
 
     Args:
-      name: the name in the TFDS catalog, such as ``"cifar10"``.
-      split: its split, such as ``"train"``.
+      name: name in the TFDS catalog, such as ``"cifar10"``.
+      split: name of the split, such as ``"train"``.
       data_dir: as in :func:`load_split`.
-      limit: examples at most; None: all.
+      limit: maximum number of examples; None: all.
 
     Returns:
       As :func:`load_split`.
 
     Raises:
-      UsageError: if TFDS knows no such data set, or it cannot be downloaded.
+      UsageError: if TFDS has no such data set, or it cannot be downloaded.
     """
     try:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.registered.DatasetNotFoundError as error:
-        raise UsageError(f"TensorFlow Datasets knows no data set {name!r}") from error
+        raise UsageError(f"TensorFlow Datasets has no data set {name!r}") from error
     try:
         builder.download_and_prepare()
-    except Exception as error:  # what a failed download raises differs from set to set
+    except Exception as error:  # builders raise different exceptions for a failed download
         raise UsageError(
             f"cannot prepare {name!r} in {builder.data_dir}: {type(error).__name__}: {error}. Public data "
-            "sets are downloaded once and need a network; where there is none, copy the prepared folder from "
-            "another machine, set TFDS_DATA_DIR to its parent, or take an embedded task "
+            "sets are downloaded on first use. Without a network connection, copy the prepared folder from "
+            "another machine and set TFDS_DATA_DIR to its parent, or use an embedded task "
             "(python -m experiments tasks)"
         ) from error
     return _stack(builder, split, limit)
@@ -83,7 +83,7 @@ def _stack(builder: tfds.core.DatasetBuilder, split: str, limit: int | None = No
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    # The embedded builders write in seconds; what TFDS prints would only break up the program's own.
+    """Suppresses TFDS's output: embedded data sets are prepared within seconds."""
     tfds.disable_progress_bar()
     try:
         with contextlib.redirect_stdout(io.StringIO()):

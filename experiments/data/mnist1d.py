@@ -1,7 +1,7 @@
-"""MNIST-1D: ten classes of noisy one-dimensional shapes, 40 numbers each, 4,000 + 1,000 of them.
+"""MNIST-1D: one-dimensional signals of length 40 in ten classes, 4,000 training and 1,000 test examples.
 
 Source: S. Greydanus and D. Kobak, "Scaling Down Deep Learning with MNIST-1D", ICML 2024. The package
-``mnist1d`` makes the published examples from their templates, without a download.
+``mnist1d`` generates the published examples without a download.
 """
 
 from collections.abc import Iterable
@@ -18,23 +18,23 @@ class Mnist1d(EmbeddedBuilder):
     """The published 4,000 training and 1,000 test examples."""
 
     def features(self) -> dict[str, Any]:
-        """The signal, and the digit whose shape it has."""
+        """The signal, and the digit that it represents."""
         return {
             "signal": tfds.features.Tensor(shape=(40,), dtype=np.float32),
             "label": tfds.features.ClassLabel(num_classes=10),
         }
 
     def splits(self) -> dict[str, Iterable[Example]]:
-        """As published."""
+        """The published splits."""
         state = np.random.get_state()  # noqa: NPY002  (the package seeds NumPy's global generator)
         try:
-            made = make_dataset(get_dataset_args())
+            examples = make_dataset(get_dataset_args())
         finally:
             np.random.set_state(state)  # noqa: NPY002
         return {
             split: (
                 {"signal": signal.astype(np.float32), "label": int(label)}
-                for signal, label in zip(made["x" + suffix], made["y" + suffix], strict=True)
+                for signal, label in zip(examples["x" + suffix], examples["y" + suffix], strict=True)
             )
             for split, suffix in (("train", ""), ("test", "_test"))
         }

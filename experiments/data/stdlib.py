@@ -1,7 +1,7 @@
-"""The source of Python's standard library as text and code, in four data sets, read from this machine.
+"""Four data sets of text and code from the source of Python's standard library.
 
-They differ a little from one Python version to the next, so each version has a configuration of its own.
-Whole modules are held out for the test splits.
+The source differs between Python versions, so each version has its own configuration. The test splits consist
+of whole modules.
 """
 
 import abc
@@ -21,11 +21,11 @@ import tensorflow_datasets as tfds
 from experiments.data.builder import EmbeddedBuilder, Example, is_held_out
 from experiments.errors import UsageError
 
-CHUNK = 1025  # bytes of a piece of text
-WINDOW = 48  # tokens of a piece of code
-SIGNATURE, PARAMETER = 80, 16  # greatest lengths, characters
-_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3"}
-_LEAST_MODULES = 100
+CHUNK = 1025  # characters per example of StdlibText
+WINDOW = 48  # tokens per example of StdlibTokens
+SIGNATURE, PARAMETER = 80, 16  # maximum lengths in StdlibDefaults, characters
+_EXCLUDED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3"}
+_MIN_MODULES = 100
 ROLES = (
     "other",
     "function",
@@ -42,17 +42,17 @@ ROLES = (
 
 
 def read_modules() -> Iterator[tuple[str, str]]:
-    """Name and source of each module of the standard library, tests left out.
+    """Yields name and source of each module of the standard library, without its tests.
 
     Raises:
-      UsageError: if this Python came without the source of its standard library.
+      UsageError: if the source of the standard library is not installed.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    paths = [path for path in sorted(root.rglob("*.py")) if not _LEFT_OUT & set(path.relative_to(root).parts)]
-    if len(paths) < _LEAST_MODULES:
+    paths = [path for path in sorted(root.rglob("*.py")) if not _EXCLUDED & set(path.relative_to(root).parts)]
+    if len(paths) < _MIN_MODULES:
         raise UsageError(
-            f"the tasks on text and code need the source of the standard library; {root} has {len(paths)} "
-            f"modules, fewer than {_LEAST_MODULES}: use a Python that is installed with its .py files"
+            f"the tasks on text and code require the source of the standard library; {root} has {len(paths)} "
+            f"modules, fewer than {_MIN_MODULES}; use a Python installation with its .py files"
         )
     for path in paths:
         name = path.relative_to(root).with_suffix("").as_posix().replace("/", ".")
@@ -67,41 +67,42 @@ class _Stdlib(EmbeddedBuilder):
     @staticmethod
     @abc.abstractmethod
     def examples(source: str) -> Iterator[Example]:
-        """The examples of one module."""
+        """Yields the examples of one module."""
 
     def splits(self) -> dict[str, Iterable[Example]]:
-        """Whole modules, about one in ten held out; what several modules have in common is kept once."""
+        """Whole modules, about one in ten in the test split; duplicate examples are dropped."""
         modules = list(read_modules())
-        seen: set[bytes] = set()
+        known: set[bytes] = set()
         return {
             "train": _distinct(
-                self.examples, [text for name, text in modules if not is_held_out(name)], seen
+                self.examples, [text for name, text in modules if not is_held_out(name)], known
             ),
-            "test": _distinct(self.examples, [text for name, text in modules if is_held_out(name)], seen),
+            "test": _distinct(self.examples, [text for name, text in modules if is_held_out(name)], known),
         }
 
 
 def _distinct(
-    examples: Callable[[str], Iterator[Example]], sources: list[str], seen: set[bytes]
+    examples: Callable[[str], Iterator[Example]], sources: list[str], known: set[bytes]
 ) -> Iterator[Example]:
+    """Yields the examples that are not in ``known``, and adds them to it."""
     for source in sources:
         for example in examples(source):
             key = b"\0".join(np.asarray(value).tobytes() for value in example.values())
-            if key not in seen:
-                seen.add(key)
+            if key not in known:
+                known.add(key)
                 yield example
 
 
 class StdlibText(_Stdlib):
-    """Pieces of source text, for language modelling by characters."""
+    """Chunks of source text, for character-level language modelling."""
 
     def features(self) -> dict[str, Any]:
-        """ASCII codes; other characters are question marks."""
+        """ASCII codes; other characters become question marks."""
         return {"text": tfds.features.Tensor(shape=(CHUNK,), dtype=np.uint8)}
 
     @staticmethod
     def examples(source: str) -> Iterator[Example]:
-        """Pieces that overlap by one character, so that each is the target of some input."""
+        """Chunks that overlap by one character, so that every character but the first is a target."""
         codes = np.frombuffer(source.encode("ascii", "replace"), np.uint8)
         for start in range(0, len(codes) - CHUNK, CHUNK - 1):
             yield {"text": codes[start : start + CHUNK]}
@@ -116,7 +117,7 @@ class StdlibDocstrings(_Stdlib):
 
     @staticmethod
     def examples(source: str) -> Iterator[Example]:
-        """Functions with a docstring and more than that."""
+        """Functions with a docstring and at least one other statement."""
         for function in _functions(source):
             docstring = ast.get_docstring(function)
             if not docstring or len(function.body) < 2:
@@ -127,10 +128,10 @@ class StdlibDocstrings(_Stdlib):
 
 
 class StdlibTokens(_Stdlib):
-    """Windows of tokens with the syntactic role of each, for tagging: the like of named entities."""
+    """Windows of tokens with their syntactic roles, for tagging."""
 
     def features(self) -> dict[str, Any]:
-        """Tokens with spaces between; roles as indices into :data:`ROLES`."""
+        """Tokens separated by spaces; roles as indices into :data:`ROLES`."""
         return {
             "tokens": tfds.features.Text(),
             "roles": tfds.features.Tensor(shape=(WINDOW,), dtype=np.uint8),
@@ -138,7 +139,7 @@ class StdlibTokens(_Stdlib):
 
     @staticmethod
     def examples(source: str) -> Iterator[Example]:
-        """Windows that follow one another; what is left at the end of a module is dropped."""
+        """Consecutive windows; the remaining tokens at the end of a module are dropped."""
         tagged = tag(source)
         for start in range(0, len(tagged) - WINDOW, WINDOW):
             tokens, roles = zip(*tagged[start : start + WINDOW], strict=True)
@@ -149,10 +150,10 @@ class StdlibTokens(_Stdlib):
 
 
 class StdlibDefaults(_Stdlib):
-    """Which default has parameter p? The answer is a span of the signature: extractive question answering."""
+    """Extractive question answering: the default of a parameter is a span of the signature."""
 
     def features(self) -> dict[str, Any]:
-        """The signature, the parameter asked for, and where its default begins and ends (exclusive)."""
+        """The signature, the name of a parameter, and the start and end (exclusive) of its default."""
         return {
             "signature": tfds.features.Text(),
             "parameter": tfds.features.Text(),
@@ -162,7 +163,7 @@ class StdlibDefaults(_Stdlib):
 
     @staticmethod
     def examples(source: str) -> Iterator[Example]:
-        """One example for each parameter with a default, of functions with at least two of them."""
+        """One example per parameter with a default, from functions with at least two of them."""
         for function in _functions(source):
             arguments = function.args
             positional = [*arguments.posonlyargs, *arguments.args]
@@ -179,7 +180,7 @@ class StdlibDefaults(_Stdlib):
 def _signature(
     arguments: ast.arguments, defaults: dict[ast.arg, ast.expr]
 ) -> tuple[str, dict[str, tuple[int, int]]]:
-    """The named parameters as text, without annotations, and the span of each default in it."""
+    """The named parameters as text, without annotations, and the span of each default in that text."""
     text, spans = "(", {}
     ordered = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
     for index, argument in enumerate(ordered):
@@ -195,7 +196,7 @@ def _signature(
 def _parse(source: str) -> ast.Module | None:
     try:
         return ast.parse(source)
-    except (SyntaxError, ValueError):  # a few files are broken on purpose, or in another encoding
+    except (SyntaxError, ValueError):  # a few files contain errors on purpose, or use another encoding
         return None
 
 
@@ -207,7 +208,7 @@ def _functions(source: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
 
 
 def tag(source: str) -> list[tuple[str, str]]:
-    r"""The tokens of a module, each with its syntactic role; comments and layout are left out.
+    r"""Tokenizes a module; returns tokens with their syntactic roles, without comments and layout.
 
     Examples:
       >>> tag("def area(r):\n    return pi * r.square()\n")[1:5]

@@ -1,4 +1,4 @@
-"""Words to integers, for tasks on text: the most frequent words of the training split."""
+"""Words as integers, for tasks on text: a vocabulary of the most frequent words of the training split."""
 
 import re
 from collections import Counter
@@ -8,12 +8,12 @@ import numpy as np
 
 PAD, START, END, UNKNOWN = range(4)
 _SPECIAL = ("<pad>", "<start>", "<end>", "<unknown>")
-# A word with its capital, digits one by one, and every other sign alone: camelCase falls into its parts.
+# Splits camelCase into its parts, numbers into digits, and separates all other characters.
 _WORD = re.compile(r"[^\W\d_]?[^\W\d_A-Z]+|[^\W\d_]+|\d|[^\w\s]|_")
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a text, in lower case.
+    """Splits a text into words in lower case.
 
     Examples:
       >>> split_words("Return max_value or getDefault(42)")
@@ -23,28 +23,28 @@ def split_words(text: str) -> list[str]:
 
 
 class Vocabulary:
-    """The most frequent words of some texts."""
+    """The most frequent words of a collection of texts."""
 
     def __init__(self, texts: Iterable[Sequence[str]], size: int):
         """Counts words.
 
         Args:
-          texts: each a list of words, of the training split only.
-          size: words to keep, the four special ones (:data:`PAD`, :data:`START`, :data:`END`,
-            :data:`UNKNOWN`) among them.
+          texts: lists of words, from the training split only.
+          size: maximum number of words, including the four special ones (:data:`PAD`, :data:`START`,
+            :data:`END`, :data:`UNKNOWN`).
         """
         counts = Counter(word for words in texts for word in words)
-        # Ties by the word itself: the order of counting must not matter.
+        # Ties are broken alphabetically, so that the result does not depend on the order of the texts.
         frequent = sorted(counts, key=lambda word: (-counts[word], word))[: size - len(_SPECIAL)]
         self.words = [*_SPECIAL, *frequent]
         self._index = {word: index for index, word in enumerate(self.words)}
 
     def __len__(self) -> int:
-        """How many words there are."""
+        """Number of words."""
         return len(self.words)
 
     def encode(self, words: Sequence[str], length: int) -> np.ndarray:
-        """The indices of words, cut or padded to a length.
+        """Maps words to indices, truncated or padded to a length.
 
         Returns:
           Shape (length,), int32.

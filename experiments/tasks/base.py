@@ -1,7 +1,7 @@
-"""What a task is, and how one is made of a Flax NNX module and data."""
+"""The type of a task, and its construction from a Flax NNX module and data."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,28 +10,55 @@ from flax import nnx
 
 Params = Any
 Batch = dict[str, jax.Array]
-# Initial rates to start from: too low, fitting, too high.
+# Default initial rates: too low, suitable, too high.
 LEARNING_RATES: Mapping[str, tuple[float, ...]] = {
     "adamw": (1e-4, 1e-3, 1e-2),
     "sgd": (1e-2, 1e-1, 1.0),
     "adagrad": (1e-3, 1e-2, 1e-1),
     "adafactor": (1e-4, 1e-3, 1e-2),
+    "momentum": (1e-3, 1e-2, 1e-1),
+    "adam": (1e-4, 1e-3, 1e-2),
+    "lion": (1e-5, 1e-4, 1e-3),
+    "muon": (1e-3, 1e-2, 1e-1),
 }
+
+
+class Collector(NamedTuple):
+    """Makes the batch of each step from a state and the current parameters, as in reinforcement learning.
+
+    The state (environments, a replay buffer, a target network) is not differentiated.
+
+    Attributes:
+      init: from a key and the initial parameters to the state.
+      collect: from the state, the current parameters and the batch of training examples to the next state and
+        the batch that the loss is computed on.
+    """
+
+    init: Callable[[jax.Array, Params], Any]
+    collect: Callable[[Any, Params, Batch], tuple[Any, Batch]]
+
+
+# A step's batch is the drawn training examples.
+DRAWN = Collector(lambda key, params: (), lambda state, params, batch: (state, batch))
 
 
 class Task(NamedTuple):
     """A fixed model, data set, loss, metric and batch size.
 
     Attributes:
-      name: what it is called on the command line.
-      init: from a key to the parameters.
-      loss: the mean loss of a batch, a scalar.
-      metric: what is reported of held-out examples, from 0 to 1, the higher the better.
-      metric_name: what that is, such as "accuracy".
-      train: the training examples, the example as the leading axis.
-      test: the held-out examples.
-      batch_size: examples a step.
-      learning_rates: for each optimizer, initial rates to start from: too low, fitting, too high.
+      name: name on the command line.
+      init: from a key to initial parameters.
+      loss: mean loss of a batch, a scalar.
+      metric: metric of a batch of held-out examples, in the unit and direction of ``measure``.
+      metric_name: name of the metric, such as "accuracy".
+      train: training examples; the leading axis of each array is the example.
+      test: held-out examples.
+      batch_size: examples per step.
+      learning_rates: for each optimizer, initial rates: too low, suitable, too high.
+      measure: the kind of metric: "accuracy", from 0 to 1, higher is better; "return", at most 1, higher is
+        better; "loss", 0 or more, lower is better.
+      test_loss: the loss of held-out examples, if it differs from ``loss`` (dropout, reinforcement learning).
+      collector: makes each step's batch from the drawn training examples; :data:`DRAWN` leaves them alone.
     """
 
     name: str
@@ -43,20 +70,28 @@ class Task(NamedTuple):
     test: Batch
     batch_size: int
     learning_rates: Mapping[str, tuple[float, ...]] = LEARNING_RATES
+    measure: Literal["accuracy", "return", "loss"] = "accuracy"
+    test_loss: Callable[[Params, Batch], jax.Array] | None = None
+    collector: Collector = DRAWN
+
+    @property
+    def held_out_loss(self) -> Callable[[Params, Batch], jax.Array]:
+        """The loss of held-out examples: ``test_loss``, or ``loss`` if there is none."""
+        return self.loss if self.test_loss is None else self.test_loss
 
     @property
     def num_examples(self) -> int:
-        """How many training examples there are."""
+        """Number of training examples."""
         return len(next(iter(self.train.values())))
 
     @property
     def steps_per_epoch(self) -> int:
-        """Full batches in one pass over the training examples."""
+        """Number of full batches in one pass over the training examples."""
         return self.num_examples // self.batch_size
 
 
 class Objective(NamedTuple):
-    """What tasks of one kind have in common: a loss and a metric of a module on a batch."""
+    """Loss and metric of a module on a batch; shared by tasks of one kind."""
 
     loss: Callable[[Any, Batch], jax.Array]
     metric: Callable[[Any, Batch], jax.Array]
@@ -72,10 +107,10 @@ def module_task(
     batch_size: int,
     learning_rates: Mapping[str, tuple[float, ...]] = LEARNING_RATES,
 ) -> Task:
-    """A task whose model is a Flax NNX module, all of whose state is parameters.
+    """Builds a task from a Flax NNX module whose state consists of ``nnx.Param`` only.
 
     Args:
-      name: what the task is called on the command line.
+      name: as in :class:`Task`.
       make_module: from random number streams to the module.
       objective: loss and metric of the module.
       train: as in :class:`Task`.
@@ -106,5 +141,5 @@ def _classification_accuracy(module: Any, batch: Batch) -> jax.Array:
     return jnp.mean(jnp.argmax(module(batch["input"]), axis=-1) == batch["label"])
 
 
-# Inputs under "input", integer labels under "label": one an example, a pixel or a token.
+# Inputs under "input", integer labels under "label": one per example, pixel or token.
 CLASSIFICATION = Objective(_classification_loss, _classification_accuracy, "accuracy")

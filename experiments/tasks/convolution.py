@@ -1,8 +1,8 @@
 """A convolution that is fast on CPUs.
 
-XLA's CPU convolutions are slow for networks of this size, and slower still where the weights are mapped;
-the same sums as one matrix product took a sixth of the time (8x8 images, 8 and 16 channels, training
-step on two cores).
+XLA's CPU convolutions are slow for networks of this size, and slower under a ``vmap`` over the weights. The
+same convolution as one matrix product takes a sixth of the time (training step on two cores, 8x8 images, 8
+and 16 channels).
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 
 def convolution(lhs: jax.Array, rhs: jax.Array, window_strides: Sequence[int], *args: Any, **kwargs: Any):
-    """``jax.lax.conv_general_dilated``, but by :func:`matmul_convolution` on CPUs.
+    """``jax.lax.conv_general_dilated``, replaced by :func:`matmul_convolution` on CPUs.
 
-    Made to be the ``conv_general_dilated`` of ``flax.nnx.Conv`` with "SAME" padding, no dilation and one
+    For the argument ``conv_general_dilated`` of ``flax.nnx.Conv`` with "SAME" padding, no dilation and one
     feature group.
     """
     if jax.default_backend() == "cpu":

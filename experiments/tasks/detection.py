@@ -1,8 +1,8 @@
 """Object detection: a small RetinaNet on the digit scenes.
 
-Source: T.-Y. Lin et al., "Focal Loss for Dense Object Detection", 2017: a feature pyramid of two levels, one
-square anchor a place, heads shared by the levels, focal loss for the classes and a smooth L1 loss for the
-boxes, both divided by the number of anchors that have an object.
+Source: T.-Y. Lin et al., "Focal Loss for Dense Object Detection", 2017. Here with a feature pyramid of two
+levels, one square anchor per position, heads shared by the levels, a focal loss for the classes and a smooth
+L1 loss for the boxes, both divided by the number of positive anchors.
 """
 
 from pathlib import Path
@@ -19,12 +19,12 @@ from experiments.tasks.base import Batch, Objective, Task, module_task
 from experiments.tasks.convolution import convolution
 
 CLASSES = 10
-_LEVELS = ((4, 8), (8, 16))  # (stride, size of the anchors), pixels
+_LEVELS = ((4, 8), (8, 16))  # stride and size of the anchors, pixels
 _WIDTH = 24
-_POSITIVE, _NEGATIVE = 0.5, 0.4  # overlaps from which, and up to which, an anchor has an object or none
-_ALPHA, _GAMMA = 0.25, 2.0
-_PRIOR = 0.01  # probability of an object at the start
-_SAME_OBJECT = 0.5  # overlap of two detections, or of a detection and the truth
+_POSITIVE, _NEGATIVE = 0.5, 0.4  # minimum IoU of a positive anchor, maximum IoU of a negative one
+_ALPHA, _GAMMA = 0.25, 2.0  # of the focal loss
+_PRIOR = 0.01  # initial probability of an object at an anchor
+_SAME_OBJECT = 0.5  # IoU threshold of non-maximum suppression and of a correct detection
 
 
 def _anchors() -> np.ndarray:
@@ -42,7 +42,7 @@ ANCHORS = _anchors()
 
 
 class RetinaNet(nnx.Module):
-    """Logits of the classes and offsets of the box at each anchor."""
+    """Predicts class logits and box offsets at each anchor."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         conv = {"rngs": rngs, "conv_general_dilated": convolution}
@@ -72,7 +72,7 @@ class RetinaNet(nnx.Module):
 
 
 def overlap(boxes: jax.Array, others: jax.Array) -> jax.Array:
-    """Intersection over union of every pair, shape (boxes, others).
+    """Intersection over union (IoU) of every pair, shape (boxes, others).
 
     Examples:
       >>> float(overlap(jnp.array([[0.0, 0, 2, 2]]), jnp.array([[0.0, 1, 2, 3]]))[0, 0])  # 2 of 6
@@ -80,13 +80,13 @@ def overlap(boxes: jax.Array, others: jax.Array) -> jax.Array:
     """
     low = jnp.maximum(boxes[:, None, :2], others[None, :, :2])
     high = jnp.minimum(boxes[:, None, 2:], others[None, :, 2:])
-    both = jnp.prod(jnp.maximum(high - low, 0), axis=-1)
+    intersection = jnp.prod(jnp.maximum(high - low, 0), axis=-1)
     areas = [jnp.prod(each[:, 2:] - each[:, :2], axis=-1) for each in (boxes, others)]
-    return both / jnp.maximum(areas[0][:, None] + areas[1][None] - both, 1e-6)
+    return intersection / jnp.maximum(areas[0][:, None] + areas[1][None] - intersection, 1e-6)
 
 
 def _encode(boxes: jax.Array) -> jax.Array:
-    """Boxes, one an anchor, as offsets of the centre and logarithms of the size, in units of the anchor's."""
+    """Encodes boxes, one per anchor: offset of the centre and log of the size, in units of the anchor."""
     size, middle = ANCHORS[:, 2:] - ANCHORS[:, :2], (ANCHORS[:, 2:] + ANCHORS[:, :2]) / 2
     box_size, box_middle = boxes[:, 2:] - boxes[:, :2], (boxes[:, 2:] + boxes[:, :2]) / 2
     return jnp.concatenate(
@@ -95,6 +95,7 @@ def _encode(boxes: jax.Array) -> jax.Array:
 
 
 def _decode(offsets: jax.Array) -> jax.Array:
+    """The inverse of :func:`_encode`; log sizes are clipped to [-4, 4]."""
     size, middle = ANCHORS[:, 2:] - ANCHORS[:, :2], (ANCHORS[:, 2:] + ANCHORS[:, :2]) / 2
     box_middle = offsets[:, :2] * size + middle
     box_size = size * jnp.exp(jnp.clip(offsets[:, 2:], -4, 4))
@@ -104,10 +105,10 @@ def _decode(offsets: jax.Array) -> jax.Array:
 def _loss_of_image(
     logits: jax.Array, offsets: jax.Array, boxes: jax.Array, labels: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The sum of both losses, and the number of anchors with an object."""
+    """The sum of both losses, and the number of positive anchors."""
     overlaps = jnp.where(labels[None] >= 0, overlap(ANCHORS, boxes), -1.0)
     best = overlaps.max(axis=1)
-    # An object's best anchor is its own, however little they overlap.
+    # The best anchor of an object is positive even if its IoU is below the threshold.
     is_best = jnp.any((overlaps == overlaps.max(axis=0)) & (overlaps > 0), axis=1)
     positive, negative = (best >= _POSITIVE) | is_best, (best < _NEGATIVE) & ~is_best
     owner = overlaps.argmax(axis=1)
@@ -126,31 +127,35 @@ def _loss(module: RetinaNet, batch: Batch) -> jax.Array:
 def _detect(
     logits: jax.Array, offsets: jax.Array, boxes: jax.Array, labels: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Scores of the detections of an image, -1 for those suppressed by a better one, and which are right."""
-    scores, classes, found = jax.nn.sigmoid(logits.max(axis=1)), logits.argmax(axis=1), _decode(offsets)
-    among, to_truth = overlap(found, found), overlap(found, boxes)
+    """Detections of an image after non-maximum suppression, in descending order of score.
+
+    Returns:
+      Scores, -1 for suppressed detections, and whether each detection is correct.
+    """
+    scores, classes, detected = jax.nn.sigmoid(logits.max(axis=1)), logits.argmax(axis=1), _decode(offsets)
+    between, to_truth = overlap(detected, detected), overlap(detected, boxes)
     order = jnp.argsort(-scores)
 
     def visit(carry: tuple[jax.Array, jax.Array], index: jax.Array) -> tuple[tuple, tuple]:
-        kept, taken = carry
-        is_kept = ~jnp.any(kept & (among[index] > _SAME_OBJECT))
-        fits = (to_truth[index] >= _SAME_OBJECT) & (labels == classes[index]) & ~taken
+        selected, matched = carry
+        is_selected = ~jnp.any(selected & (between[index] > _SAME_OBJECT))
+        fits = (to_truth[index] >= _SAME_OBJECT) & (labels == classes[index]) & ~matched
         which = jnp.argmax(jnp.where(fits, to_truth[index], -1.0))
-        right = is_kept & jnp.any(fits)
-        carry = kept.at[index].set(is_kept), taken.at[which].set(taken[which] | right)
-        return carry, (jnp.where(is_kept, scores[index], -1.0), right)
+        is_correct = is_selected & jnp.any(fits)
+        carry = selected.at[index].set(is_selected), matched.at[which].set(matched[which] | is_correct)
+        return carry, (jnp.where(is_selected, scores[index], -1.0), is_correct)
 
     start = jnp.zeros(len(scores), bool), jnp.zeros(len(labels), bool)
     return jax.lax.scan(visit, start, order)[1]
 
 
-def average_precision(scores: jax.Array, right: jax.Array, objects: jax.Array) -> jax.Array:
-    """The area under precision against recall, as the Pascal VOC challenge defines it since 2010.
+def average_precision(scores: jax.Array, is_correct: jax.Array, num_objects: jax.Array) -> jax.Array:
+    """Average precision: area under the precision-recall curve, as in the Pascal VOC challenge since 2010.
 
     Args:
-      scores: of the detections, shape (n,); negative ones do not count.
-      right: whether each is, shape (n,).
-      objects: how many there were to find.
+      scores: scores of the detections, shape (n,); detections with a negative score are ignored.
+      is_correct: whether each detection is correct, shape (n,).
+      num_objects: number of objects.
 
     Examples:
       >>> float(average_precision(jnp.array([0.9, 0.8, 0.7]), jnp.array([True, False, True]), 2))
@@ -158,20 +163,20 @@ def average_precision(scores: jax.Array, right: jax.Array, objects: jax.Array) -
     """
     order = jnp.argsort(-scores)
     counted = (scores >= 0)[order]
-    hits = jnp.cumsum(right[order] & counted)
+    hits = jnp.cumsum(is_correct[order] & counted)
     precision = hits / jnp.maximum(jnp.cumsum(counted), 1)
     envelope = jax.lax.cummax(precision, reverse=True)
-    return jnp.sum(jnp.where(right[order] & counted, envelope, 0)) / jnp.maximum(objects, 1)
+    return jnp.sum(jnp.where(is_correct[order] & counted, envelope, 0)) / jnp.maximum(num_objects, 1)
 
 
 def _ap50(module: RetinaNet, batch: Batch) -> jax.Array:
-    """Average precision at an overlap of 0.5, all classes together."""
-    scores, right = jax.vmap(_detect)(*module(batch["input"]), batch["boxes"], batch["labels"])
-    return average_precision(scores.ravel(), right.ravel(), jnp.sum(batch["labels"] >= 0))
+    """Average precision at an IoU of 0.5, over all classes together."""
+    scores, is_correct = jax.vmap(_detect)(*module(batch["input"]), batch["boxes"], batch["labels"])
+    return average_precision(scores.ravel(), is_correct.ravel(), jnp.sum(batch["labels"] >= 0))
 
 
 def make(data_dir: Path | None = None) -> Task:
-    """Boxes and classes of the digits of 32x32 scenes."""
+    """Detection of the digits in 32x32 scenes."""
 
     def load(split: str) -> Batch:
         scenes = load_split(DigitScenes, split, data_dir)

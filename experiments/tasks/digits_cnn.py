@@ -26,6 +26,6 @@ class DigitsCnn(nnx.Module):
 
 
 def make(data_dir: Path | None = None) -> Task:
-    """The task, with its data prepared and in memory."""
+    """Classification of the 8x8 digits."""
     splits = (load_digits(split, data_dir) for split in ("train", "test"))
     return module_task("digits", lambda rngs: DigitsCnn(rngs=rngs), CLASSIFICATION, *splits, batch_size=64)

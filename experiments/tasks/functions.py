@@ -1,4 +1,4 @@
-"""Functions to minimise whose minimum, 0, is known: no data, only a point that starts at random.
+"""Test functions with a known minimum of 0, without data; the initial point is random.
 
 Source: H. H. Rosenbrock, "An automatic method for finding the greatest or least value of a function", 1960;
 L. A. Rastrigin, "Systems of extremal control", 1974; D. H. Ackley, "A connectionist machine for genetic
@@ -14,15 +14,15 @@ import numpy as np
 
 from experiments.tasks.base import Batch, Params, Task
 
-SOLVED = 1e-2  # a value below which the minimum counts as found
+SOLVED = 1e-2  # a function counts as minimized below this value
 
 
 class Function(NamedTuple):
-    """A function of a point, and how far from 0 a start is in each coordinate."""
+    """A function of a point, and the distribution of the initial point."""
 
     value: Callable[[jax.Array], jax.Array]
     dimensions: int
-    extent: float
+    extent: float  # initial coordinates are uniform in [-extent, extent]
 
 
 def _quadratic(condition: float, dimensions: int = 20) -> Function:
@@ -39,7 +39,7 @@ def _rastrigin(x: jax.Array) -> jax.Array:
 
 
 def _ackley(x: jax.Array) -> jax.Array:
-    # The distance is not differentiable at the minimum itself; the square of the least one is no loss.
+    # The root is not differentiable at 0; the constant shifts the minimum by a negligible amount.
     distance = jnp.sqrt(jnp.mean(x**2) + 1e-12)
     return -20 * jnp.exp(-0.2 * distance) - jnp.exp(jnp.mean(jnp.cos(2 * jnp.pi * x))) + 20 + jnp.e
 
@@ -60,14 +60,14 @@ _RATES = {
 
 
 def make(name: str) -> Task:
-    """The task of minimising one of :data:`FUNCTIONS`; its metric is 1 if the minimum was found, else 0."""
+    """Minimization of one of :data:`FUNCTIONS`; the metric is 1 below :data:`SOLVED`, and 0 otherwise."""
     function = FUNCTIONS[name]
 
     def loss(params: Params, batch: Batch) -> jax.Array:
         del batch
         return function.value(params["x"])
 
-    nothing = {"input": np.zeros((1, 1), np.float32)}
+    no_data = {"input": np.zeros((1, 1), np.float32)}
     return Task(
         name,
         init=lambda key: {
@@ -76,8 +76,8 @@ def make(name: str) -> Task:
         loss=loss,
         metric=lambda params, batch: (loss(params, batch) < SOLVED).astype(jnp.float32),
         metric_name="solved",
-        train=nothing,
-        test=nothing,
+        train=no_data,
+        test=no_data,
         batch_size=1,
         learning_rates=_RATES | ({"sgd": (1e-2, 1e-1, 1.0)} if name.startswith("quadratic") else {}),
     )

@@ -1,4 +1,4 @@
-"""Language modelling by characters on the standard library's source: an LSTM and a transformer.
+"""Character-level language modelling on the standard library's source: an LSTM and a transformer.
 
 Source of the LSTM: S. Hochreiter and J. Schmidhuber, "Long Short-Term Memory", 1997.
 """
@@ -35,7 +35,7 @@ class LstmModel(nnx.Module):
 
 
 class TransformerModel(nnx.Module):
-    """A transformer that sees what came before."""
+    """A causal transformer over characters."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         self.transformer = Transformer(_CHARACTERS, _CONTEXT, _WIDTH, layers=2, rngs=rngs)
@@ -49,7 +49,7 @@ class TransformerModel(nnx.Module):
 def _load(split: str, data_dir: Path | None) -> Batch:
     text = load_split(StdlibText, split, data_dir)["text"] & 127
     starts = range(0, text.shape[1] - _CONTEXT, _CONTEXT)
-    # Neighbouring windows share a character: the last target of one is the first input of the next.
+    # Consecutive windows share one character, the last target of the first and the first input of the second.
     windows = [text[:, start : start + _CONTEXT + 1] for start in starts]
     rows = [window for piece in zip(*windows, strict=True) for window in piece]
     if split == "test":

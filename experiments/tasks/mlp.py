@@ -1,4 +1,4 @@
-"""Multilayer perceptrons on the digits and on MNIST-1D: the smallest tasks, for sweeps of many runs."""
+"""Multilayer perceptrons on the digits and on MNIST-1D: small tasks, for sweeps of many runs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +44,7 @@ class ResidualMlp(nnx.Module):
 
 
 def make_digits(data_dir: Path | None = None) -> Task:
-    """64 pixels, 32 hidden units, 3,466 parameters."""
+    """Digits: 64 inputs, 32 hidden units, 3,466 parameters."""
     splits = (load_digits(split, data_dir) for split in ("train", "test"))
     return module_task(
         "digits-mlp", lambda rngs: Mlp(64, 32, rngs=rngs), CLASSIFICATION, *splits, batch_size=64
@@ -52,12 +52,12 @@ def make_digits(data_dir: Path | None = None) -> Task:
 
 
 def make_mnist1d(data_dir: Path | None = None) -> Task:
-    """40 numbers, 64 hidden units, 7,434 parameters."""
+    """MNIST-1D: 40 inputs, 64 hidden units, 7,434 parameters."""
     return _mnist1d("mnist1d-mlp", lambda rngs: Mlp(40, 64, rngs=rngs), data_dir)
 
 
 def make_mnist1d_residual(data_dir: Path | None = None) -> Task:
-    """40 numbers, 64 hidden units, 16,138 parameters."""
+    """MNIST-1D with residual blocks: 40 inputs, 64 hidden units, 16,138 parameters."""
     return _mnist1d("mnist1d-residual", lambda rngs: ResidualMlp(40, 64, rngs=rngs), data_dir)
 
 

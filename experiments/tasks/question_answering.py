@@ -1,4 +1,4 @@
-"""Extractive question answering: which default has parameter p? The answer is a span of the signature.
+"""Extractive question answering: the default of a parameter, as a span of the function's signature.
 
 Source of the two heads: J. Devlin et al., "BERT", 2018, Section 4.2.
 """
@@ -24,33 +24,33 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 
 
 class SpanFinder(nnx.Module):
-    """An encoder over question and context, and a score of each position to begin and to end the answer."""
+    """An encoder over question and context, with scores of each position as start and end of the answer."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         self.encoder = Transformer(_WORDS, _LENGTH, _WIDTH, _LAYERS, rngs=rngs)
         self.span = nnx.Linear(_WIDTH, 2, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Scores, shape (batch, 2, length); padding has none."""
+        """Scores, shape (batch, 2, length); -1e9 for padding."""
         scores = self.span(self.encoder(tokens, padding_mask(tokens)))
         return jnp.where(tokens[:, None] == 0, -1e9, jnp.swapaxes(scores, 1, 2))
 
 
 def _loss(module: SpanFinder, batch: Batch) -> jax.Array:
     scores = module(batch["input"])
-    # All positions share a bias. Where training diverges it is huge, and in Optax's difference of two such
-    # numbers nothing would be left of the loss: it would be 0 where nothing is learnt.
+    # All positions share a bias. If training diverges, the bias is huge, and cancellation in Optax's loss
+    # would round the loss to 0.
     scores -= jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(scores, batch["span"]))
 
 
 def _exact_match(module: SpanFinder, batch: Batch) -> jax.Array:
-    """The fraction of answers with both ends right."""
+    """Fraction of answers with correct start and end."""
     return jnp.mean(jnp.all(jnp.argmax(module(batch["input"]), axis=-1) == batch["span"], axis=-1))
 
 
 def _encode(parameter: str, signature: str, start: int, end: int) -> tuple[list[int], list[int]]:
-    """The question, a separator and the words of the signature; and the first and last word of the answer."""
+    """Tokens (parameter, separator, words of the signature), and positions of the answer's two ends."""
     words = list(_WORD.finditer(signature))
     inside = [index for index, word in enumerate(words) if start <= word.start() and word.end() <= end]
     tokens = [_hash(parameter), _SEPARATOR, *(_hash(word.group()) for word in words)]
@@ -58,12 +58,12 @@ def _encode(parameter: str, signature: str, start: int, end: int) -> tuple[list[
 
 
 def _hash(word: str) -> int:
-    """A rare name must be told from another one, so there is no word for all unknown ones."""
+    """Index of a word. Hashing distinguishes rare names, which a token for unknown words would not."""
     return 2 + zlib.crc32(word.encode()) % (_WORDS - 2)
 
 
 def make(data_dir: Path | None = None) -> Task:
-    """A parameter and the words of its function's signature."""
+    """Finds a parameter's default among the words of the signature."""
 
     def load(split: str) -> Batch:
         rows = load_split(StdlibDefaults, split, data_dir)
@@ -71,7 +71,7 @@ def make(data_dir: Path | None = None) -> Task:
         for index in range(len(rows["start"])):
             texts = (rows[name][index].decode() for name in ("parameter", "signature"))
             row, span = _encode(*texts, rows["start"][index], rows["end"][index])
-            if len(row) <= _LENGTH:  # the longest seen have 39
+            if len(row) <= _LENGTH:  # the longest have 39
                 tokens.append(row + [0] * (_LENGTH - len(row)))
                 spans.append(span)
         return {"input": np.array(tokens, np.int32), "span": np.array(spans, np.int32)}

@@ -1,7 +1,7 @@
 """Image classification: residual networks, on the digits and on public sets.
 
-Source: K. He et al., "Deep Residual Learning for Image Recognition", 2015; with group in place of batch
-normalisation, which has no running averages, and the normalisation before each convolution.
+Source: K. He et al., "Deep Residual Learning for Image Recognition", 2015. Here with group normalisation,
+which has no running averages, instead of batch normalisation, and placed before each convolution.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ _GROUPS = 4
 
 
 class Block(nnx.Module):
-    """Two convolutions beside the identity, or beside a projection where the shape changes."""
+    """Two convolutions with a skip connection, which is a projection if the shape changes."""
 
     def __init__(self, inputs: int, outputs: int, strides: int, *, rngs: nnx.Rngs):
         conv = {"rngs": rngs, "conv_general_dilated": convolution, "use_bias": False}
@@ -29,15 +29,15 @@ class Block(nnx.Module):
         self.project = None if same else nnx.Conv(inputs, outputs, (1, 1), strides=strides, **conv)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Features of images, at a resolution divided by the strides."""
+        """Features, at a resolution divided by the strides."""
         hidden = nnx.relu(self.norm_1(images))
-        beside = images if self.project is None else self.project(hidden)
+        skip = images if self.project is None else self.project(hidden)
         hidden = self.conv_2(nnx.relu(self.norm_2(self.conv_1(hidden))))
-        return beside + hidden
+        return skip + hidden
 
 
 class ResNet(nnx.Module):
-    """A convolution, stages of blocks, each at half the resolution of the one before, and a linear layer."""
+    """A convolution, stages of residual blocks at decreasing resolutions, and a linear layer."""
 
     def __init__(self, channels: int, classes: int, width: int, stages: int, blocks: int, *, rngs: nnx.Rngs):
         self.stem = nnx.Conv(channels, width, (3, 3), rngs=rngs, conv_general_dilated=convolution)

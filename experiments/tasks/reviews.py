@@ -16,7 +16,7 @@ _MAX_TEST = 2000
 
 
 class Classifier(nnx.Module):
-    """An encoder, and a linear layer on the mean of what is not padding."""
+    """An encoder, and a linear layer on the mean over the words without padding."""
 
     def __init__(self, words: int, *, rngs: nnx.Rngs):
         self.encoder = Transformer(words, _LENGTH, _WIDTH, _LAYERS, rngs=rngs)
@@ -29,12 +29,12 @@ class Classifier(nnx.Module):
 
 
 def _text(review: bytes | str) -> str:
-    """TFDS gives bytes, and its mocks text."""
+    """Decodes a review; TFDS returns bytes, but its mock data are strings."""
     return review.decode() if isinstance(review, bytes) else str(review)
 
 
 def make(data_dir: Path | None = None) -> Task:
-    """The first 128 words of a review, and whether it is favourable."""
+    """Sentiment of reviews from their first 128 words."""
     splits = {
         split: load_public("imdb_reviews", split, data_dir, limit)
         for split, limit in (("train", None), ("test", _MAX_TEST))
@@ -44,7 +44,7 @@ def make(data_dir: Path | None = None) -> Task:
 
     def encode(split: str) -> Batch:
         rows = np.stack([vocabulary.encode(row, _LENGTH) for row in words[split]])
-        rows[:, 0] = np.maximum(rows[:, 0], 1)  # an empty review still has one token
+        rows[:, 0] = np.maximum(rows[:, 0], 1)  # an empty review has one token
         return {"input": rows, "label": splits[split]["label"].astype("int32")}
 
     return module_task(

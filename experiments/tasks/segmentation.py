@@ -32,7 +32,7 @@ class Stage(nnx.Module):
 
 
 class UNet(nnx.Module):
-    """Down by halves and up again, with what was seen on the way down beside what comes up."""
+    """An encoder and a decoder over three resolutions, with skip connections."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         self.down = nnx.List(
@@ -45,24 +45,24 @@ class UNet(nnx.Module):
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Logits of each pixel, shape (batch, height, width, classes)."""
-        seen, hidden = [], images
+        skips, hidden = [], images
         for index, stage in enumerate(self.down):
-            hidden = stage(_halve(hidden) if index else hidden)
-            seen.append(hidden)
-        for stage, beside in zip(self.up, reversed(seen[:-1]), strict=True):
-            wide = jax.image.resize(hidden, (*beside.shape[:3], hidden.shape[3]), "bilinear")
-            hidden = stage(jnp.concatenate([wide, beside], axis=-1))
+            hidden = stage(_max_pool(hidden) if index else hidden)
+            skips.append(hidden)
+        for stage, skip in zip(self.up, reversed(skips[:-1]), strict=True):
+            upsampled = jax.image.resize(hidden, (*skip.shape[:3], hidden.shape[3]), "bilinear")
+            hidden = stage(jnp.concatenate([upsampled, skip], axis=-1))
         return self.logits(hidden)
 
 
-def _halve(images: jax.Array) -> jax.Array:
-    """The maximum of each 2x2 pixels; XLA's own windows are slow to differentiate on a CPU."""
+def _max_pool(images: jax.Array) -> jax.Array:
+    """2x2 max pooling by a reshape; the gradient of ``reduce_window`` is slow on a CPU."""
     batch, height, width, channels = images.shape
     return images.reshape(batch, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
 
 
 def _mean_iou(module: UNet, batch: Batch) -> jax.Array:
-    """Intersection over union, the mean over the classes that occur, the background among them."""
+    """Intersection over union, averaged over the classes that occur, including the background."""
     predicted = jnp.argmax(module(batch["input"]), axis=-1)
     classes = jnp.arange(CLASSES)[:, None]
     is_predicted, is_true = predicted.reshape(-1) == classes, batch["label"].reshape(-1) == classes
@@ -72,7 +72,7 @@ def _mean_iou(module: UNet, batch: Batch) -> jax.Array:
 
 
 def make(data_dir: Path | None = None) -> Task:
-    """Classes of the pixels of 32x32 scenes."""
+    """Segmentation of 32x32 scenes."""
 
     def load(split: str) -> Batch:
         scenes = load_split(DigitScenes, split, data_dir)

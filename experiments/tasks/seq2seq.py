@@ -1,4 +1,4 @@
-"""Translation and summarisation: an encoder-decoder transformer on words."""
+"""Translation and summarisation by an encoder-decoder transformer over words."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ _MAX_TEST = 500
 
 
 class EncoderDecoder(nnx.Module):
-    """Reads a source sequence, and predicts each next word of the target."""
+    """An encoder-decoder transformer with separate source and target vocabularies."""
 
     def __init__(self, words: tuple[int, int], lengths: tuple[int, int], *, rngs: nnx.Rngs):
         self.encoder = Transformer(words[0], lengths[0], _WIDTH, _LAYERS, rngs=rngs)
@@ -28,14 +28,14 @@ class EncoderDecoder(nnx.Module):
         self.logits = nnx.Linear(_WIDTH, words[1], rngs=rngs)
 
     def __call__(self, source: jax.Array, target: jax.Array) -> jax.Array:
-        """Logits, shape (batch, target length, words), of the words after those of ``target``."""
+        """Logits of each next target word, shape (batch, target length, words)."""
         mask = padding_mask(source)
         encoded = self.encoder(source, mask)
         return self.logits(self.decoder(target, causal_mask(target), encoded, mask))
 
 
 def _loss(module: EncoderDecoder, batch: Batch) -> jax.Array:
-    """Cross-entropy, the mean over the words that are there."""
+    """Mean cross-entropy of the words, without padding."""
     logits = module(batch["source"], batch["target"][:, :-1])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["target"][:, 1:])
     weights = batch["target"][:, 1:] != PAD
@@ -43,11 +43,11 @@ def _loss(module: EncoderDecoder, batch: Batch) -> jax.Array:
 
 
 def _accuracy(module: EncoderDecoder, batch: Batch) -> jax.Array:
-    """The fraction of words predicted right, given the right words before them."""
+    """Fraction of words predicted correctly from the correct previous words (teacher forcing)."""
     predicted = jnp.argmax(module(batch["source"], batch["target"][:, :-1]), axis=-1)
     weights = batch["target"][:, 1:] != PAD
-    right = (predicted == batch["target"][:, 1:]) & weights
-    return jnp.sum(right) / jnp.maximum(jnp.sum(weights), 1)
+    is_correct = (predicted == batch["target"][:, 1:]) & weights
+    return jnp.sum(is_correct) / jnp.maximum(jnp.sum(weights), 1)
 
 
 OBJECTIVE = Objective(_loss, _accuracy, "token accuracy")
@@ -60,7 +60,7 @@ def _make(
     lengths: tuple[int, int],
     batch_size: int,
 ) -> Task:
-    """A task from the source and target texts of each split."""
+    """Builds a task from the source and target texts of each split."""
     texts = {
         split: [[split_words(text.decode()) for text in column] for column in columns]
         for split, columns in pairs.items()
@@ -90,14 +90,14 @@ def _make(
 
 
 def make_translation(language: str, data_dir: Path | None = None) -> Task:
-    """English interface strings to another language, at most 16 words."""
+    """Translation of interface strings of at most 16 words from English."""
     splits = {split: load_split(InterfaceStrings, split, data_dir, language) for split in ("train", "test")}
     pairs = {split: (rows["english"], rows["translation"]) for split, rows in splits.items()}
     return _make(f"translation-{language}", pairs, (800, 800), (16, 16), batch_size=16)
 
 
 def make_summarization(data_dir: Path | None = None) -> Task:
-    """The first 64 words of a function to the first line of its docstring, at most 16 words."""
+    """Summarisation of a function (its first 64 words) as the first line of its docstring (16 words)."""
     splits = {split: load_split(StdlibDocstrings, split, data_dir) for split in ("train", "test")}
     pairs = {split: (rows["code"], rows["summary"]) for split, rows in splits.items()}
     return _make("summarization", pairs, (1000, 1000), (64, 16), batch_size=8)

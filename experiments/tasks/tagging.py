@@ -1,4 +1,4 @@
-"""Tagging: the syntactic role of each token of Python code, by an encoder transformer."""
+"""Tagging of Python tokens with their syntactic roles by an encoder transformer."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ _MAX_TEST = 500
 
 
 class Tagger(nnx.Module):
-    """An encoder with a class for each token."""
+    """An encoder with a linear classifier of each token."""
 
     def __init__(self, words: int, *, rngs: nnx.Rngs):
         self.encoder = Transformer(words, WINDOW, _WIDTH, _LAYERS, rngs=rngs)
@@ -29,7 +29,7 @@ class Tagger(nnx.Module):
 
 
 def make(data_dir: Path | None = None) -> Task:
-    """Windows of 48 tokens, 11 roles; rare names are all the same unknown word."""
+    """Windows of 48 tokens, 11 roles, a vocabulary of 500 words."""
     splits = {split: load_split(StdlibTokens, split, data_dir) for split in ("train", "test")}
     tokens = {split: [row.decode().split(" ") for row in rows["tokens"]] for split, rows in splits.items()}
     vocabulary = Vocabulary(tokens["train"], _WORDS)

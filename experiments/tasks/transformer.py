@@ -1,18 +1,18 @@
 """The transformer that all tasks on sequences share.
 
-Source: A. Vaswani et al., "Attention Is All You Need", 2017; with the normalisation before each sublayer and
-learned positions.
+Source: A. Vaswani et al., "Attention Is All You Need", 2017. Here with the normalisation before each sublayer
+and learned positions.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-_HEADS, _EXPANSION = 4, 2  # of the tasks
+_HEADS, _EXPANSION = 4, 2  # defaults, used by all tasks
 
 
 class Layer(nnx.Module):
-    """Self-attention, attention to an encoded sequence if there is one, and a feed-forward part."""
+    """Self-attention, optional cross-attention to an encoded sequence, and a feed-forward network."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Layer(nnx.Module):
         encoded: jax.Array | None = None,
         encoded_mask: jax.Array | None = None,
     ) -> jax.Array:
-        """From shape (batch, length, width) to the same; masks are (batch, 1, queries or 1, keys)."""
+        """Maps shape (batch, length, width) to the same; masks have shape (batch, 1, queries or 1, keys)."""
         normed = self.norm_attention(hidden)
         hidden += self.attention(normed, mask=mask)
         if self.cross is not None:
@@ -50,7 +50,7 @@ class Layer(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Layers over embedded tokens, with a normalisation at the end."""
+    """Layers over token and position embeddings, with a final normalisation."""
 
     def __init__(
         self,
@@ -86,11 +86,11 @@ class Transformer(nnx.Module):
 
 
 def padding_mask(tokens: jax.Array) -> jax.Array:
-    """True for what is not padding (0), shape (batch, 1, 1, length)."""
+    """True for tokens other than padding (0), shape (batch, 1, 1, length)."""
     return (tokens != 0)[:, None, None, :]
 
 
 def causal_mask(tokens: jax.Array) -> jax.Array:
-    """True for the positions up to each one's own, shape (1, 1, length, length)."""
+    """True for keys up to the position of the query, shape (1, 1, length, length)."""
     length = tokens.shape[1]
     return jnp.tril(jnp.ones((length, length), bool))[None, None]

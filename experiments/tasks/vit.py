@@ -1,7 +1,7 @@
 """Image classification: a small vision transformer on the digits.
 
-Source: A. Dosovitskiy et al., "An Image is Worth 16x16 Words", 2020; with the mean of the patches in place of
-a class token.
+Source: A. Dosovitskiy et al., "An Image is Worth 16x16 Words", 2020. Here with the mean over the patches
+instead of a class token.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ _PATCH, _WIDTH, _LAYERS = 2, 32, 2
 
 
 class VisionTransformer(nnx.Module):
-    """Patches of 2x2 pixels as the tokens of two transformer layers."""
+    """Two transformer layers over patches of 2x2 pixels."""
 
     def __init__(self, size: int, *, rngs: nnx.Rngs):
         self.embed = nnx.Linear(_PATCH * _PATCH, _WIDTH, rngs=rngs)
@@ -40,7 +40,7 @@ class VisionTransformer(nnx.Module):
 
 
 def make_digits(data_dir: Path | None = None) -> Task:
-    """16 patches of the 8x8 digits."""
+    """Digits: 16 patches of 2x2 pixels."""
     splits = (load_digits(split, data_dir) for split in ("train", "test"))
     return module_task(
         "digits-vit", lambda rngs: VisionTransformer(8, rngs=rngs), CLASSIFICATION, *splits, batch_size=32

@@ -1,15 +1,16 @@
-"""ARC: a small network that looks at the last losses, and raises, keeps or lowers the rate once a cycle.
+"""ARC: a small network observes the recent losses and raises, keeps or lowers the rate once per cycle.
 
 Paper: X. Dong et al., "To Raise or Not To Raise: The Autonomous Learning Rate Question", Sections 3.1 and
 3.4. Departures:
 
-* A cycle is a number of steps and not of epochs; an epoch is nothing that a training step knows of.
-* The rate in the features is the rule's own factor: a schedule that the optimizer follows besides is not
-  seen.
-* A loss that is not finite stands for the greatest finite one seen, and the rate is lowered at the end of
-  its cycle, whatever the network says: it was trained on losses that are.
+* A cycle is a number of steps instead of epochs, since a training step does not know the length of an epoch.
+* The learning rate in the features is the rule's own scale, without any schedule of the optimizer.
+* A loss that is not finite is replaced by the largest finite loss so far, and the rate is lowered at the end
+  of its cycle whatever the network decides: it was trained on finite losses only.
+* The rate stays within bounds, if they are given.
 """
 
+import math
 from collections.abc import Hashable
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from greedylr_jax.arc._features import MAX_CYCLES, FeatureStream, History
 from greedylr_jax.arc._network import Weights, action_logits, check_weights
 from greedylr_jax.arc._weights import load_weights
 
-MULTIPLIERS = (1.618, 1.0, 0.618)  # of raising, keeping and lowering (Section 3.1)
+MULTIPLIERS = (1.618, 1.0, 0.618)  # for raise, keep and lower (Section 3.1)
 
 
 class ArcState(NamedTuple):
@@ -30,9 +31,9 @@ class ArcState(NamedTuple):
 
     scale: jax.Array  # shape=(), dtype=float; the multiplier, or in a schedule the learning rate
     step: jax.Array  # shape=(), dtype=int32; losses seen in the current cycle
-    cycles: jax.Array  # shape=(), dtype=int32; finished cycles that are remembered, at most 2
+    cycles: jax.Array  # shape=(), dtype=int32; finished cycles in the history, at most 2
     action: jax.Array  # shape=(), dtype=int32; the last decision, an index into ACTIONS; 1 before the first
-    worst_value: jax.Array  # shape=(), dtype=float32; greatest finite loss so far
+    worst_value: jax.Array  # shape=(), dtype=float32; largest finite loss so far
     has_diverged: jax.Array  # shape=(), dtype=bool; a loss of this cycle was not finite
     history: History
 
@@ -43,34 +44,39 @@ def arc(
     steps_per_cycle: int,
     validation: bool = True,
     max_validations: int = 10,
+    min_scale: ArrayLike = 0.0,
+    max_scale: ArrayLike = math.inf,
     every: ArrayLike = 1,
     axis_name: Hashable | None = None,
 ) -> _rule.GradientTransformationExtraLoss:
-    """ARC as a gradient transformation, to stand after the optimizer.
+    """ARC as a gradient transformation; place it after the optimizer.
 
-    For a training whose right rate is not known to within two orders of magnitude, and that takes at least
-    some ten cycles: the rate changes by a factor of 1.618 a cycle at most.
+    Use it if the right learning rate is known only to within two orders of magnitude and training has at
+    least ten cycles: the rate changes by at most a factor of 1.618 per cycle.
 
-    ``update`` needs ``value=loss``, and takes ``validation_value=``, a validation loss, at the steps that
-    bring one; NaN says that a step brings none, so that a jitted loop may pass one always.
+    ``update`` requires ``value=loss`` and accepts ``validation_value=``, a validation loss, at the steps that
+    have one; NaN stands for no validation loss, so a jitted loop can always pass it.
 
     Args:
-      weights: of the network, by name, see :func:`greedylr_jax.arc.load_weights` and
-        :func:`greedylr_jax.arc.load_keras_weights`; None: those that come with the package.
-      steps_per_cycle: losses between two decisions, >= 2; static. The paper takes three epochs of a training
-        of thirty.
-      validation: whether ``validation_value`` is looked at; if not, the network gets zeros, as in half of its
-        training.
-      max_validations: validation losses kept of a cycle, >= 1; static. Of more the last are kept.
-      every: losses whose mean is one observation, >= 1; ``steps_per_cycle`` counts observations, and a
-        validation loss is seen at a step that completes one.
-      axis_name: a mapped axis over which losses are averaged first.
+      weights: weights of the network by name, see :func:`greedylr_jax.arc.load_weights` and
+        :func:`greedylr_jax.arc.load_keras_weights`; None: the weights in the package.
+      steps_per_cycle: number of losses between two decisions, an integer >= 2; static. The paper uses three
+        of thirty epochs.
+      validation: whether to use ``validation_value``; if False, the network gets zeros, as in half of its
+        training samples.
+      max_validations: number of validation losses per cycle that are used, an integer >= 1; static. Of more
+        the last ones are used.
+      min_scale: lowest scale, in [0, 1]; may be traced. Default 0: any positive number.
+      max_scale: highest scale, >= 1; may be traced. Default infinity: any finite number.
+      every: number of losses whose mean is one observation, an integer >= 1; ``steps_per_cycle`` counts
+        observations, and a validation loss is used at a step that completes one.
+      axis_name: mapped axis, or axes, over which losses are averaged first.
 
     Returns:
-      A gradient transformation.
+      A :class:`greedylr_jax.GradientTransformationExtraLoss`.
 
     Raises:
-      ValueError: if an argument is out of range, or the weights do not fit.
+      ValueError: if an argument is out of its range, or the weights do not fit the network.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, greedylr_jax
@@ -85,7 +91,8 @@ def arc(
 
     Source: Sections 3.1 and 3.4.
     """
-    rule = _make_rule(weights, steps_per_cycle, validation, max_validations)
+    bounds = _check_bounds("min_scale", min_scale, "max_scale", max_scale, "the initial scale", 1.0)
+    rule = _make_rule(weights, steps_per_cycle, validation, max_validations, bounds)
     return _rule.scale_by_rule(rule, every=every, axis_name=axis_name)
 
 
@@ -96,25 +103,26 @@ def arc_schedule(
     steps_per_cycle: int,
     validation: bool = True,
     max_validations: int = 10,
+    min_learning_rate: ArrayLike = 0.0,
+    max_learning_rate: ArrayLike = math.inf,
     every: ArrayLike = 1,
     axis_name: Hashable | None = None,
 ) -> _rule.RuleSchedule:
-    """ARC as an Optax stateful schedule, which is the learning rate itself.
+    """ARC as an Optax stateful schedule, whose value is the learning rate.
 
     Args:
       init_value: the initial learning rate, > 0.
-      weights: as in :func:`arc`.
-      steps_per_cycle: as in :func:`arc`.
-      validation: as in :func:`arc`.
-      max_validations: as in :func:`arc`.
-      every: as in :func:`arc`.
-      axis_name: as in :func:`arc`.
+      weights, steps_per_cycle, validation, max_validations, every, axis_name: as in :func:`arc`.
+      min_learning_rate: lowest learning rate, in [0, init_value]; may be traced. Default 0: any positive
+        number.
+      max_learning_rate: highest learning rate, >= init_value; may be traced. Default infinity: any finite
+        number.
 
     Returns:
       A stateful schedule, see :func:`greedylr_jax.schedule_by_rule`.
 
     Raises:
-      ValueError: as :func:`arc`, or if ``init_value`` is not positive.
+      ValueError: as :func:`arc`, or if ``init_value`` is not positive or not within its bounds.
 
     Examples:
       >>> schedule = arc_schedule(0.1, steps_per_cycle=100)
@@ -124,16 +132,48 @@ def arc_schedule(
 
     Source: Sections 3.1 and 3.4.
     """
-    rule = _make_rule(weights, steps_per_cycle, validation, max_validations)
+    bounds = _check_bounds(
+        "min_learning_rate",
+        min_learning_rate,
+        "max_learning_rate",
+        max_learning_rate,
+        "init_value",
+        init_value,
+    )
+    rule = _make_rule(weights, steps_per_cycle, validation, max_validations, bounds)
     return _rule.schedule_by_rule(rule, init_value, every=every, axis_name=axis_name)
 
 
+class _Bounds(NamedTuple):
+    """Bounds of the scale, checked."""
+
+    low: float | jax.Array
+    high: float | jax.Array
+
+    def clip(self, scale: jax.Array) -> jax.Array:
+        # A scale of zero or infinity would stay there forever.
+        limits = jnp.finfo(scale.dtype)
+        low = jnp.maximum(jnp.asarray(self.low, scale.dtype), limits.tiny)
+        return jnp.clip(scale, low, jnp.minimum(jnp.asarray(self.high, scale.dtype), limits.max))
+
+
+def _check_bounds(
+    min_name: str, low: ArrayLike, max_name: str, high: ArrayLike, name: str, initial: ArrayLike
+) -> _Bounds:
+    lowest = _checks.check_real(min_name, low, low=0.0, high_open=True)
+    highest = _checks.check_real(max_name, high, low=0.0, low_open=True)
+    initial = _checks.check_real(name, initial, low=0.0, low_open=True, high_open=True)
+    _checks.check_order(min_name, lowest, name, initial)
+    _checks.check_order(name, initial, max_name, highest)
+    return _Bounds(lowest, highest)
+
+
 def _make_rule(
-    weights: Weights | None, steps_per_cycle: int, validation: bool, max_validations: int
+    weights: Weights | None, steps_per_cycle: int, validation: bool, max_validations: int, bounds: _Bounds
 ) -> _rule.Rule:
     steps_per_cycle = _checks.check_static_integer("steps_per_cycle", steps_per_cycle, low=2)
     max_validations = _checks.check_static_integer("max_validations", max_validations, low=1)
-    weights = load_weights() if weights is None else check_weights(weights)
+    arrays = load_weights() if weights is None else check_weights(weights)
     stream = FeatureStream(steps_per_cycle, max_validations)
 
     def init(scale: jax.Array) -> ArcState:
@@ -152,14 +192,10 @@ def _make_rule(
             rates=state.history.rates.at[-1].set(state.scale.astype(jnp.float32))
         )
         cycles = state.cycles + 1
-        logits = action_logits(weights, stream.features(history, cycles))
+        logits = action_logits(arrays, stream.features(history, cycles))
         action = jnp.where(state.has_diverged, MULTIPLIERS.index(min(MULTIPLIERS)), jnp.argmax(logits))
         return state._replace(
-            scale=jnp.clip(
-                state.scale * jnp.asarray(MULTIPLIERS, state.scale.dtype)[action],
-                jnp.finfo(state.scale.dtype).tiny,  # neither zero nor infinity can be left again
-                jnp.finfo(state.scale.dtype).max,
-            ),
+            scale=bounds.clip(state.scale * jnp.asarray(MULTIPLIERS, state.scale.dtype)[action]),
             step=jnp.zeros_like(state.step),
             cycles=jnp.minimum(cycles, MAX_CYCLES - 1),
             action=action.astype(jnp.int32),
@@ -190,5 +226,5 @@ def _make_rule(
 
 
 def _finite_or_none(value: jax.Array) -> jax.Array:
-    """A validation loss that overflowed says nothing of its size; NaN stands for no loss."""
+    """The validation loss, or NaN, which stands for no loss, if it is infinite."""
     return jnp.where(jnp.isfinite(value), value, jnp.nan)

@@ -1,18 +1,16 @@
-"""ARC's network: from 300 rows of losses and rates to the probabilities of raising, keeping and lowering the
-rate.
+"""ARC's network: maps 300 rows of losses and rates to the probabilities of raise, keep and lower.
 
 Paper: X. Dong et al., "To Raise or Not To Raise: The Autonomous Learning Rate Question", Section 3.4 and
-Figure 2: convolutions, each followed by a maximum over neighbours, LSTMs, two dense layers. There are two
-such networks:
+Figure 2: convolutions with max-pooling, LSTMs and two dense layers. There are two architectures:
 
-* :data:`PUBLISHED`, that of the paper, which its authors' weights are of: two convolutions and two LSTMs,
-  79,043 parameters. A decision takes the time of ten training steps of a network of a few thousand.
-* :data:`SMALL`, which ours are of: one of each, 9,315 parameters. Its convolution moves on by four rows and
-  its maximum is over five, so that the LSTM takes 15 steps in place of 72, five for each cycle. A decision
-  takes a tenth of that time.
+* :data:`PUBLISHED`, the paper's, of the authors' weights: two convolutions and two LSTMs, 79,043 parameters.
+  A decision takes as long as ten training steps of a network with a few thousand parameters.
+* :data:`SMALL`, of the weights in the package: one convolution and one LSTM, 9,315 parameters. Its
+  convolution has stride four and its max-pooling width five, so the LSTM has 15 steps instead of 72, five per
+  cycle. A decision takes a tenth of the time.
 
-Weights are a flat dict of arrays, by the names and in the layout of the published file; which network they
-are of shows in the names.
+Weights are a flat dict of arrays with the names and the layout of the published file; the names determine the
+architecture.
 """
 
 import functools
@@ -22,28 +20,30 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
+from greedylr_jax import _checks
 from greedylr_jax.arc._features import ROWS
 
 ACTIONS = ("raise", "keep", "lower")
 Weights = Mapping[str, ArrayLike]
-_FEW = 16  # values that one result of a convolution is made of
+_FEW = 16  # inputs of one output of a convolution, for which a sum is faster than a matrix product
 
 
 class Architecture(NamedTuple):
-    """The sizes of a network; each convolution is followed by ReLU, and the first dense layer is, too."""
+    """Sizes of a network. Each convolution and the first dense layer are followed by ReLU."""
 
-    width: int  # rows that a convolution sees at a time
-    stride: int  # rows from there to the next that it sees: 1, or the width
-    pool: int  # neighbours after a convolution, of which the greatest is taken
-    filters: tuple[int, ...]  # of each convolution
-    units: tuple[int, ...]  # of each LSTM
-    hidden: int  # of the first dense layer
+    width: int  # kernel size of the convolutions, in rows
+    stride: int  # stride of the convolutions, in rows: 1, or the width
+    pool: int  # width of the max-pooling after each convolution
+    filters: tuple[int, ...]  # filters of each convolution
+    units: tuple[int, ...]  # units of each LSTM
+    hidden: int  # units of the first dense layer
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each array of its weights."""
+        """The shape of each array of the weights."""
         shapes: dict[str, tuple[int, ...]] = {}
         channels = 3
         for name, filters in zip(_names("conv1d", self.filters), self.filters, strict=True):
@@ -68,7 +68,7 @@ SMALL = Architecture(width=4, stride=4, pool=5, filters=(32,), units=(32,), hidd
 
 
 def _names(layer: str, sizes: tuple[int, ...]) -> list[str]:
-    """What Keras calls layers of a kind: ``lstm``, ``lstm_1``, ..."""
+    """Keras's names of several layers of one kind: ``lstm``, ``lstm_1``, ..."""
     return [layer if number == 0 else f"{layer}_{number}" for number in range(len(sizes))]
 
 
@@ -76,7 +76,7 @@ class Lstm(nnx.Module):
     """A long short-term memory with the gates in the order input, forget, cell, output."""
 
     def __init__(self, inputs: int, units: int, *, rngs: nnx.Rngs):
-        # As Keras starts them: Glorot, orthogonal, and a forget gate that is open.
+        # Keras's initializers: Glorot uniform, orthogonal, and a bias of 1 for the forget gate.
         initializers = nnx.initializers
         self.kernel = nnx.Param(initializers.glorot_uniform()(rngs.params(), (inputs, 4 * units)))
         self.recurrent_kernel = nnx.Param(initializers.orthogonal()(rngs.params(), (units, 4 * units)))
@@ -101,7 +101,7 @@ class Lstm(nnx.Module):
 
 
 class ArcNetwork(nnx.Module):
-    """Convolutions, LSTMs and two dense layers, which are called as in the published file."""
+    """Convolutions, LSTMs and two dense layers, named as in the published file."""
 
     def __init__(self, architecture: Architecture, *, rngs: nnx.Rngs):
         self.architecture = architecture
@@ -132,11 +132,12 @@ class ArcNetwork(nnx.Module):
             hidden = _pooled_maximum(nnx.relu(getattr(self, name)(hidden)), self.architecture.pool)
         for name in _names("lstm", self.architecture.units):
             hidden = getattr(self, name)(hidden)
-        return self.dense_1(nnx.relu(self.dense(hidden[..., -1, :])))
+        dense, dense_1 = getattr(self, "dense"), getattr(self, "dense_1")  # noqa: B009 (set by name above)
+        return dense_1(nnx.relu(dense(hidden[..., -1, :])))
 
 
 def _by_layer(arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """From arrays by names such as ``"lstm/kernel"`` to those of each layer."""
+    """Groups arrays with names such as ``"lstm/kernel"`` by layer."""
     layers: dict[str, dict[str, Any]] = {}
     for name, array in arrays.items():
         layer, own = name.split("/")
@@ -147,11 +148,11 @@ def _by_layer(arrays: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _valid_convolution(
     sequence: jax.Array, kernel: jax.Array, strides: tuple[int], *args: object, **kwargs: object
 ) -> jax.Array:
-    """A convolution without padding, whose stride is 1 or its width.
+    """A convolution without padding, with a stride of 1 or its width.
 
-    It is one matrix product, as XLA's own convolutions are several times slower in a loop on a CPU. For a
-    single small sequence it is a sum: XLA gives products of matrices to several threads, and to wake them
-    takes longer than the sum.
+    It is computed as one matrix product, which is several times faster than XLA's convolution inside a loop
+    on a CPU. For a single small sequence it is computed as a sum: XLA distributes matrix products over
+    threads, which takes longer to start than the sum takes.
     """
     width, channels, filters = kernel.shape
     if strides == (1,):
@@ -163,7 +164,8 @@ def _valid_convolution(
     flat = kernel.reshape(width * channels, filters)
     is_single = math.prod(seen.shape[:-2]) == 1
     if is_single and len(flat) <= _FEW:
-        return sum(seen[..., place, None] * flat[place] for place in range(len(flat)))
+        terms = [seen[..., place, None] * flat[place] for place in range(len(flat))]
+        return sum(terms[1:], start=terms[0])
     return seen @ flat
 
 
@@ -178,11 +180,14 @@ def _graph(architecture: Architecture) -> nnx.GraphDef:
 
 
 def initial_weights(key: jax.Array, architecture: Architecture = SMALL) -> dict[str, jax.Array]:
-    """Weights to start training from, as Keras draws them.
+    """Random initial weights, from the distributions that Keras uses.
 
     Args:
-      key: of the random numbers.
-      architecture: of which network, :data:`SMALL` or :data:`PUBLISHED`.
+      key: random key.
+      architecture: :data:`SMALL` (default) or :data:`PUBLISHED`.
+
+    Returns:
+      A dict from names to float32 arrays.
 
     Examples:
       >>> sum(array.size for array in initial_weights(jax.random.key(0)).values())
@@ -196,13 +201,13 @@ def initial_weights(key: jax.Array, architecture: Architecture = SMALL) -> dict[
 
 
 def architecture_of(weights: Weights) -> Architecture:
-    """The network that weights are of, by their names alone."""
+    """The architecture of weights, by their names."""
     larger = PUBLISHED.shapes().keys() - SMALL.shapes().keys()
     return PUBLISHED if weights.keys() & larger else SMALL
 
 
-def check_weights(weights: Weights) -> dict[str, jax.Array]:
-    """Returns the weights as float32 arrays, or raises ``ValueError`` that names what does not fit."""
+def check_weights(weights: Weights) -> dict[str, jax.Array | np.ndarray]:
+    """Returns the weights in float32, NumPy or JAX arrays, or raises ``ValueError`` if they do not fit."""
     shapes = architecture_of(weights).shapes()
     if missing := shapes.keys() - weights.keys():
         raise ValueError(f"weights lack {sorted(missing)}; they must hold {sorted(shapes)}.")
@@ -211,30 +216,36 @@ def check_weights(weights: Weights) -> dict[str, jax.Array]:
     for name, shape in shapes.items():
         if jnp.shape(weights[name]) != shape:
             raise ValueError(f"weights[{name!r}] must have shape {shape}, got {jnp.shape(weights[name])}.")
-    return {name: jnp.asarray(weights[name], jnp.float32) for name in shapes}
+    return {name: _as_float32(weights[name]) for name in shapes}
+
+
+def _as_float32(array: ArrayLike) -> jax.Array | np.ndarray:
+    """An array in float32. Of arrays on the host a NumPy array, which belongs to no trace."""
+    if isinstance(array, jax.Array) and (_checks.is_traced(array) or array.dtype == jnp.float32):
+        return array.astype(jnp.float32)
+    return np.asarray(array, np.float32)
 
 
 def action_logits(weights: Weights, features: ArrayLike) -> jax.Array:
-    """The logits of the three actions, for training; arguments as for :func:`action_probabilities`."""
+    """Logits of the three actions, for training; arguments as for :func:`action_probabilities`."""
     network = nnx.merge(_graph(architecture_of(weights)), nnx.State(_by_layer(weights)))
-    # Accelerators multiply float32 in less unless they are told; a decision hangs on the difference.
+    # Accelerators multiply float32 matrices in lower precision by default, which can change a decision.
     with jax.default_matmul_precision("highest"):
         return network(jnp.asarray(features, jnp.float32))
 
 
 def action_probabilities(weights: Weights, features: ArrayLike) -> jax.Array:
-    """What the network makes of features.
+    """Evaluates the network.
 
     Args:
-      weights: by name, as :func:`greedylr_jax.arc.load_weights` returns them.
-      features: shape (300, 3), or (..., 300, 3) for several at once, as
-        :func:`greedylr_jax.arc.batch_features` makes them.
+      weights: weights by name, see :func:`greedylr_jax.arc.load_weights`.
+      features: array of shape (..., 300, 3), see :func:`greedylr_jax.arc.batch_features`.
 
     Returns:
-      Shape (3,), or (..., 3), float32: the probabilities of raising, keeping and lowering the rate.
+      Array of shape (..., 3), float32: the probabilities of raise, keep and lower.
 
     Raises:
-      ValueError: if the weights or the features are not of these shapes.
+      ValueError: if the weights or the features have other shapes.
 
     Examples:
       >>> weights = initial_weights(jax.random.key(0))

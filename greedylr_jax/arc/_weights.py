@@ -1,10 +1,10 @@
-"""Weights of ARC's network, in safetensors files and in the file that its authors published."""
+"""Reads weights of ARC's network from safetensors files and from the file that its authors published."""
 
 from importlib import resources
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
@@ -13,19 +13,18 @@ from greedylr_jax.arc._network import PUBLISHED, check_weights
 _OURS = "arc.safetensors"
 
 
-def load_weights(path: str | Path | None = None) -> dict[str, jax.Array]:
-    """Weights in a safetensors file.
+def load_weights(path: str | Path | None = None) -> dict[str, jax.Array | np.ndarray]:
+    """Reads weights from a safetensors file.
 
     Args:
-      path: the file; None: the weights that come with the package, whose model card, ``arc.md``, lies beside
-        them.
+      path: the file; None: the weights in the package, whose model card is the file ``arc.md`` beside them.
 
     Returns:
       A dict from names to float32 arrays.
 
     Raises:
       OSError: if the file cannot be read.
-      ValueError: if it is no safetensors file, or its arrays are not those of the network.
+      ValueError: if it is not a safetensors file, or its arrays do not fit the network.
 
     Examples:
       >>> sum(array.size for array in load_weights().values())
@@ -47,19 +46,23 @@ def load_weights(path: str | Path | None = None) -> dict[str, jax.Array]:
     return check_weights(arrays)
 
 
-def load_keras_weights(path: str | Path) -> dict[str, jax.Array]:
-    """Weights in the HDF5 file that the authors of ARC published (``model/arc.h5``); needs h5py.
+def load_keras_weights(path: str | Path) -> dict[str, jax.Array | np.ndarray]:
+    """Reads weights from the HDF5 file that the authors of ARC published (``model/arc.h5``); needs h5py.
 
     Args:
       path: the file.
 
     Returns:
-      As :func:`load_weights`.
+      A dict from names to float32 arrays.
 
     Raises:
       ImportError: if h5py is not installed.
       OSError: if the file cannot be read.
-      ValueError: if its arrays are not those of the network.
+      ValueError: if its arrays do not fit the network.
+
+    Examples:
+      >>> from greedylr_jax.arc import arc, load_keras_weights
+      >>> tx = arc(load_keras_weights("arc.h5"), steps_per_cycle=100)  # doctest: +SKIP
 
     Source: github.com/fastestimator/ARC (Apache-2.0).
     """
@@ -67,7 +70,7 @@ def load_keras_weights(path: str | Path) -> dict[str, jax.Array]:
         import h5py  # noqa: PLC0415  (only this function needs it)
     except ImportError as error:
         raise ImportError('load_keras_weights needs h5py: pip install "greedylr-jax[keras]"') from error
-    found: dict[str, jax.Array] = {}
+    found: dict[str, jax.Array | np.ndarray] = {}
     with h5py.File(path, "r") as file:
 
         def visit(name: str, item: object) -> None:
@@ -76,7 +79,7 @@ def load_keras_weights(path: str | Path) -> dict[str, jax.Array]:
                 parts = name.removesuffix(":0").split("/")
                 for layer in dict.fromkeys(parts[:-1]):
                     if f"{layer}/{parts[-1]}" in PUBLISHED.shapes():
-                        found[f"{layer}/{parts[-1]}"] = jnp.asarray(item[()])
+                        found[f"{layer}/{parts[-1]}"] = np.asarray(item[()])
 
         file.visititems(visit)
     return check_weights(found)

@@ -1,4 +1,4 @@
-"""What a user can mend ends in one line that says what is wrong, exit status 2, and nothing half-written."""
+"""Usage errors print one line, exit with status 2 and write nothing."""
 
 import sys
 
@@ -12,7 +12,7 @@ from experiments.training.store import RunStore
 
 
 def fails(monkeypatch, capsys, *arguments):
-    """Runs the command line in this process; the error that it prints."""
+    """Runs the command line in this process, and returns the error message."""
     monkeypatch.setattr(sys, "argv", ["experiments", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
         main()
@@ -34,36 +34,40 @@ def fails(monkeypatch, capsys, *arguments):
         ("compare --learning-rates fast", "--learning-rates"),
         ("study nope", "NAME must be one of greedylr,"),
         ("study greedylr --preset big", "--preset must be one of quick, full, got 'big'"),
-        ("study theory --cluster auto", "leave out --cluster"),
-        ("bench nope", "NAME must be one of"),
+        ("study theory --cluster auto", "--cluster"),
+        ("bench nope", "NAME must be one of arc, overhead, probing, published, sweep, got 'nope'"),
         ("arc train --epochs 0", "--epochs must be at least 1, got 0"),
-        ("arc evaluate --published nowhere.h5", "nowhere.h5"),
-        ("nope", "nope"),
+        ("arc evaluate --published nowhere.h5", "--published must be a file, got nowhere.h5"),
+        ("nope", "No such command 'nope'"),
     ],
 )
-def test_a_wrong_call_says_what_is_allowed(arguments, message, monkeypatch, capsys, tmp_path):
+def test_a_usage_error_names_the_option_and_the_allowed_values(
+    arguments, message, monkeypatch, capsys, tmp_path
+):
     monkeypatch.chdir(tmp_path)
     error = fails(monkeypatch, capsys, *arguments.split())
     assert message in " ".join(error.split())
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_made_is_named(monkeypatch, capsys, tmp_path):
+def test_a_folder_that_cannot_be_created_is_named(monkeypatch, capsys, tmp_path):
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "results"
     error = fails(monkeypatch, capsys, "compare", "--task", "quadratic-10", "--steps", 20, "--out", out)
     assert error == f"error: cannot write {out}/settings.json: Not a directory\n"
 
 
-def test_results_of_another_preset_are_no_results_of_this_one(monkeypatch, capsys, tmp_path):
+def test_results_of_another_preset_are_not_reused(monkeypatch, capsys, tmp_path):
     ran = []
 
-    def stage(name, place, left):
+    def stage(name, out_index, result):
+        """Replaces a stage by a function that only writes its last file."""
+
         def run(*arguments):
-            folder = arguments[place]
+            folder = arguments[out_index]
             ran.append(name)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / left).write_text("")
+            (folder / result).write_text("")
 
         monkeypatch.setattr(commands, name, run)
 
@@ -74,13 +78,14 @@ def test_results_of_another_preset_are_no_results_of_this_one(monkeypatch, capsy
     every = ["generate", "train", "select", "evaluate"]
     call = ("arc", "all", "--out", tmp_path, "--preset")
     monkeypatch.setattr(sys, "argv", ["experiments", *map(str, call), "tiny"])
-    for expected in (every, []):  # what is finished is not done again
+    for expected in (every, []):  # finished stages do not run again
         ran.clear()
         with pytest.raises(SystemExit):
             main()
         assert ran == expected
     error = fails(monkeypatch, capsys, *call, "quick")
-    assert error.startswith(f"error: {tmp_path} holds results that arc all --preset quick did not make")
+    expected = f"error: {tmp_path} holds results of another call than arc all --preset quick; pass --fresh"
+    assert error.startswith(expected)
     assert ran == [] and (tmp_path / "evaluation" / "report.html").exists()
     monkeypatch.setattr(sys, "argv", ["experiments", *map(str, call), "quick", "--fresh"])
     with pytest.raises(SystemExit):
@@ -88,18 +93,18 @@ def test_results_of_another_preset_are_no_results_of_this_one(monkeypatch, capsy
     assert ran == every
 
 
-def cut(path):
-    """Leaves the first half of a file."""
+def truncate(path):
+    """Removes the second half of a file."""
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
 
 
-def test_results_that_were_cut_are_not_gone_on_with(tmp_path):
+def test_a_run_store_does_not_resume_from_a_truncated_file(tmp_path):
     store = RunStore(tmp_path, {"steps": 1})
     store.append([{"seed": 0}])
     store.append([{"seed": 1}])
-    cut(tmp_path / "parts" / "000001.parquet")
-    with pytest.raises(UsageError, match=r"cannot go on from .*000001\.parquet: .*; give --fresh to drop"):
+    truncate(tmp_path / "parts" / "000001.parquet")
+    with pytest.raises(UsageError, match=r"000001\.parquet: .*--fresh"):
         RunStore(tmp_path, {"steps": 1}).rows()
     with pytest.raises(UsageError, match="000001"):
         RunStore(tmp_path, {"steps": 1}).finish()
@@ -107,22 +112,22 @@ def test_results_that_were_cut_are_not_gone_on_with(tmp_path):
     assert RunStore(tmp_path, {"steps": 1}, fresh=True).rows() is None
 
 
-def test_a_checkpoint_that_was_cut_is_not_gone_on_with(tmp_path):
+def test_a_training_does_not_resume_from_a_truncated_checkpoint(tmp_path):
     arrays = {"a": np.ones(1)}
     candidates = training.Candidates(*(arrays for _ in training.Candidates._fields))
     path = tmp_path / "unfinished.safetensors"
     checkpoint = training.Checkpoint(path, {"epochs": 1}, candidates, fresh=False)
     checkpoint.write(*checkpoint.read())
     checkpoint.read()
-    cut(path)
-    with pytest.raises(UsageError, match=r"cannot go on from .*unfinished\.safetensors: .*--fresh"):
+    truncate(path)
+    with pytest.raises(UsageError, match=r"unfinished\.safetensors: .*--fresh"):
         checkpoint.read()
 
 
 @pytest.mark.parametrize("content", [b"", b"no parquet", b"PAR1 cut"])
-def test_samples_that_are_none_are_refused(content, monkeypatch, capsys, tmp_path):
+def test_unreadable_samples_are_named_in_the_error(content, monkeypatch, capsys, tmp_path):
     samples = tmp_path / "runs.parquet"
     samples.write_bytes(content)
     error = fails(monkeypatch, capsys, "arc", "train", "--samples", samples, "--out", tmp_path / "out")
-    assert error.startswith(f"error: cannot read samples {samples}: make them with arc generate")
+    assert error.startswith(f"error: cannot read samples from {samples}; generate them with arc generate")
     assert not (tmp_path / "out").exists()

@@ -100,7 +100,7 @@ def test_the_range_test_suggests_the_best_rate_of_a_grid_within_a_factor_of_thre
             return jnp.mean(jax.lax.scan(body, params, batches)[1][-30:])
 
         first = jax.tree.map(lambda leaf: leaf[:100], batches)
-        return jax.lax.map(final_loss, grid), range_test(task.loss, params, first, min_value=1e-4)
+        return jax.lax.map(final_loss, grid), range_test(task.loss, params, first, min_learning_rate=1e-4)
 
     losses, results = jax.jit(lambda seeds: jax.lax.map(both, seeds))(SEEDS)
     for row in range(len(SEEDS)):

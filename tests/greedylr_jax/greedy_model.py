@@ -1,9 +1,9 @@
-"""GreedyLR as plain Python on NumPy scalars: what the compiled rule is compared with.
+"""GreedyLR in plain Python on NumPy scalars, as an independent model of the compiled rule.
 
 Written from the description of both algorithms, not from the library's code, with the documented
-departures: non-finite values count as worse and enter nothing, relative thresholds keep their sense
-below zero, an increase multiplies by the rounded reciprocal of the factor, and the least rate is the
-smallest normal number.
+departures: non-finite values count as worse and are not averaged, relative thresholds are margins on the
+better side for negative losses too, an increase multiplies by the rounded reciprocal of the factor, and the
+minimum rate is at least the smallest normal number.
 """
 
 import math
@@ -108,13 +108,13 @@ class GreedyModel:
             if self.reset_at_min is not None and self.rate <= self.min_rate:
                 self.countdown -= 1
                 if self.countdown == 0:
-                    self._restart()
+                    self._reset()
             self.cooling = self.cooldown
         assert not (raised and lowered)
         if self.reset_after is not None and self.observations > self.reset_after:
-            self._restart()
+            self._reset()
 
-    def _restart(self) -> None:
+    def _reset(self) -> None:
         self.rate, self.best = self.initial, self.worst_possible
         self.good = self.bad = self.cooling = self.warming = self.observations = 0
         self.countdown, self.values = self.reset_at_min, []

@@ -1,4 +1,4 @@
-"""The tables of rules that the tests of carriers, wrappers, checkpoints and dtypes sweep."""
+"""Tables of all rules, which the tests of adapters, wrappers, checkpoints and dtypes run over."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -17,7 +17,7 @@ BASE_RATE = 0.125  # a power of two: base rate times scale is then exact, as is 
 
 
 class RuleCase(NamedTuple):
-    """One rule in both carriers; both take ``every`` and ``axis_name``."""
+    """One rule in both adapters; both take ``every`` and ``axis_name``."""
 
     name: str
     transformation: Callable[..., greedylr_jax.GradientTransformationExtraLoss]
@@ -26,11 +26,11 @@ class RuleCase(NamedTuple):
 
 
 def _greedy(name: str, **settings) -> RuleCase:
-    bounds = {"min_value": BASE_RATE / 16, "max_value": BASE_RATE * 16}
+    bounds = {"min_learning_rate": BASE_RATE / 16, "max_learning_rate": BASE_RATE * 16}
     return RuleCase(
         name,
-        lambda **carrier: greedylr_jax.greedy_lr(min_scale=1 / 16, max_scale=16.0, **settings, **carrier),
-        lambda **carrier: greedylr_jax.greedy_lr_schedule(BASE_RATE, **bounds, **settings, **carrier),
+        lambda **adapter: greedylr_jax.greedy_lr(min_scale=1 / 16, max_scale=16.0, **settings, **adapter),
+        lambda **adapter: greedylr_jax.greedy_lr_schedule(BASE_RATE, **bounds, **settings, **adapter),
     )
 
 
@@ -59,27 +59,27 @@ def _toggle() -> greedylr_jax.Rule:
     return greedylr_jax.Rule(init, update, "toggle")
 
 
-RULES = [
+SCALE_RULES = [
     _greedy("greedy-reference", factor=0.5, patience=1, window=4, cooldown=1, reset_at_min=3),
     _greedy("greedy-paper", factor=0.5, patience=1, window=4, algorithm="paper", reset_after=17),
     _greedy("greedy-no-window", factor=0.75, patience=0, window=None, threshold_mode="rel"),
     RuleCase(
         "trend",
-        lambda **carrier: greedylr_jax.trend_lr(window=4, min_scale=1 / 16, max_scale=16.0, **carrier),
-        lambda **carrier: greedylr_jax.trend_lr_schedule(
-            BASE_RATE, window=4, min_value=BASE_RATE / 16, max_value=BASE_RATE * 16, **carrier
+        lambda **adapter: greedylr_jax.trend_lr(window=4, min_scale=1 / 16, max_scale=16.0, **adapter),
+        lambda **adapter: greedylr_jax.trend_lr_schedule(
+            BASE_RATE, window=4, min_learning_rate=BASE_RATE / 16, max_learning_rate=BASE_RATE * 16, **adapter
         ),
     ),
     RuleCase(
         "arc",
-        lambda **carrier: arc(steps_per_cycle=4, **carrier),
-        lambda **carrier: arc_schedule(BASE_RATE, steps_per_cycle=4, **carrier),
+        lambda **adapter: arc(steps_per_cycle=4, **adapter),
+        lambda **adapter: arc_schedule(BASE_RATE, steps_per_cycle=4, **adapter),
         (0.0, np.inf),
     ),
     RuleCase(
         "own-rule",
-        lambda **carrier: greedylr_jax.scale_by_rule(_toggle(), **carrier),
-        lambda **carrier: greedylr_jax.schedule_by_rule(_toggle(), BASE_RATE, **carrier),
+        lambda **adapter: greedylr_jax.scale_by_rule(_toggle(), **adapter),
+        lambda **adapter: greedylr_jax.schedule_by_rule(_toggle(), BASE_RATE, **adapter),
     ),
 ]
 
@@ -88,7 +88,7 @@ def rule_parameters() -> list:
     """The rules as parameters of a test; ARC's network takes seconds to compile, each time."""
     return [
         pytest.param(case, id=case.name, marks=pytest.mark.slow if case.name == "arc" else [])
-        for case in RULES
+        for case in SCALE_RULES
     ]
 
 
@@ -103,27 +103,31 @@ def crossed(rows: Iterable[str], columns: Iterable[str]) -> list:
     ]
 
 
-# Optimizers that keep their own rates, for parameters {"w": ..., "b": ...}.
-OWN_RATES = {
-    "hypergradient-global": greedylr_jax.hypergradient(optax.trace(0.9), 0.01, 1e-3),
+# Optimizers with their own learning rate, for parameters {"w": ..., "b": ...}.
+RATE_OPTIMIZERS = {
+    "hypergradient-global": greedylr_jax.hypergradient(optax.sgd(1.0, momentum=0.9), 0.01, 1e-3),
     "hypergradient-group": greedylr_jax.hypergradient(
-        optax.trace(0.9), 0.01, 1e-3, granularity="group", param_labels={"w": "weights", "b": "bias"}
+        optax.sgd(1.0, momentum=0.9),
+        0.01,
+        1e-3,
+        granularity="group",
+        param_labels={"w": "weights", "b": "bias"},
     ),
     "hypergradient-parameter": greedylr_jax.hypergradient(
-        optax.trace(0.9), 0.01, 1e-3, granularity="parameter"
+        optax.sgd(1.0, momentum=0.9), 0.01, 1e-3, granularity="parameter"
     ),
     "hypergradient-multiplicative": greedylr_jax.hypergradient(
-        optax.scale_by_adam(), 0.01, 0.05, mode="multiplicative"
+        optax.adam(1.0), 0.01, 0.05, mode="multiplicative"
     ),
     "lr_tuner-fit": greedylr_jax.lr_tuner(
-        optax.trace(0.9), 0.01, explore_steps=20, recompute_every=3, saturation_threshold=1.0
+        optax.sgd(1.0, momentum=0.9), 0.01, explore_steps=20, recompute_every=3, saturation_threshold=1.0
     ),
     "lr_tuner-taylor": greedylr_jax.lr_tuner(
-        optax.scale_by_adam(), 0.01, explore_steps=20, recompute_every=3, method="taylor", rollback=False
+        optax.adam(1.0), 0.01, explore_steps=20, recompute_every=3, method="taylor", rollback=False
     ),
-    "auto_lr": greedylr_jax.auto_lr(optax.identity(), 0.01, ramp_steps=30),
+    "auto_lr": greedylr_jax.auto_lr(optax.sgd(1.0), 0.01, ramp_steps=30),
     "with_rollback": greedylr_jax.with_rollback(
-        greedylr_jax.hypergradient(optax.trace(0.9), 0.01, 1e-3), window=5, patience=5
+        greedylr_jax.hypergradient(optax.sgd(1.0, momentum=0.9), 0.01, 1e-3), window=5, patience=5
     ),
     "factor_polling": optax.chain(
         optax.sgd(0.01, momentum=0.9), greedylr_jax.factor_polling(every=3, sharpness=3.0)

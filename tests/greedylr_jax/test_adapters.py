@@ -1,4 +1,4 @@
-"""What every rule promises in every carrier, swept over the table of rules."""
+"""The guarantees of every rule in both adapters, tested over the table of rules."""
 
 from typing import NamedTuple
 
@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from absl.testing import parameterized
 from jax.sharding import PartitionSpec
 
 import greedylr_jax
 from greedylr_jax import _numerics
-from tests.greedylr_jax.rules import BASE_RATE, RULES, losses, rule_parameters, scales
+from tests.greedylr_jax.rules import BASE_RATE, RATE_OPTIMIZERS, SCALE_RULES, losses, rule_parameters, scales
 
 PARAMS = {"w": jnp.arange(6.0).reshape(2, 3) / 8, "b": jnp.ones(3) / 4}
 GRADS = {"w": jnp.ones((2, 3)) / 2, "b": -jnp.arange(3.0)}
@@ -20,9 +21,9 @@ GRADS = {"w": jnp.ones((2, 3)) / 2, "b": -jnp.arange(3.0)}
 every_rule = pytest.mark.parametrize("case", rule_parameters())
 
 
-def with_rule(case, carrier, inner=optax.sgd, **options):
-    """The rule around an optimizer, in the named carrier."""
-    if carrier == "schedule":
+def with_rule(case, adapter, inner=optax.sgd, **options):
+    """The rule around an optimizer, in the named adapter."""
+    if adapter == "schedule":
         return optax.inject_hyperparams(inner)(learning_rate=case.schedule(**options))
     return optax.chain(inner(BASE_RATE), case.transformation(**options))
 
@@ -45,9 +46,9 @@ def test_the_rule_moves_both_ways_on_the_test_losses(case):
 
 
 @every_rule
-@pytest.mark.parametrize("carrier", ["transformation", "schedule"])
-def test_eager_jit_and_scan_agree_bit_for_bit(case, carrier):
-    tx, values = with_rule(case, carrier), losses(40)
+@pytest.mark.parametrize("adapter", ["transformation", "schedule"])
+def test_eager_jit_and_scan_agree_bit_for_bit(case, adapter):
+    tx, values = with_rule(case, adapter), losses(40)
     stepped = train(tx, values)
     eager = train(tx, values[:6], step=tx.update)
     np.testing.assert_array_equal(eager[1], stepped[1][:6])
@@ -66,8 +67,34 @@ def test_eager_jit_and_scan_agree_bit_for_bit(case, carrier):
     chex.assert_trees_all_equal(state, stepped[2])
 
 
+class TestVariants(chex.TestCase):
+    """Every optimizer with and without ``jit``: the same structure, dtypes and numbers."""
+
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.named_parameters(
+        [(case.name, with_rule(case, "transformation")) for case in SCALE_RULES if case.name != "arc"]
+        + list(RATE_OPTIMIZERS.items())
+    )
+    def test_a_step_gives_the_same_in_every_variant(self, tx):
+        tx = optax.with_extra_args_support(tx)
+
+        def value_fn(params):
+            return sum(jnp.sum((leaf - 0.25) ** 2) for leaf in jax.tree.leaves(params))
+
+        def step(params, state, value):
+            updates, state = tx.update(GRADS, state, params, value=value, value_fn=value_fn)
+            return optax.apply_updates(params, updates), state
+
+        variant, expected = self.variant(step), jax.jit(step)
+        got = wanted = (PARAMS, tx.init(PARAMS))
+        for value in losses(3):
+            got, wanted = variant(*got, value), expected(*wanted, value)
+            chex.assert_trees_all_equal_shapes_and_dtypes(got, wanted)
+            chex.assert_trees_all_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
 @every_rule
-def test_both_carriers_agree_on_timing_to_the_bit(case):
+def test_both_adapters_agree_on_timing_to_the_bit(case):
     values = losses()
     params, rates, _ = train(with_rule(case, "transformation"), values)
     schedule_params, schedule_rates, state = train(with_rule(case, "schedule"), values)
@@ -103,21 +130,21 @@ def test_state_is_float32_and_updates_keep_bfloat16(case):
 
 
 @every_rule
-@pytest.mark.parametrize("carrier", ["transformation", "schedule"])
-def test_state_is_float64_with_x64(case, carrier):
+@pytest.mark.parametrize("adapter", ["transformation", "schedule"])
+def test_state_is_float64_with_x64(case, adapter):
     with jax.enable_x64(True):
         params = {"w": jnp.ones(3, jnp.float32)}
-        tx = with_rule(case, carrier)
+        tx = with_rule(case, adapter)
         state = tx.init(params)
         updates, after = jax.jit(tx.update)(params, state, params, value=0.5)
         chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
         assert greedylr_jax.get_scale(after).dtype == jnp.float64
-        if carrier == "transformation":
+        if adapter == "transformation":
             assert updates["w"].dtype == jnp.float32
 
 
 @every_rule
-def test_bad_losses_count_as_worse_and_poison_nothing(case):
+def test_bad_losses_count_as_worse_and_do_not_propagate(case):
     tx = case.transformation()
     storm = np.array([np.nan, np.inf, -np.inf] * 20, np.float32)
     values = np.concatenate([losses(32), storm, losses(64, seed=1)])
@@ -191,9 +218,9 @@ def test_a_step_known_to_have_no_value_needs_none(case):
 
 
 @every_rule
-@pytest.mark.parametrize("carrier", ["transformation", "schedule"])
-def test_a_compiled_step_moves_nothing_between_host_and_device(case, carrier):
-    tx = with_rule(case, carrier, inner=optax.adamw)
+@pytest.mark.parametrize("adapter", ["transformation", "schedule"])
+def test_a_compiled_step_moves_nothing_between_host_and_device(case, adapter):
+    tx = with_rule(case, adapter, inner=optax.adamw)
     state, value = tx.init(PARAMS), jnp.float32(0.5)
     with jax.transfer_guard("disallow"):
         step = jax.jit(tx.update)
@@ -229,9 +256,9 @@ def test_vmapping_equals_looping_bit_for_bit(case):
 
 
 @every_rule
-@pytest.mark.parametrize("carrier", ["transformation", "schedule"])
-def test_state_may_be_donated(case, carrier):
-    tx = with_rule(case, carrier)
+@pytest.mark.parametrize("adapter", ["transformation", "schedule"])
+def test_state_may_be_donated(case, adapter):
+    tx = with_rule(case, adapter)
     step = jax.jit(tx.update, donate_argnums=1)
     state = tx.init(PARAMS)
     for value in losses(3):
@@ -240,9 +267,9 @@ def test_state_may_be_donated(case, carrier):
 
 
 @every_rule
-@pytest.mark.parametrize("carrier", ["transformation", "schedule"])
-def test_strict_dtype_promotion(case, carrier):
-    if carrier == "schedule":
+@pytest.mark.parametrize("adapter", ["transformation", "schedule"])
+def test_strict_dtype_promotion(case, adapter):
+    if adapter == "schedule":
         run = case.schedule(every=2).update
         state = case.schedule(every=2).init()
     else:
@@ -299,7 +326,7 @@ REDUCED = "Reduce it first: tx.update(grads, opt_state, params, value=jnp.mean(l
 NO_SCALAR = f"greedy_lr: value must be a real scalar loss, as in {RIGHT_CALL}"
 
 
-@pytest.mark.parametrize("carrier", ["transformation", "schedule"])
+@pytest.mark.parametrize("adapter", ["transformation", "schedule"])
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
@@ -326,8 +353,8 @@ NO_SCALAR = f"greedy_lr: value must be a real scalar loss, as in {RIGHT_CALL}"
     ],
     ids=["missing", "vector", "one element", "string", "complex", "bool"],
 )
-def test_a_wrong_value_shows_the_right_call(carrier, value, error, message):
-    tx = with_rule(RULES[0], carrier)
+def test_a_wrong_value_shows_the_right_call(adapter, value, error, message):
+    tx = with_rule(SCALE_RULES[0], adapter)
     state = tx.init(PARAMS)
     arguments = {} if value is None else {"value": value}
     with pytest.raises(error) as raised:
@@ -340,7 +367,7 @@ def test_a_wrong_value_shows_the_right_call(carrier, value, error, message):
     [
         (greedylr_jax.greedy_lr(), "greedy_lr"),
         (greedylr_jax.trend_lr(), "trend_lr"),
-        (RULES[-1].transformation(), "toggle"),
+        (SCALE_RULES[-1].transformation(), "toggle"),
         (greedylr_jax.scale_by_rule(greedylr_jax.Rule(init=_Held, update=lambda state, _: state)), "rule"),
     ],
     ids=lambda each: each if isinstance(each, str) else "",
@@ -352,7 +379,7 @@ def test_a_missing_value_names_the_rule(tx, name):
 
 @pytest.mark.parametrize("value", [1, np.float64(1.0), np.int32(1), jnp.float16(1.0), 1.0])
 def test_any_real_scalar_is_a_value(value):
-    tx = RULES[0].transformation()
+    tx = SCALE_RULES[0].transformation()
     _, state = tx.update(None, tx.init(None), value=value)
     assert state.rule.scale.dtype == jnp.float32
 
@@ -370,7 +397,7 @@ def test_every_fourth_loss_the_rule_sees_the_mean_of_four(every):
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, True, "2", None])
 def test_every_out_of_range(every):
-    for case in RULES[:1]:
+    for case in SCALE_RULES[:1]:
         with pytest.raises(ValueError, match=r"every must be an integer in \[1, "):
             case.transformation(every=every)
         with pytest.raises(ValueError, match="every must be"):
@@ -385,14 +412,14 @@ def test_schedule_start_out_of_range(init_value):
 
 
 def test_the_scale_is_applied_in_float32_and_rounded_once():
-    """5 / 0.95 is nearest to 5.25; with the scale rounded to bfloat16 first it comes out as 5.28125."""
+    """5 / 0.95 is nearest to 5.25; with the scale rounded to bfloat16 first it is 5.28125."""
     tx = greedylr_jax.greedy_lr(patience=0, window=None)
     updates, _ = tx.update(jnp.full((), 5.0, jnp.bfloat16), tx.init(None), value=1.0)
     assert updates == 5.25
     assert jnp.bfloat16(5.0) * jnp.bfloat16(1 / 0.95) == 5.28125
 
 
-def test_a_number_takes_the_shape_and_the_dtype_of_the_array_that_it_stands_in_for():
+def test_where_broadcasts_a_number_to_the_other_operand():
     condition, counts = jnp.array([True, False]), jnp.array([3, 4], jnp.int8)
     for got, expected in (
         (_numerics.where(condition, counts, -1), [3, -1]),

@@ -56,7 +56,7 @@ def test_chain_has_the_state_of_the_right_order():
 
 
 def test_plain_optax_order_would_not_control_the_rate():
-    """The trap that chain is for: with Adam the two orders differ, and the wrong one hardly moves."""
+    """With Adam the two orders differ: in the wrong one the rule has hardly any effect."""
     expected, _ = trajectory(RIGHT_ORDER)
     wrong, _ = trajectory(optax.chain(greedy_lr(**RULE), optax.adamw(1e-3)))
     assert not np.allclose(wrong["w"][-1], expected["w"][-1], rtol=1e-3)
@@ -89,7 +89,7 @@ def test_chain_rejects_what_is_no_transformation(argument):
     )
 
 
-SCHEDULE = greedy_lr_schedule(1e-3, min_value=1e-4, max_value=1e-2)
+SCHEDULE = greedy_lr_schedule(1e-3, min_learning_rate=1e-4, max_learning_rate=1e-2)
 IN_CONTROL = SAME_AS_RIGHT_ORDER | {
     "right order": RIGHT_ORDER,
     "schedule": optax.inject_hyperparams(optax.adamw)(learning_rate=SCHEDULE),
@@ -120,7 +120,7 @@ NOT_IN_CONTROL = {
         {"w": RIGHT_ORDER, "b": optax.chain(greedy_lr(), optax.adam(0.1))}, {"w": "w", "b": "b"}
     ),
     "wrong hyperparameter": optax.inject_hyperparams(optax.adamw)(
-        learning_rate=1e-3, eps=greedy_lr_schedule(1e-8, min_value=1e-9, max_value=1e-7)
+        learning_rate=1e-3, eps=greedy_lr_schedule(1e-8, min_learning_rate=1e-9, max_learning_rate=1e-7)
     ),
 }
 
@@ -131,12 +131,12 @@ def test_a_rule_in_control_passes(name):
 
 
 @pytest.mark.parametrize("name", NOT_IN_CONTROL)
-def test_a_rule_that_is_not_in_control_is_told_where_to_go(name):
+def test_a_rule_that_is_not_in_control_is_an_error_with_the_right_order(name):
     with pytest.raises(AssertionError, match=r"opt_state.*Put it after the optimizer.*greedylr_jax.chain"):
         assert_controls_learning_rate(NOT_IN_CONTROL[name], PARAMS)
 
 
-def test_a_transformation_without_a_rule_is_told_to_add_one():
+def test_a_transformation_without_a_rule_is_an_error():
     with pytest.raises(AssertionError, match="holds no learning-rate rule"):
         assert_controls_learning_rate(optax.adamw(1e-3), PARAMS)
 

@@ -11,7 +11,7 @@ import pytest
 
 import greedylr_jax
 from greedylr_jax.checkpoint import check_restorable
-from tests.greedylr_jax.rules import BASE_RATE, OWN_RATES, RULES, losses
+from tests.greedylr_jax.rules import BASE_RATE, RATE_OPTIMIZERS, SCALE_RULES, losses
 
 PARAMS = {"w": jnp.linspace(-1.0, 1.0, 6), "b": jnp.zeros(2)}
 
@@ -38,18 +38,18 @@ def make_run(tx):
     return run
 
 
-def with_rule(case, carrier):
-    if carrier == "schedule":
+def with_rule(case, adapter):
+    if adapter == "schedule":
         return optax.inject_hyperparams(optax.adam)(learning_rate=case.schedule(every=2))
     return optax.chain(optax.adam(BASE_RATE), case.transformation(every=2))
 
 
-# Every rule, in each of its carriers.
+# Every rule, in each of its adapters.
 OPTIMIZERS = {
-    f"{case.name}-{carrier}": with_rule(case, carrier)
-    for case in RULES
-    for carrier in ("transformation", "schedule")
-} | OWN_RATES
+    f"{case.name}-{adapter}": with_rule(case, adapter)
+    for case in SCALE_RULES
+    for adapter in ("transformation", "schedule")
+} | RATE_OPTIMIZERS
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,9 @@ def test_another_window_is_a_clear_error(saved, window, other):
     metadata = saved(opt_state(window))
     check_restorable(metadata, opt_state(window))
     shapes = rf"float32\[{window or 1}\] saved, float32\[{other or 1}\] expected"
-    with pytest.raises(ValueError, match=rf"opt_state.1.rule.history: {shapes} \(the window of the rule"):
+    with pytest.raises(
+        ValueError, match=rf"opt_state.1.rule.history.values: {shapes} \(the window of the rule"
+    ):
         check_restorable(metadata, opt_state(other))
 
 
@@ -107,15 +109,14 @@ def test_a_field_of_another_version_is_named(saved):
 
     class OlderState(NamedTuple):
         scale: jax.Array
-        num_good: jax.Array
-        num_bad: jax.Array
+        streak: jax.Array
 
-    older = state._replace(rule=OlderState(state.rule.scale, jnp.int32(0), jnp.int32(0)))
+    older = state._replace(rule=OlderState(state.rule.scale, jnp.int32(0)))
     metadata = saved(older._asdict())
     with pytest.raises(ValueError, match=r"rule.best_value: nothing saved, float32") as error:
         check_restorable(metadata, state._asdict())
     assert "and " in str(error.value) and "more" in str(error.value)
-    with pytest.raises(ValueError, match=r"fit: num_bad: int32\[\] saved, nothing expected"):
+    with pytest.raises(ValueError, match=r"fit: streak: int32\[\] saved, nothing expected"):
         check_restorable(older.rule, {"scale": state.rule.scale})
 
 

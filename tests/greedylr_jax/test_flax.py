@@ -23,8 +23,8 @@ def mean_square(model, x, y):
     return jnp.mean((model(x) - y) ** 2)
 
 
-def optimizer(case, carrier):
-    if carrier == "schedule":
+def optimizer(case, adapter):
+    if adapter == "schedule":
         return optax.inject_hyperparams(optax.adam)(learning_rate=case.schedule())
     return optax.chain(optax.adam(BASE_RATE), case.transformation())
 
@@ -46,14 +46,14 @@ def _optax_step(loss_fn, params, tx, state):
 
 
 @every_rule
-@pytest.mark.parametrize("carrier", ["transformation", "schedule"])
-def test_an_nnx_optimizer_trains_as_plain_optax_does(case, carrier):
+@pytest.mark.parametrize("adapter", ["transformation", "schedule"])
+def test_an_nnx_optimizer_trains_as_plain_optax_does(case, adapter):
     model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
     graph, params = nnx.split(model)
     expected, expected_rates = optax_run(
-        lambda params: mean_square(nnx.merge(graph, params), X, Y), params, optimizer(case, carrier), 12
+        lambda params: mean_square(nnx.merge(graph, params), X, Y), params, optimizer(case, adapter), 12
     )
-    nnx_optimizer = nnx.Optimizer(model, optimizer(case, carrier), wrt=nnx.Param)
+    nnx_optimizer = nnx.Optimizer(model, optimizer(case, adapter), wrt=nnx.Param)
 
     @nnx.jit
     def step(model, nnx_optimizer):

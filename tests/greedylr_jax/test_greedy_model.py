@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 import greedylr_jax
 from tests.greedylr_jax.greedy_model import GreedyModel
 
-LENGTH = 48  # one compilation serves all examples of a window
-WINDOWS = [None, 3, 8, 21]  # 21 is of two whole blocks and a short one
-NEVER = 2**31 - 1  # one program then serves runs with and without resets
+LENGTH = 48  # the same for all: one compilation per window
+WINDOWS = [None, 3, 8, 21]  # 21: two whole blocks and five more values
+NEVER = 2**31 - 1  # in place of None: one program for runs with and without resets
 NOT_FINITE = [math.nan, math.inf, -math.inf]
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow", "ignore:underflow")
@@ -42,8 +42,8 @@ def run_rule(losses, init_value, numbers, *, window, mode, threshold_mode, algor
 def cases(draw):
     window = draw(st.sampled_from(WINDOWS))
     if window is None:
-        # Nothing is averaged, so every float32 must be handled exactly, but for those near the subnormal
-        # range, which XLA flushes to zero and NumPy does not.
+        # Nothing is averaged, so every float32 must be handled exactly, except near the subnormal range:
+        # XLA flushes subnormal numbers to zero, NumPy does not.
         finite = st.floats(-1e4, 1e4, width=32).map(lambda x: x if abs(x) > 1e-30 else 0.0)
     else:
         # Multiples of 1/64 in [-64, 64]: sums over the window are exact in any order.
@@ -65,8 +65,8 @@ def cases(draw):
         threshold=draw(st.sampled_from([0.0, 1e-6, 2.0**-6, 0.5, 1.0, 2.0])),
         cooldown=draw(st.integers(0, 4)),
         warmup=draw(st.integers(0, 4)),
-        min_value=floor,
-        max_value=draw(st.sampled_from([0.1, 0.25, 8.0])),
+        min_learning_rate=floor,
+        max_learning_rate=draw(st.sampled_from([0.1, 0.25, 8.0])),
     )
     if reference:
         numbers["eps"] = draw(st.sampled_from([0.0, 1e-4, 0.05]))
@@ -86,7 +86,15 @@ def cases(draw):
 
 TO_ZERO = dict(
     losses=[0.0] * LENGTH,
-    numbers=dict(factor=0.1, patience=0, threshold=0.0, cooldown=0, warmup=0, min_value=0.0, max_value=0.1),
+    numbers=dict(
+        factor=0.1,
+        patience=0,
+        threshold=0.0,
+        cooldown=0,
+        warmup=0,
+        min_learning_rate=0.0,
+        max_learning_rate=0.1,
+    ),
     resets={"reset_after": None},
     window=None,
     mode="min",
@@ -115,8 +123,8 @@ def compare(case):
     model = GreedyModel(
         rate=init_value,
         **{name: numbers[name] for name in ("factor", "patience", "threshold", "cooldown", "warmup")},
-        min_rate=numbers["min_value"],
-        max_rate=numbers["max_value"],
+        min_rate=numbers["min_learning_rate"],
+        max_rate=numbers["max_learning_rate"],
         reset_at_min=resets.get("reset_at_min"),
         reset_after=resets["reset_after"],
         eps=numbers.get("eps", 0.0),

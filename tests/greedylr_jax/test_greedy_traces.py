@@ -43,7 +43,7 @@ def static_settings(trace):
 def numeric_settings(trace):
     config = trace["config"]
     numbers = {name: config[name] for name in ("factor", "patience", "threshold", "cooldown", "warmup")}
-    numbers |= {"min_value": config["min_lr"], "max_value": config["max_lr"]}
+    numbers |= {"min_learning_rate": config["min_lr"], "max_learning_rate": config["max_lr"]}
     if trace["algorithm"] == "reference":
         numbers |= {"eps": config["eps"], "reset_at_min": config["reset_start"]}
     elif config["reset"]:
@@ -62,10 +62,10 @@ def rule_history(static, numbers, init_value, metrics):
 
 
 def steps_to_compare(trace):
-    """All steps, but for the departure from the source that the module greedy documents.
+    """All steps, except for a documented departure from the source.
 
     The source writes a relative threshold as best * (1 - threshold), which puts the bound on the worse
-    side of a negative best; the runs part where the best value first falls below zero.
+    side of a negative best; the runs differ from the first negative best value on.
     """
     config = trace["config"]
     if config.get("threshold_mode") == "rel" and config["threshold"] > 0:
@@ -110,9 +110,9 @@ def assert_equal_bits(history, trace):
     ids=lambda trace: f"{trace['algorithm']}-{trace['id']}",
 )
 def test_known_settings_equal_the_trace_bit_for_bit(trace):
-    """With settings that the compiler knows: other code is compiled than for traced ones."""
+    """With constant settings, for which the compiled program differs from that for traced ones."""
     static, numbers = static_settings(trace), numeric_settings(trace)
-    if not in_bounds(trace):  # a departure: an error where the source lets the rate drift back
+    if not in_bounds(trace):  # a departure: an error; in the source the rate drifts back
         with pytest.raises(ValueError, match="init_value"):
             greedylr_jax.greedy_lr_schedule(trace["init_lr"], **static, **numbers)
         return
@@ -146,7 +146,7 @@ def run_group(traces):
 
 
 def with_slow_full_set(traces):
-    """Parameters of a test: the fixtures by default, the full set where slow tests are asked for."""
+    """Parameters of a test: the fixtures by default, the full set with slow tests."""
     return [
         pytest.param(
             group,

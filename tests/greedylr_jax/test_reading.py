@@ -10,7 +10,7 @@ from greedylr_jax import get_learning_rate, get_scale, greedy_lr, greedy_lr_sche
 PARAMS = {"encoder": jnp.ones(2), "decoder": jnp.ones(3)}
 # With patience 0 the first loss already raises the rate: scale 2 for the rule, 4 for the schedule.
 RULE = greedy_lr(factor=0.5, patience=0)
-SCHEDULE = greedy_lr_schedule(0.25, min_value=0.025, max_value=2.5, factor=0.25, patience=0)
+SCHEDULE = greedy_lr_schedule(0.25, min_learning_rate=0.025, max_learning_rate=2.5, factor=0.25, patience=0)
 
 
 def state_after_one_step(tx):
@@ -38,7 +38,7 @@ def test_the_scale_is_found_in_any_nesting(name):
     assert jax.jit(get_scale)(state) == 2.0
 
 
-def test_a_schedule_knows_its_own_rate():
+def test_the_rate_of_a_schedule_is_in_its_state():
     state = state_after_one_step(optax.inject_hyperparams(optax.adamw)(learning_rate=SCHEDULE))
     assert get_learning_rate(state) == state.hyperparams["learning_rate"] == 1.0
     assert get_scale(state) == 4.0
@@ -99,7 +99,7 @@ def test_metrics_are_flat_scalars(partitioned):
         assert value.shape == ()
 
 
-def test_metrics_tell_two_rules_of_one_chain_apart():
+def test_metrics_number_two_rules_of_one_chain():
     read = metrics(state_after_one_step(optax.chain(optax.sgd(1.0), RULE, greedy_lr())))
     assert read["scale"] == 2.0
     assert read["1/scale"] == 1.0

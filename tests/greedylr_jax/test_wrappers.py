@@ -1,4 +1,4 @@
-"""Every rule inside every Optax wrapper, in both carriers: it sees the losses that it should."""
+"""Every rule inside every Optax wrapper, in both adapters: it sees the losses that it should."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import greedylr_jax
-from tests.greedylr_jax.rules import BASE_RATE, RULES, losses, scales
+from tests.greedylr_jax.rules import BASE_RATE, SCALE_RULES, losses, scales
 
 PARAMS = {"w": jnp.linspace(-1.0, 1.0, 4), "b": jnp.ones(2)}
 LABELS = {"w": "weights", "b": "bias"}
@@ -56,31 +56,31 @@ WRAPPERS = {
 }
 
 
-def optimizer(case, carrier):
-    if carrier == "schedule":
+def optimizer(case, adapter):
+    if adapter == "schedule":
         return optax.inject_hyperparams(optax.sgd)(learning_rate=case.schedule())
     return optax.chain(optax.sgd(BASE_RATE), case.transformation())
 
 
-def marks(number, place, carrier):
-    """By default the first rule goes through every wrapper, in both carriers, and others through a third."""
+def marks(number, place, adapter):
+    """By default the first rule goes through every wrapper, in both adapters, and others through a third."""
     # What differs from rule to rule is little here, and ARC's network takes seconds to compile.
-    is_default = carrier == "transformation" and RULES[number].name not in ("arc", "trend")
+    is_default = adapter == "transformation" and SCALE_RULES[number].name not in ("arc", "trend")
     return [] if number == 0 or (is_default and (place - number) % 3 == 0) else pytest.mark.slow
 
 
 COMBINATIONS = [
-    pytest.param(case, name, carrier, id=f"{case.name}-{name}-{carrier}", marks=marks(number, place, carrier))
-    for number, case in enumerate(RULES)
+    pytest.param(case, name, adapter, id=f"{case.name}-{name}-{adapter}", marks=marks(number, place, adapter))
+    for number, case in enumerate(SCALE_RULES)
     for place, name in enumerate(WRAPPERS)
-    for carrier in ("transformation", "schedule")
+    for adapter in ("transformation", "schedule")
 ]
 
 
-@pytest.mark.parametrize(("case", "name", "carrier"), COMBINATIONS)
-def test_the_rule_sees_its_losses_in_every_wrapper(case, name, carrier):
+@pytest.mark.parametrize(("case", "name", "adapter"), COMBINATIONS)
+def test_the_rule_sees_its_losses_in_every_wrapper(case, name, adapter):
     wrapper = WRAPPERS[name]
-    tx = wrapper.wrap(optimizer(case, carrier))
+    tx = wrapper.wrap(optimizer(case, adapter))
 
     def body(carry, value):
         params, state = carry
@@ -99,7 +99,7 @@ def test_the_rule_sees_its_losses_in_every_wrapper(case, name, carrier):
     assert not np.array_equal(params["w"], PARAMS["w"])
 
 
-@pytest.mark.parametrize("case", RULES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", SCALE_RULES, ids=lambda case: case.name)
 def test_a_rule_multiplies_a_warmup_schedule(case):
     warmup = optax.warmup_cosine_decay_schedule(0.0, BASE_RATE, 10, len(VALUES))
     tx = optax.chain(optax.sgd(warmup), case.transformation())
@@ -166,7 +166,7 @@ def test_multi_steps_follows_a_schedule_of_accumulation():
 
 
 def test_armijo_line_search_stands_beside_a_rule():
-    """Optax's own backtracking search, the stochastic line search of the papers, needs no carrier."""
+    """Optax's own backtracking search, the stochastic line search of the papers, needs no adapter."""
 
     def loss_fn(params):
         return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))

@@ -1,4 +1,4 @@
-"""Samples for ARC: rounds and branches step by step, labels, the plan, and resumption."""
+"""Samples for ARC: rounds and branches step by step, labels, the plan, and resuming."""
 
 import functools
 
@@ -34,7 +34,7 @@ def linear_task():
 
 
 def step_by_step(task, make_optimizer, training):
-    """Section 3.2, one training step after the other; the random numbers are drawn as the program does."""
+    """Section 3.2 as a Python loop over training steps, with the random numbers of the compiled program."""
     init_key, run_key = jax.random.split(jax.random.key(training.seed))
     keys = iter(jax.random.split(run_key, 4 * ROUNDS + 1))
     train, test = (jax.tree.map(jnp.asarray, examples) for examples in (task.train, task.test))
@@ -75,7 +75,7 @@ def step_by_step(task, make_optimizer, training):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", pytest.param("adam", marks=pytest.mark.slow)])
-def test_rounds_and_branches_are_those_of_the_paper(optimizer, monkeypatch):
+def test_rounds_and_branches_equal_a_step_by_step_implementation(optimizer, monkeypatch):
     monkeypatch.setattr(module, "EPOCH_STEPS", 3)
     task, training = linear_task(), Training(seed=4, learning_rate=0.05, epochs=2)
     program = jax.jit(functools.partial(train_rounds, task, OPTIMIZERS[optimizer]))
@@ -95,20 +95,20 @@ def test_rounds_and_branches_are_those_of_the_paper(optimizer, monkeypatch):
 @pytest.mark.parametrize(
     ("branches", "drawn", "repeated", "label"),
     [
-        ((0.1, 0.2, 0.3), 0, 0.15, 0),  # the order is the same
-        ((0.1, 0.2, 0.3), 0, 0.25, 1),  # another one would have won
+        ((0.1, 0.2, 0.3), 0, 0.15, 0),  # the same order
+        ((0.1, 0.2, 0.3), 0, 0.25, 1),  # another branch has the lowest loss
         ((0.1, 0.2, 0.3), 1, 0.05, 1),
-        ((0.1, 0.2, 0.3), 1, 0.35, 1),  # the same one wins, but the order differs
+        ((0.1, 0.2, 0.3), 1, 0.35, 1),  # the lowest is the same, but the order differs
         ((0.3, 0.2, 0.1), 2, 0.19, 2),
-        ((np.inf, 0.2, 0.1), 2, 0.15, 2),  # a branch that diverged is the worst
+        ((np.inf, 0.2, 0.1), 2, 0.15, 2),  # a diverged branch is the worst
         ((np.inf, 0.2, 0.1), 2, np.inf, 1),
     ],
 )
-def test_labels_are_corrected_where_the_order_depends_on_chance(branches, drawn, repeated, label):
+def test_labels_are_corrected_if_the_repeated_loss_changes_the_order(branches, drawn, repeated, label):
     assert correct_label(np.array(branches), drawn, repeated) == label
 
 
-def made_rounds(**changes):
+def make_rounds(**changes):
     steps = module.MAX_EPOCHS * module.EPOCH_STEPS
     rounds = Rounds(
         np.arange(11 * steps, dtype=np.float32).reshape(11, steps),
@@ -120,25 +120,25 @@ def made_rounds(**changes):
     return rounds._replace(**changes)
 
 
-def test_a_sample_holds_up_to_three_rounds_and_the_epochs_that_were_trained():
-    rounds, training = made_rounds(), Training(0, 0.1, 4)
+def test_a_sample_has_up_to_three_rounds_without_padding():
+    rounds, training = make_rounds(), Training(0, 0.1, 4)
     samples = list(samples_of(training, rounds))
     assert [len(sample["rates"]) for sample in samples] == [1, 2] + 8 * [3]
     fifth = samples[4]
     assert fifth["rates"] == [3.0, 4.0, 5.0]
     np.testing.assert_array_equal(fifth["train_loss"], rounds.train_loss[2:5, : 4 * module.EPOCH_STEPS])
     np.testing.assert_array_equal(fifth["validation_loss"], rounds.validation_loss[2:5, :4])
-    # The next round ends at 53, above the others: the order of the three does not hold.
+    # The next round ends at 53, above the others, which changes the order.
     assert fifth["repeated"] == 53 and (fifth["uncorrected"], fifth["label"]) == (2, 1)
 
 
-def test_there_are_no_samples_of_a_training_that_diverged():
-    losses = made_rounds().train_loss.copy()
+def test_samples_end_at_the_round_that_diverged():
+    losses = make_rounds().train_loss.copy()
     losses[6, 3] = np.nan
-    assert len(list(samples_of(Training(0, 0.1, 4), made_rounds(train_loss=losses)))) == 6
+    assert len(list(samples_of(Training(0, 0.1, 4), make_rounds(train_loss=losses)))) == 6
 
 
-def test_the_plan_has_every_configuration_and_optimizer_within_their_ranges():
+def test_the_plan_has_every_configuration_and_optimizer_with_rates_in_their_ranges():
     planned = list(plan(640))
     assert len(CONFIGURATIONS) >= 12 and len(planned) == len(CONFIGURATIONS) * len(OPTIMIZERS)
     trainings = [training for _, _, each in planned for training in each]
@@ -152,7 +152,7 @@ def test_the_plan_has_every_configuration_and_optimizer_within_their_ranges():
 
 
 @pytest.mark.slow
-def test_an_interrupted_generation_ends_as_an_undisturbed_one(tmp_path, monkeypatch):
+def test_a_resumed_generation_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     configurations = tuple(Configuration(f"linear {i}", linear_task) for i in range(2))
     monkeypatch.setattr(module, "CONFIGURATIONS", configurations)
     monkeypatch.setattr(module, "OPTIMIZERS", {"sgd": OPTIMIZERS["sgd"]})

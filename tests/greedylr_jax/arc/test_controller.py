@@ -91,6 +91,31 @@ def test_decisions_are_those_of_whole_histories(validation):
     np.testing.assert_allclose(rates[-1], rate, rtol=1e-6)
 
 
+@pytest.mark.parametrize("action", ["raise", "lower"])
+def test_the_scale_stays_within_its_bounds(action):
+    weights = weights_for(action)
+
+    @jax.jit
+    def final(low, high):  # traced bounds
+        tx = arc(weights, steps_per_cycle=2, min_scale=low, max_scale=high)
+        step = lambda state, value: (tx.update(None, state, value=value)[1], None)  # noqa: E731
+        return greedylr_jax.get_scale(jax.lax.scan(step, tx.init(None), jnp.ones(20))[0])
+
+    bound, unbounded = (3.0, 1.618**10) if action == "raise" else (0.25, 0.618**10)
+    assert final(0.25, 3.0) == np.float32(bound)
+    np.testing.assert_allclose(final(0.0, jnp.inf), unbounded, rtol=1e-5)
+
+    rates = {"min_learning_rate": 0.25 * RATE, "max_learning_rate": 3.0 * RATE}
+    schedule = arc_schedule(RATE, weights, steps_per_cycle=2, **rates)
+    state = jax.jit(lambda state: jax.lax.fori_loop(0, 20, lambda _, s: schedule.update(s, value=1.0), state))
+    assert schedule(state(schedule.init())) == np.float32(bound * RATE)
+
+
+def test_a_schedule_that_starts_outside_its_bounds_is_refused():
+    with pytest.raises(ValueError, match="init_value must not exceed max_learning_rate"):
+        arc_schedule(0.5, weights_for("keep"), steps_per_cycle=2, max_learning_rate=0.25)
+
+
 def test_without_validation_losses_the_network_sees_zeros():
     losses = np.random.default_rng(0).uniform(1, 2, 6 * STEPS)
     given = np.full(6 * STEPS, np.nan)
@@ -106,7 +131,7 @@ def test_without_validation_losses_the_network_sees_zeros():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_loss_that_is_not_finite_lowers_the_rate_once_and_poisons_nothing(bad):
+def test_a_loss_that_is_not_finite_lowers_the_rate_once_and_affects_nothing_else(bad):
     losses = np.linspace(3, 1, 6 * STEPS)
     losses[STEPS + 2] = bad
     rates, actions, state = run(weights_for("raise"), losses)
@@ -118,7 +143,7 @@ def test_a_loss_that_is_not_finite_lowers_the_rate_once_and_poisons_nothing(bad)
     np.testing.assert_allclose(rates[-1], RATE * 0.618**2, rtol=1e-5)
 
 
-def test_both_carriers_agree_to_the_bit_and_chain_moves_the_rule():
+def test_both_adapters_agree_to_the_bit_and_chain_moves_the_rule():
     losses = np.random.default_rng(1).uniform(1, 3, 5 * STEPS).astype(np.float32)
     weights = lively_weights()
     expected, _, _ = run(weights, losses)
@@ -154,12 +179,14 @@ def test_the_state_is_of_a_fixed_size_and_a_step_moves_no_data():
         ({"steps_per_cycle": 5, "max_validations": 0}, "max_validations must be"),
         ({"steps_per_cycle": 5, "every": 0}, "every must be"),
         ({"steps_per_cycle": 5, "weights": {}}, "weights lack"),
+        ({"steps_per_cycle": 5, "min_scale": -1.0}, r"min_scale must be a number in \[0, inf\)"),
+        ({"steps_per_cycle": 5, "min_scale": 2.0}, "min_scale must not exceed the initial scale"),
+        ({"steps_per_cycle": 5, "max_scale": 0.5}, "the initial scale must not exceed max_scale"),
     ],
 )
 def test_a_bad_setting_is_named(settings, message):
-    weights = settings.pop("weights", weights_for("keep"))
     with pytest.raises(ValueError, match=message):
-        arc(weights, **settings)
+        arc(**{"weights": weights_for("keep")} | settings)
 
 
 def test_a_validation_loss_that_is_no_scalar_is_refused():

@@ -25,7 +25,9 @@ def test_features_are_the_published_ones_to_the_bit(index):
 
 
 def test_all_reference_cases_agree_to_the_bit():
-    for line in reference_file("arc/arc_preprocess.jsonl").read_text().splitlines():
+    lines = reference_file("arc/arc_preprocess.jsonl").read_text().splitlines()
+    assert lines
+    for line in lines:
         case = json.loads(line)
         features = batch_features(case["train_loss"], case["val_loss"], case["lr"])
         np.testing.assert_array_equal(features, np.array(case["features"], np.float32))
@@ -127,7 +129,7 @@ def stream_of(steps, max_validations, losses, validation, rates):
 @pytest.mark.parametrize("steps", [2, 3, 10, 99, 100, 101, 391, 3000])
 def test_a_stream_gives_the_features_of_the_whole_history(steps):
     rng = np.random.default_rng(steps)
-    assert len(FeatureStream(steps, 10)._kept) <= 3 * 2 * 100  # whatever the length of a cycle
+    assert len(FeatureStream(steps, 10)._used_steps) <= 3 * 2 * 100  # whatever the length of a cycle
     for cycles in (1, 2, 3, 5):
         losses = [(rng.normal(size=steps) + 3).astype(np.float32) for _ in range(cycles)]
         validation = [rng.uniform(size=rng.integers(0, 11)).astype(np.float32) for _ in range(cycles)]
@@ -153,6 +155,6 @@ def test_any_number_of_validation_losses_is_streamed(validation):
     np.testing.assert_allclose(got[:, 1], expected[:, 1], atol=1e-4)
 
 
-def test_of_too_many_validation_losses_the_last_are_kept():
+def test_of_too_many_validation_losses_the_last_are_used():
     got = stream_of(2, 3, [[1.0, 2.0]], [[9.0, 1.0, 2.0, 3.0]], [1.0])
     np.testing.assert_allclose(got, batch_features([[1.0, 2.0]], [[1.0, 2.0, 3.0]], [1.0]), atol=1e-5)

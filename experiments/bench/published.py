@@ -1,4 +1,4 @@
-"""GreedyLR's decisions a second, here and in the published PyTorch class, and what leaves the device."""
+"""GreedyLR's decisions per second compared with the published PyTorch class, and its host transfers."""
 
 import json
 from collections.abc import Callable
@@ -15,21 +15,22 @@ from experiments.timing import interleaved_medians
 from experiments.training.store import write_atomically
 from greedylr_jax import greedy_lr_schedule
 
-RULES = 10_000  # under vmap
-ONE, MANY, PUBLISHED = 500_000, 400, 50_000  # losses of a turn
-BOUNDS = {"min_value": 1e-4, "max_value": 1.0}
-_THEIRS = "published class (PyTorch)"
+NUM_RULES = 10_000  # under vmap
+# Number of losses per repetition: for one rule, for each rule under vmap, for the published class.
+ONE, MANY, PUBLISHED = 500_000, 400, 50_000
+BOUNDS = {"min_learning_rate": 1e-4, "max_learning_rate": 1.0}
+PUBLISHED_CLASS = "published class (PyTorch)"
 PUBLISHED_DEFAULTS = {"eps": 1e-8, "reset_at_min": 500}
 
 
 def losses(count: int) -> np.ndarray:
-    """A curve that falls, with noise."""
+    """A decaying loss curve with noise, shape (count,)."""
     generator = np.random.default_rng(0)
     return (2 * np.exp(-np.arange(count) / count) + 0.1 * generator.standard_normal(count)).astype(np.float32)
 
 
 def _scanned(window: int | None, count: int, **settings: float) -> Callable[[], Any]:
-    """One rule, and all its rates."""
+    """A function that runs one rule in a scan, and returns its final state and all rates."""
     schedule = greedy_lr_schedule(0.1, window=window, **BOUNDS, **settings)
     values = jnp.asarray(losses(count))
 
@@ -46,23 +47,23 @@ def _scanned(window: int | None, count: int, **settings: float) -> Callable[[], 
 
 
 def _mapped(window: int | None, count: int) -> Callable[[], Any]:
-    """Ten thousand rules that see losses of different heights."""
+    """A function that runs many rules under ``vmap`` on differently scaled losses; returns final rates."""
     schedule = greedy_lr_schedule(0.1, window=window, **BOUNDS)
-    values, heights = jnp.asarray(losses(count)), jnp.linspace(0.5, 2.0, RULES)
+    values, factors = jnp.asarray(losses(count)), jnp.linspace(0.5, 2.0, NUM_RULES)
 
     @jax.jit
-    def run(values: jax.Array, heights: jax.Array) -> Any:
-        def one(height: jax.Array) -> Any:
-            body = lambda state, value: (schedule.update(state, value=height * value), None)  # noqa: E731
+    def run(values: jax.Array, factors: jax.Array) -> Any:
+        def one(factor: jax.Array) -> Any:
+            body = lambda state, value: (schedule.update(state, value=factor * value), None)  # noqa: E731
             return schedule(jax.lax.scan(body, schedule.init(), values)[0])
 
-        return jax.vmap(one)(heights)
+        return jax.vmap(one)(factors)
 
-    return lambda: run(values, heights)
+    return lambda: run(values, factors)
 
 
 def _published(count: int) -> Callable[[], list[float]] | None:
-    """One rule of the class of Transformers, and all its rates; None where it is not installed."""
+    """A function that runs the class in Transformers, and returns all rates; None if it is not installed."""
     try:
         import torch  # noqa: PLC0415  (optional)
         from transformers.optimization import GreedyLR  # noqa: PLC0415
@@ -72,19 +73,19 @@ def _published(count: int) -> Callable[[], list[float]] | None:
 
     def rates() -> list[float]:
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-        bounds = {"min_lr": BOUNDS["min_value"], "max_lr": BOUNDS["max_value"]}
+        bounds = {"min_lr": BOUNDS["min_learning_rate"], "max_lr": BOUNDS["max_learning_rate"]}
         scheduler = GreedyLR(optimizer, **bounds, smooth=True, window_size=50)
-        seen = []
+        history = []
         for value in values:
             scheduler.step(value)
-            seen.append(optimizer.param_groups[0]["lr"])
-        return seen
+            history.append(optimizer.param_groups[0]["lr"])
+        return history
 
     return rates
 
 
-def check_that_it_stays_on_device() -> None:
-    """A step with the rule, where every transfer to or from the host is an error."""
+def check_no_host_transfer() -> None:
+    """Runs a step with the rule; raises if it transfers anything to or from the host."""
     schedule = greedy_lr_schedule(0.1, **BOUNDS)
     step = jax.jit(lambda state, value: schedule.update(state, value=value))
     state, value = schedule.init(), jnp.float32(1)
@@ -94,41 +95,39 @@ def check_that_it_stays_on_device() -> None:
 
 
 def run(console: Console, out: Path, repeats: int) -> dict[str, Any]:
-    """Measures all, prints the table, and writes ``peers.json`` into ``out``."""
-    sides = {
+    """Prints decisions per second, and writes ``published.json`` into ``out``."""
+    variants = {
         "one rule in a scan, window 50": (_scanned(50, ONE), ONE),
         "the same, with the published class's resets": (_scanned(50, ONE, **PUBLISHED_DEFAULTS), ONE),
         "one rule in a scan, no window": (_scanned(None, ONE), ONE),
-        f"{RULES:,} rules under vmap, window 50": (_mapped(50, MANY), RULES * MANY),
-        f"{RULES:,} rules under vmap, no window": (_mapped(None, MANY), RULES * MANY),
+        f"{NUM_RULES:,} rules under vmap, window 50": (_mapped(50, MANY), NUM_RULES * MANY),
+        f"{NUM_RULES:,} rules under vmap, no window": (_mapped(None, MANY), NUM_RULES * MANY),
     }
     published = _published(PUBLISHED)
     if published is None:
-        console.print(
-            "Left out: the published class. pip install torch transformers, to have it in the table."
-        )
+        console.print('Skipped the published class; install it with: pip install -e ".[published]"')
     else:
-        sides[_THEIRS] = (published, PUBLISHED)
-    seconds = interleaved_medians({name: side for name, (side, _) in sides.items()}, repeats)
-    speeds = {name: count / seconds[name] for name, (_, count) in sides.items()}
+        variants[PUBLISHED_CLASS] = (published, PUBLISHED)
+    seconds = interleaved_medians({name: function for name, (function, _) in variants.items()}, repeats)
+    speeds = {name: count / seconds[name] for name, (_, count) in variants.items()}
     result: dict[str, Any] = {"device": jax.devices()[0].device_kind, "decisions_per_second": speeds}
-    unit = speeds.get(_THEIRS)
+    baseline = speeds.get(PUBLISHED_CLASS)
     if published is not None:
-        ours = np.asarray(_scanned(50, PUBLISHED, **PUBLISHED_DEFAULTS)()[1], float)
-        same = float(np.mean(np.isclose(ours, published(), rtol=1e-4)))
-        console.print(f"The two give the same rate (to 1e-4) at {same:.2%} of {PUBLISHED:,} steps.")
+        rates = np.asarray(_scanned(50, PUBLISHED, **PUBLISHED_DEFAULTS)()[1], float)
+        same = float(np.mean(np.isclose(rates, published(), rtol=1e-4)))
+        console.print(f"Both give the same rate (to 1e-4) at {same:.2%} of {PUBLISHED:,} steps.")
         result["same_rates"] = same
     print_table(
         console,
-        f"GreedyLR's decisions a second ({jax.devices()[0].device_kind})",
-        ("side", "millions a second", "times the published class"),
+        f"GreedyLR's decisions per second ({jax.devices()[0].device_kind})",
+        ("variant", "millions per second", "times the published class"),
         [
-            (name, f"{speed / 1e6:.2f}", "" if unit is None else f"{speed / unit:.1f}")
+            (name, f"{speed / 1e6:.2f}", "" if baseline is None else f"{speed / baseline:.1f}")
             for name, speed in speeds.items()
         ],
     )
-    check_that_it_stays_on_device()
+    check_no_host_transfer()
     result["host_synchronisations_per_step"] = 0
-    console.print("A step with the rule passes under jax.transfer_guard('disallow'): it never waits.")
-    write_atomically(out / "peers.json", lambda path: path.write_text(json.dumps(result, indent=2)))
+    console.print("A step with the rule passes under jax.transfer_guard('disallow'): no host transfer.")
+    write_atomically(out / "published.json", lambda path: path.write_text(json.dumps(result, indent=2)))
     return result

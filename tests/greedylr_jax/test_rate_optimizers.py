@@ -7,12 +7,12 @@ import optax
 import pytest
 
 import greedylr_jax
-from tests.greedylr_jax.rules import OWN_RATES, crossed
+from tests.greedylr_jax.rules import RATE_OPTIMIZERS, crossed
 
 TARGET = {"w": jnp.linspace(-1.0, 2.0, 6), "b": jnp.array([0.5, -0.5])}
 START = {"w": jnp.zeros(6), "b": jnp.zeros(2)}
 STEPS = 60
-PROBING = [name for name in OWN_RATES if name.startswith(("lr_tuner", "factor_polling"))]
+PROBING = [name for name in RATE_OPTIMIZERS if name.startswith(("lr_tuner", "factor_polling"))]
 
 
 def loss_fn(params, noise=0.0):
@@ -52,7 +52,7 @@ def train(tx, start=START, noise=0.1, bad_steps=()):
 
 @pytest.fixture(scope="module")
 def bare():
-    return {name: train(tx) for name, tx in OWN_RATES.items()}
+    return {name: train(tx) for name, tx in RATE_OPTIMIZERS.items()}
 
 
 # Wrappers that hand everything on, so that nothing changes.
@@ -66,25 +66,25 @@ TRANSPARENT = {
 KEY_PREFIX = {"named_chain": "optimizer/"}
 
 
-@pytest.mark.parametrize(("name", "wrapper"), crossed(OWN_RATES, TRANSPARENT))
+@pytest.mark.parametrize(("name", "wrapper"), crossed(RATE_OPTIMIZERS, TRANSPARENT))
 def test_a_wrapper_that_hands_all_on_changes_nothing(name, wrapper, bare):
-    params, _, history = train(TRANSPARENT[wrapper](OWN_RATES[name]))
+    params, _, history = train(TRANSPARENT[wrapper](RATE_OPTIMIZERS[name]))
     expected_params, _, expected = bare[name]
     for key, values in expected.items():
         np.testing.assert_allclose(history[KEY_PREFIX.get(wrapper, "") + key], values, rtol=1e-4)
     np.testing.assert_allclose(params["w"], expected_params["w"], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", OWN_RATES)
+@pytest.mark.parametrize("name", RATE_OPTIMIZERS)
 def test_the_rate_moves_and_the_loss_falls(name, bare):
     params, _, history = bare[name]
     assert any(np.ptp(values) > 0 for values in history.values())
     assert loss_fn(params) < 0.3 * loss_fn(START)
 
 
-@pytest.mark.parametrize("name", [name for name in OWN_RATES if name.startswith("hypergradient")])
+@pytest.mark.parametrize("name", [name for name in RATE_OPTIMIZERS if name.startswith("hypergradient")])
 def test_hypergradient_works_on_a_part_of_the_parameters(name):
-    tx = optax.with_extra_args_support(OWN_RATES[name])
+    tx = optax.with_extra_args_support(RATE_OPTIMIZERS[name])
     if "group" not in name:  # its labels are those of all parameters
         params, _, _ = train(optax.masked(tx, {"w": True, "b": False}))
         assert np.abs(params["w"] - TARGET["w"]).max() < 0.5
@@ -92,16 +92,16 @@ def test_hypergradient_works_on_a_part_of_the_parameters(name):
 
 @pytest.mark.parametrize("name", PROBING)
 def test_accumulation_shows_a_probing_rule_its_last_micro_batch(name):
-    params, _, history = train(greedylr_jax.multi_steps(OWN_RATES[name], 2))
+    params, _, history = train(greedylr_jax.multi_steps(RATE_OPTIMIZERS[name], 2))
     assert loss_fn(params) < 0.7 * loss_fn(START)
     for values in history.values():
         np.testing.assert_array_equal(values[1:-1:2], values[2::2])  # moves only with an update
 
 
-@pytest.mark.parametrize("name", OWN_RATES)
+@pytest.mark.parametrize("name", RATE_OPTIMIZERS)
 def test_rates_and_averages_stay_wide_beside_bfloat16_parameters(name):
     start = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), START)
-    params, state, history = train(OWN_RATES[name], start)
+    params, state, history = train(RATE_OPTIMIZERS[name], start)
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(params))
     assert all(values.dtype == jnp.float32 for values in history.values())
     wide = [
@@ -113,27 +113,27 @@ def test_rates_and_averages_stay_wide_beside_bfloat16_parameters(name):
     assert loss_fn(params) < 0.3 * loss_fn(START)
 
 
-@pytest.mark.parametrize("name", OWN_RATES)
+@pytest.mark.parametrize("name", RATE_OPTIMIZERS)
 def test_with_64_bits_rates_are_float64(name):
     with jax.enable_x64(True):
         # A zeroth-order part of the state must not stay at 32 bits either.
         start = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), START)
-        params, _, history = train(OWN_RATES[name], start)
+        params, _, history = train(RATE_OPTIMIZERS[name], start)
     assert all(values.dtype == jnp.float64 for values in history.values())
     assert all(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize("name", OWN_RATES)
+@pytest.mark.parametrize("name", RATE_OPTIMIZERS)
 def test_steps_with_bad_losses_poison_nothing(name):
-    params, _, history = train(OWN_RATES[name], bad_steps=(0, 1, 7, 8, 20, 41))
+    params, _, history = train(RATE_OPTIMIZERS[name], bad_steps=(0, 1, 7, 8, 20, 41))
     for leaf in jax.tree.leaves((params, history)):
         assert np.isfinite(leaf).all()
     assert loss_fn(params) < 0.5 * loss_fn(START)
 
 
-@pytest.mark.parametrize("name", OWN_RATES)
+@pytest.mark.parametrize("name", RATE_OPTIMIZERS)
 def test_a_step_moves_nothing_between_host_and_device_and_gives_its_buffers_back(name):
-    tx = optax.with_extra_args_support(OWN_RATES[name])
+    tx = optax.with_extra_args_support(RATE_OPTIMIZERS[name])
 
     def step(params, state):
         loss, grads = jax.value_and_grad(loss_fn)(params)
@@ -151,9 +151,9 @@ def test_a_step_moves_nothing_between_host_and_device_and_gives_its_buffers_back
     assert jax.tree.structure(before) == jax.tree.structure(state)
 
 
-@pytest.mark.parametrize("name", OWN_RATES)
+@pytest.mark.parametrize("name", RATE_OPTIMIZERS)
 def test_mapped_runs_equal_single_ones(name, bare):
-    tx = optax.with_extra_args_support(OWN_RATES[name])
+    tx = optax.with_extra_args_support(RATE_OPTIMIZERS[name])
 
     def run(scale):
         def body(carry, _):
@@ -184,7 +184,7 @@ def test_mapped_runs_equal_single_ones(name, bare):
     ],
 )
 def test_a_call_without_what_a_probing_rule_needs_shows_the_right_one(name, arguments, error, message):
-    tx = OWN_RATES[name]
+    tx = RATE_OPTIMIZERS[name]
     call = {"params": START, "value": 1.0, "value_fn": loss_fn} | arguments
     with pytest.raises(error, match=message) as caught:
         tx.update(START, tx.init(START), **call)
@@ -196,9 +196,9 @@ def test_under_shard_map_all_devices_decide_alike(name):
     """Each device has its own part of the data; rates must be those of one device with all of it."""
     settings = {"explore_steps": 99, "recompute_every": 2}
     make = {
-        "lr_tuner-fit": lambda **axis: greedylr_jax.lr_tuner(optax.identity(), 0.01, **settings, **axis),
+        "lr_tuner-fit": lambda **axis: greedylr_jax.lr_tuner(optax.sgd(1.0), 0.01, **settings, **axis),
         "lr_tuner-taylor": lambda **axis: greedylr_jax.lr_tuner(
-            optax.identity(), 0.01, method="taylor", **settings, **axis
+            optax.sgd(1.0), 0.01, method="taylor", **settings, **axis
         ),
         "factor_polling": lambda **axis: optax.chain(optax.sgd(0.01), greedylr_jax.factor_polling(**axis)),
     }[name]
