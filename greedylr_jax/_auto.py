@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from greedylr_jax import _checks, _inner, _numerics, _observe, _rollback, _rule, _search, _trend
+from greedylr_jax import _checks, _inner, _numerics, _observe, _rollback, _rule, _search, _snapshot, _trend
 from greedylr_jax._window import Window, empty_window, mean_variance, observe, variance
 
 _BACKOFF = 0.5  # the rate to start with over that which the search found
@@ -58,11 +58,11 @@ class AutoState(NamedTuple):
     search: _search.SearchState
     trend: _trend.TrendState
     last: Window  # the last window that the trend rule has tested
-    watch: _rollback.Watch
-    kept: _rollback.Kept  # the parameters to go back to
+    monitor: _rollback.DivergenceMonitor
+    snapshot: _snapshot.Snapshot  # of the parameters alone
     origin: optax.Params  # the initial parameters, rounded to 16 bits: they only tell a direction
     pulls: Window  # since the trend rule's last test
-    settles: jax.Array  # shape=(), dtype=int32; further steps that the way back may take
+    restore_steps_left: jax.Array  # shape=(), dtype=int32; further steps that restoring may take
     num_rollbacks: jax.Array  # shape=(), dtype=int32; those of the search not counted
     inner_state: optax.OptState
 
@@ -137,11 +137,11 @@ def auto_lr(
                 jnp.ones((), dtype)
             ),
             last=empty_window(),
-            watch=_rollback.unwatched(),
-            kept=_rollback.Kept(jax.tree.map(jnp.array, params), None),
+            monitor=_rollback.empty_monitor(),
+            snapshot=_snapshot.take_snapshot(params, ()),
             origin=jax.tree.map(_rounded, params),
             pulls=empty_window(),
-            settles=jnp.zeros((), jnp.int32),
+            restore_steps_left=jnp.zeros((), jnp.int32),
             num_rollbacks=jnp.zeros((), jnp.int32),
             inner_state=inner.init(params),
         )
@@ -155,7 +155,7 @@ def auto_lr(
         has_value: ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, AutoState]:
-        _rollback.check_params("auto_lr", params)
+        _snapshot.check_params("auto_lr", params)
         loss, observed = _observe.read_loss("auto_lr", value, has_value, state.search.edge.dtype, axis_name)
         extra_args |= {"value": loss if value is None else value, "has_value": has_value}
         step, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
@@ -163,38 +163,37 @@ def auto_lr(
         pulls = _observe_pull(state, updates, params, axis_name)
         # Whether this step is still one of the way back shows in the parameters: it is taken as a good one,
         # and dropped below where it is not.
-        numbers, goes_back, takes = _advance(state, pulls, loss, centre, lengths)
+        numbers, restore, save = _advance(state, pulls, loss, centre, lengths)
         learning_rate = jnp.where(
             numbers.search.stage == _search.FOUND,
             _BACKOFF * numbers.search.found * numbers.trend.scale * _anneal(state.step, total_steps),
             _search.rate(numbers.search, centre, lengths),
         ).astype(loss.dtype)
-        learning_rate = jnp.where(observed & ~goes_back, learning_rate, state.rate.learning_rate)
-        settles = state.settles > 0
+        learning_rate = jnp.where(observed & ~restore, learning_rate, state.rate.learning_rate)
+        restoring = state.restore_steps_left > 0
         searches = state.search.stage != _search.FOUND
-        steps, inner_state, kept, returns = _rollback.exchange(
+        steps, _, snapshot, restores = _snapshot.save_or_restore(
             _numerics.scale_updates(step, learning_rate),
-            inner_state,
-            state.kept,
+            (),
+            state.snapshot,
             params=params,
-            old_inner_state=state.inner_state,
-            needed=searches | settles | (observed & (goes_back | takes | ~(loss <= state.watch.limit))),
-            goes_back=observed & goes_back & ~settles,
-            settles=settles,
-            takes=observed & takes,
-            init=inner.init,
+            previous_inner_state=(),
+            needed=searches | restoring | (observed & (restore | save | ~(loss <= state.monitor.threshold))),
+            restore=observed & restore & ~restoring,
+            restoring=restoring,
+            save=observed & save,
         )
-        begins = returns & ~settles
-        numbers = _numerics.select(observed & (begins | ~returns), numbers, _numbers(state))
-        left = jnp.where(begins, _rollback.SETTLING_STEPS, state.settles) - 1
+        starts = restores & ~restoring
+        numbers = _numerics.select(observed & (starts | ~restores), numbers, _numbers(state))
+        left = jnp.where(starts, _snapshot.RESTORE_STEPS, state.restore_steps_left) - 1
         return steps, AutoState(
-            rate=_rule.RateState(jnp.where(returns, state.rate.learning_rate, learning_rate)),
+            rate=_rule.RateState(jnp.where(restores, state.rate.learning_rate, learning_rate)),
             step=jnp.where(observed, optax.safe_increment(state.step), state.step),
-            kept=kept,
+            snapshot=snapshot,
             origin=state.origin,
-            settles=jnp.where(returns, left, 0).astype(jnp.int32),
-            num_rollbacks=state.num_rollbacks + (begins & ~searches).astype(jnp.int32),
-            inner_state=inner_state,
+            restore_steps_left=jnp.where(restores, left, 0).astype(jnp.int32),
+            num_rollbacks=state.num_rollbacks + (starts & ~searches).astype(jnp.int32),
+            inner_state=_numerics.select(restores, inner.init(snapshot.params), inner_state),
             **numbers._asdict(),
         )
 
@@ -207,12 +206,12 @@ class _Numbers(NamedTuple):
     search: _search.SearchState
     trend: _trend.TrendState
     last: Window
-    watch: _rollback.Watch
+    monitor: _rollback.DivergenceMonitor
     pulls: Window
 
 
 def _numbers(state: AutoState) -> _Numbers:
-    return _Numbers(state.search, state.trend, state.last, state.watch, state.pulls)
+    return _Numbers(state.search, state.trend, state.last, state.monitor, state.pulls)
 
 
 def _advance(
@@ -227,23 +226,23 @@ def _advance(
     begins = ~is_found & (search.stage == _search.FOUND)
     search = _numerics.select(is_found, state.search, search)
 
-    watch, watch_returns = _rollback.watch(state.watch, loss)
-    watch_returns &= is_found
+    monitor, restore = _rollback.observe_loss(state.monitor, loss)
+    restore &= is_found
     rule = _trend_rule(state, pull=pulls.mean + jnp.sqrt(mean_variance(pulls)))
     # A return is a loss that is not finite to the rule, upon which it cuts.
-    observed_loss = jnp.where(watch_returns, jnp.nan, loss)
+    observed_loss = jnp.where(restore, jnp.nan, loss)
     moved = _numerics.select(is_found, rule.update(state.trend, observed_loss), state.trend)
     diverged = moved.decision == _trend.DIVERGED
     tested = (moved.decision != _trend.WAIT) & ~diverged
     last = _numerics.select(tested, moved.window, state.last)
     last = _numerics.select(diverged, empty_window(), last)
-    takes = tested & _rollback.improves(watch, last.mean)
-    watch = _numerics.select(takes, _rollback.watch_from(last.mean, variance(last)), watch)
+    save = tested & _rollback.is_improvement(monitor, last.mean)
+    monitor = _numerics.select(save, _rollback.monitor_from(last.mean, variance(last)), monitor)
     # At the start the losses are those that the ramp began with.
-    at_start = _rollback.unwatched()._replace(limit=_search.start_limit(search.first))
-    watch = _numerics.select(begins, at_start, _numerics.select(is_found, watch, state.watch))
+    at_start = _rollback.empty_monitor()._replace(threshold=_search.start_limit(search.first))
+    monitor = _numerics.select(begins, at_start, _numerics.select(is_found, monitor, state.monitor))
     pulls = _numerics.select(is_found & (moved.decision == _trend.WAIT), pulls, empty_window())
-    return _Numbers(search, moved, last, watch, pulls), search_returns & ~is_found | watch_returns, takes
+    return _Numbers(search, moved, last, monitor, pulls), search_returns & ~is_found | restore, save
 
 
 def _trend_rule(state: AutoState, pull: jax.Array) -> _rule.Rule:

@@ -179,6 +179,6 @@ def test_the_study_writes_table_figures_and_rows(tmp_path, monkeypatch):
         expected = {"constant SGD": 1, "GreedyLR": 1, "per parameter": 3, "per group": 3}
         assert len(histories) == expected[row["method"]]
     for name in ("fig8_losses.png", "fig9_greedylr.png", "fig10_rates.png"):
-        assert_is_drawn(tmp_path / name, colors=1)
+        assert_is_drawn(tmp_path / name)
     assert len(pl.read_csv(tmp_path / "table.csv")) == len(study.METHODS) * len(study.INITIAL_RATES)
     assert "per parameter" in console.export_text()

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import greedylr_jax
-from greedylr_jax import _rollback, _search, _trend, auto_lr, get_learning_rate
+from greedylr_jax import _search, _snapshot, _trend, auto_lr, get_learning_rate
 
 RAMP, STEPS = 60, 300
 
@@ -257,11 +257,11 @@ def test_a_training_that_is_lost_goes_back_to_its_best_parameters_and_is_slower(
     seen, states = spoil(jnp.float32(bad))
     returns = np.asarray(states.num_rollbacks)
     assert returns[-1] == 1 and returns[238] == 0 and returns[239] == 1
-    kept = jax.tree.map(lambda leaf: leaf[239], states.kept.params)
-    assert (kept["w"] != regression()[1]["w"]).any()  # not the initial ones
+    saved = jax.tree.map(lambda leaf: leaf[239], states.snapshot.params)
+    assert (saved["w"] != regression()[1]["w"]).any()  # not the initial ones
     arrival = 240 + int(np.argmin(np.asarray(states.settles)[240:]))
-    assert arrival < 240 + _rollback.SETTLING_STEPS
-    np.testing.assert_array_equal(seen["w"][arrival], kept["w"])
+    assert arrival < 240 + _snapshot.RESTORE_STEPS
+    np.testing.assert_array_equal(seen["w"][arrival], saved["w"])
     assert states.trend.scale[239] < 0.5 * states.trend.scale[219]
 
 
