@@ -132,8 +132,9 @@ def suggest_steepest(result: RangeTestResult) -> jax.Array:
     """The learning rate at which the loss decreased fastest per step: a safer choice than
     :func:`suggest_best`.
 
-    The slope at each step is that of a line fitted to the smoothed losses around it, a sixth of all steps,
-    because differences of successive losses are mostly noise of the batches.
+    Differences of successive losses are mostly noise of the batches, so the slope at each step is that of a
+    line fitted to the smoothed losses around it, a sixth of all steps, and only steps before the minimum at
+    which their mean has decreased by 30% of the total decrease are considered.
 
     Args:
       result: of :func:`range_test`.
@@ -148,15 +149,19 @@ def suggest_steepest(result: RangeTestResult) -> jax.Array:
       >>> print(suggest_steepest(RangeTestResult(rates, losses, losses)))
       0.4
     """
-    slopes = _slopes(result.smoothed)
-    before_best = jnp.arange(len(slopes)) <= _last_minimum(result.smoothed)
-    slopes = jnp.where(before_best & jnp.isfinite(slopes), slopes, jnp.inf)
-    rate = result.learning_rates[jnp.argmin(slopes)]
-    return jnp.where(jnp.min(slopes) < 0, rate, jnp.nan)
+    best = _last_minimum(result.smoothed)
+    means, slopes = _fit_lines(result.smoothed)
+    # Before the loss has decreased the steepest slope is noise.
+    candidates = jnp.isfinite(result.smoothed) & (jnp.arange(len(slopes)) <= best)
+    highest = jnp.max(means, where=candidates, initial=-jnp.inf)
+    decrease = highest - result.smoothed[best]
+    slopes = jnp.where(candidates & (means <= highest - _DECREASED * decrease), slopes, jnp.inf)
+    return jnp.where(jnp.min(slopes) < 0, result.learning_rates[jnp.argmin(slopes)], jnp.nan)
 
 
 _MIN_STEPS = 8
 _DIVERGED_STEPS = 3  # so many losses in a row above the threshold; fewer are outliers
+_DECREASED = 0.3  # share of its decrease after which the loss is considered decreasing
 
 
 def _is_finite(updates: optax.Updates) -> jax.Array:
@@ -167,31 +172,31 @@ def _last_minimum(losses: jax.Array) -> jax.Array:
     return len(losses) - 1 - jnp.argmin(losses[::-1])
 
 
-def _slopes(losses: jax.Array) -> jax.Array:
-    """The slope per step of the least-squares line through the finite losses around each step."""
+def _fit_lines(losses: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and least-squares slope per step of the finite losses around each step, a sixth of all steps."""
     half = max(1, len(losses) // 12)
     offsets = jnp.arange(-half, half + 1, dtype=losses.dtype)
-    known = jnp.isfinite(losses)
+    is_finite = jnp.isfinite(losses)
 
     def window_sum(values: jax.Array, weights: jax.Array) -> jax.Array:
-        values = jnp.where(known, values, 0)
+        values = jnp.where(is_finite, values, 0)
         return jnp.convolve(values, weights[::-1], mode="full")[half : half + len(losses)]
 
     # The sums below cancel, so the common part of the losses is subtracted first.
-    centered = losses - jnp.mean(losses, where=known)
-    ones = jnp.ones_like(losses)
-    count, first, second = (window_sum(ones, offsets**power) for power in (0, 1, 2))
-    numerator = count * window_sum(centered, offsets) - first * window_sum(centered, offsets**0)
-    determinant = count * second - first**2
-    return jnp.where(
-        known & (determinant > 0), numerator / jnp.where(determinant > 0, determinant, 1), jnp.nan
-    )
+    common = jnp.mean(losses, where=is_finite)
+    count, first, second = (window_sum(jnp.ones_like(losses), offsets**power) for power in (0, 1, 2))
+    total, moment = (window_sum(losses - common, offsets**power) for power in (0, 1))
+    count = jnp.maximum(count, 1)
+    variation = second - first**2 / count  # 0 where a window has one loss
+    slopes = (moment - first * total / count) / jnp.where(variation > 0, variation, 1)
+    return common + total / count, jnp.where(variation > 0, slopes, 0)
 
 
 def _smooth(losses: jax.Array, divergence: jax.Array) -> jax.Array:
     """A centered running mean up to divergence, without outliers; infinite after divergence."""
     is_finite = jnp.isfinite(losses)
     initial = is_finite & (jnp.cumsum(is_finite) <= _MIN_STEPS)
+    initial = initial.at[jnp.argmax(jnp.where(initial, losses, -jnp.inf))].set(False)  # may be an outlier
     minimum = jax.lax.cummin(jnp.where(is_finite, losses, jnp.inf))
     decrease = jnp.max(losses, where=initial, initial=-jnp.inf) - minimum
     # Until the loss has decreased by more than its own noise, a rise cannot be compared with the decrease.
