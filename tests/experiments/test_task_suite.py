@@ -120,7 +120,8 @@ def test_five_steps_of_a_task_are_finite(name):
 @pytest.mark.parametrize("name", SUITE_TASKS)
 def test_adamw_learns_a_task(name):
     task = make_task(name)
-    (losses, _), (before, after), _ = train(task, 400, 3 * task.learning_rates["adamw"][1])
+    rate = (10 if name.endswith("completion") else 3) * task.learning_rates["adamw"][1]
+    (losses, _), (before, after), _ = train(task, 400, rate)
     if task.measure == "accuracy":
         assert np.mean(losses[-20:]) < 0.85 * np.mean(losses[:3])
     elif task.measure == "loss":
