@@ -13,7 +13,7 @@ import optax
 from jax.typing import ArrayLike
 
 from greedylr_jax import _checks, _numerics, _observe, _rule, _snapshot
-from greedylr_jax._window import LONGEST, Window, empty_window, observe, rise_limit, variance
+from greedylr_jax._window import LONGEST, Window, empty_window, observe, rise_threshold, variance
 
 PATIENCE = 20  # consecutive losses above the threshold after which a training has diverged
 
@@ -35,7 +35,7 @@ def empty_monitor() -> DivergenceMonitor:
 
 def monitor_from(mean: jax.Array, variance: jax.Array) -> DivergenceMonitor:
     """The monitor of a new snapshot with this mean loss; ``variance`` is that of single losses."""
-    return empty_monitor()._replace(baseline=mean, threshold=rise_limit(mean, variance))
+    return empty_monitor()._replace(baseline=mean, threshold=rise_threshold(mean, variance))
 
 
 def is_improvement(monitor: DivergenceMonitor, mean: jax.Array) -> jax.Array:
