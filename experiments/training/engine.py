@@ -35,6 +35,9 @@ OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
     # As in the Hugging Face trainer: the learning rate is absolute, not relative to the parameters.
     "adafactor": lambda rate: optax.adafactor(rate, multiply_by_parameter_scale=False),
     "momentum": lambda rate: optax.sgd(rate, momentum=0.9),
+    "adam": optax.adam,
+    "lion": optax.lion,
+    "muon": optax.contrib.muon,
 }
 RUNS_PER_DEVICE = 16  # maximum in one call
 SECONDS_PER_CALL = 5.0  # approximate time between two reports of progress
@@ -255,18 +258,24 @@ class Engine:
         optimizer = optax.with_extra_args_support(OPTIMIZERS[self.optimizer](1.0))
         stepper = make_stepper(key, optimizer, inputs.schedule, task, steps, validated=validated)
         batches = batch_indices(task, steps, batch_key)
+        source = task.collector.init(jax.random.fold_in(batch_key, 2), params)
         if disturbed:
-            first_loss = jnp.abs(task.loss(params, take(train, batches[0])))
+            _, first_batch = task.collector.collect(source, params, take(train, batches[0]))
+            first_loss = jnp.abs(task.loss(params, first_batch))
             first_norm = optax.tree.norm(params)
             noise_key = jax.random.fold_in(batch_key, 1)
 
         def body(carry: Any, step_inputs: Any) -> Any:
-            params, state = carry
+            params, state, source = carry
             rate, step, indices, noise = step_inputs
-            batch = take(train, indices)
+            source, batch = task.collector.collect(source, params, take(train, indices))
             loss, grads = jax.value_and_grad(task.loss)(params, batch)
             observed = loss
-            value_fn = _value_fn(task, train, batches, step, batch, stepper.superbatch)
+
+            def batch_at(row: jax.Array) -> Batch:
+                return task.collector.collect(source, params, take(train, batches[row]))[1]
+
+            value_fn = _value_fn(task, batch_at, len(batches), step, batch, stepper.superbatch)
             # A validation loss is computed in the last step before each evaluation.
             validation_fn = _validation_fn(task, validation, (step + 1) % (steps // evaluations) == 0)
             if disturbed:
@@ -280,35 +289,42 @@ class Engine:
             params = optax.apply_updates(params, updates)
             if disturbed:
                 params = optax.tree.add_scale(params, -noise[2] * first_norm, direction)
-            return (params, state), (loss, rate)
+            return (params, state, source), (loss, rate)
 
         def segment(carry: Any, segment_inputs: Any) -> Any:
-            (params, state), histories = jax.lax.scan(body, carry, segment_inputs)
+            carry, histories = jax.lax.scan(body, carry, segment_inputs)
+            params, state, _ = carry
             final = stepper.evaluation_params(state, params)
-            return (params, state), (*histories, task.loss(final, test), task.metric(final, test))
+            return carry, (*histories, task.held_out_loss(final, test), task.metric(final, test))
 
         noise = inputs.disturbance[:3] if disturbed else None
         xs = (inputs.schedule.rates, jnp.arange(steps), batches, noise)
         xs = jax.tree.map(lambda leaf: leaf.reshape(evaluations, -1, *leaf.shape[1:]), xs)
-        _, (loss, rate, *tests) = jax.lax.scan(segment, (params, stepper.init(params)), xs)
+        carry = (params, stepper.init(params), source)
+        _, (loss, rate, *tests) = jax.lax.scan(segment, carry, xs)
         return RunResult(loss.ravel(), rate.ravel(), *tests)
 
 
 def _value_fn(
-    task: Task, train: Batch, batches: jax.Array, step: jax.Array, batch: Batch, superbatch: int
+    task: Task,
+    batch_at: Callable[[jax.Array], Batch],
+    num_batches: int,
+    step: jax.Array,
+    batch: Batch,
+    superbatch: int,
 ) -> Callable[[Params], jax.Array]:
     """The loss of the batch of the step, or the mean loss of ``superbatch`` batches from ``step`` on."""
     if superbatch == 1:
         return lambda params: task.loss(params, batch)
-    rows = (step + jnp.arange(superbatch)) % len(batches)
-    return superbatch_loss(lambda params, row: task.loss(params, take(train, batches[row])), rows)
+    rows = (step + jnp.arange(superbatch)) % num_batches
+    return superbatch_loss(lambda params, row: task.loss(params, batch_at(row)), rows)
 
 
 def _validation_fn(task: Task, validation: Batch, is_due: jax.Array) -> Callable[[Params], jax.Array]:
     """The validation loss if it is due, otherwise NaN."""
     # The parameters are an operand, because Flax merges them at the branch's level of tracing.
     return lambda params: jax.lax.cond(
-        is_due, lambda params: task.loss(params, validation), lambda params: jnp.nan, params
+        is_due, lambda params: task.held_out_loss(params, validation), lambda params: jnp.nan, params
     )
 
 

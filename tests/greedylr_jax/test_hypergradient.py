@@ -1,4 +1,4 @@
-"""Hypergradient descent: recorded runs, granularities, modes, bounds, and the readers."""
+"""Hypergradient descent: reference runs, granularities, modes, bounds, and the readers."""
 
 import chex
 import jax
@@ -31,8 +31,8 @@ def heavy_ball(momentum, dampening):
     return optax.GradientTransformation(init, update)
 
 
-def adam_as_recorded(b1, b2, eps):
-    """Adam as the recorded runs have it: eps is added to the root before bias correction."""
+def reference_adam(b1, b2, eps):
+    """Adam of the reference runs: eps is added to the root before bias correction."""
 
     def init(params):
         return jnp.zeros((), jnp.int32), optax.tree.zeros_like(params), optax.tree.zeros_like(params)
@@ -53,7 +53,7 @@ def adam_as_recorded(b1, b2, eps):
 def inner_of(trace):
     config = trace["config"]
     if trace["algorithm"] == "adam_hd":
-        return adam_as_recorded(*config["betas"], config["eps"])
+        return reference_adam(*config["betas"], config["eps"])
     if trace["algorithm"] == "sgd_hd_per_parameter" or not config["momentum"]:
         return optax.sgd(1.0)
     if config["nesterov"]:
@@ -100,7 +100,7 @@ def run_trace(trace, inner):
     [*FIXTURES, *(pytest.param(trace, marks=pytest.mark.slow) for trace in FULL)],
     ids=lambda trace: f"{trace['algorithm']}-{trace['id'][-4:]}",
 )
-def test_recorded_runs_to_1e_8(trace):
+def test_reference_runs_to_1e_8(trace):
     with jax.enable_x64(True):
         x, loss, rates = run_trace(trace, inner_of(trace))
     np.testing.assert_allclose(rates, np.array(trace["lr"]), rtol=1e-8, atol=1e-17)
@@ -111,7 +111,7 @@ def test_recorded_runs_to_1e_8(trace):
 @pytest.mark.parametrize(
     "trace", [trace for trace in FIXTURES if trace["algorithm"] == "adam_hd"], ids=lambda trace: trace["id"]
 )
-def test_optax_adam_follows_the_recorded_runs_to_1e_5(trace):
+def test_reference_runs_of_adam_with_that_of_optax_to_1e_5(trace):
     """Optax adds eps after bias correction."""
     config = trace["config"]
     with jax.enable_x64(True):
@@ -175,7 +175,7 @@ def test_element_rates_by_hand():
 @pytest.mark.parametrize("granularity", ["global", "group", "parameter"])
 @pytest.mark.parametrize("mode", ["additive", "multiplicative"])
 class TestEveryKind:
-    """What holds for every granularity and mode."""
+    """Properties of every granularity and mode."""
 
     @staticmethod
     def make(mode, granularity, **options):
@@ -184,7 +184,7 @@ class TestEveryKind:
         arguments = rates | dict(mode=mode, granularity=granularity, param_labels=labels) | options
         return hypergradient(optax.sgd(1.0, momentum=0.9), **arguments)
 
-    def test_scaling_the_gradients_changes_nothing_in_multiplicative_mode(self, mode, granularity):
+    def test_multiplicative_mode_does_not_depend_on_the_scale_of_the_gradients(self, mode, granularity):
         tx = self.make(mode, granularity)
         plain, scaled = (self.rates_after(tx, factor) for factor in (1.0, 2.0**10))
         if mode == "multiplicative":
@@ -199,7 +199,7 @@ class TestEveryKind:
             _, state = tx.update(jax.tree.map(lambda leaf: factor * leaf, grads), state, PARAMS)
         return state.rate
 
-    def test_rates_stay_within_bounds_and_survive_bad_gradients(self, mode, granularity):
+    def test_rates_stay_within_bounds_and_ignore_gradients_that_are_not_finite(self, mode, granularity):
         tx = self.make(mode, granularity, min_learning_rate=0.09, max_learning_rate=0.11)
         state = tx.init(PARAMS)
         update = jax.jit(tx.update)
@@ -224,7 +224,7 @@ class TestEveryKind:
         chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
         assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(after.rate))
 
-    def test_nothing_moves_between_host_and_device_and_state_may_be_donated(self, mode, granularity):
+    def test_a_step_transfers_nothing_and_its_state_can_be_donated(self, mode, granularity):
         tx = self.make(mode, granularity)
         state = tx.init(PARAMS)
         with jax.transfer_guard("disallow"):
@@ -232,7 +232,7 @@ class TestEveryKind:
             for _ in range(3):
                 _, state = step(GRADS[0], state, PARAMS)
 
-    def test_it_descends_inside_common_wrappers(self, mode, granularity):
+    def test_the_loss_decreases_inside_common_wrappers(self, mode, granularity):
         tx = self.make(mode, granularity, learning_rate=0.02, hyper_learning_rate=1e-4)
         for wrap in (
             lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
@@ -264,7 +264,7 @@ def test_hyperparameters_may_be_traced():
     np.testing.assert_allclose(jax.vmap(final_rate)(betas, rates), rates + betas * 0.5, rtol=1e-6)
 
 
-def test_the_hybrid_multiplies_both():
+def test_combined_with_greedy_lr_the_learning_rates_are_multiplied():
     rule = greedylr_jax.greedy_lr(0.5, 0, window=None)
     tx = optax.chain(hypergradient(optax.sgd(1.0), 0.1, 0.01), rule)
     state = tx.init(PARAMS)
@@ -289,7 +289,7 @@ def test_integer_leaves_have_no_learning_rate():
 
 
 @pytest.mark.parametrize("granularity", ["global", "parameter"])
-def test_a_tree_without_leaves_keeps_its_rate(granularity):
+def test_the_rate_of_a_tree_without_leaves_does_not_change(granularity):
     tx = hypergradient(optax.sgd(1.0), 0.1, 0.01, granularity=granularity)
     state = tx.init({})
     updates, after = tx.update({}, state, {})
@@ -317,7 +317,7 @@ def test_a_tree_without_leaves_keeps_its_rate(granularity):
         ({"granularity": "parameter", "learning_rate": {"a": 0.1}}, "pytree like the parameters"),
     ],
 )
-def test_wrong_arguments_are_named(options, message):
+def test_invalid_arguments_raise(options, message):
     arguments = {"learning_rate": 0.1, "hyper_learning_rate": 0.01} | options
     with pytest.raises(ValueError, match=message):
         hypergradient(optax.sgd(1.0), **arguments).init(PARAMS)
