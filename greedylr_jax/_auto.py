@@ -172,26 +172,23 @@ def auto_lr(
         learning_rate = jnp.where(observed & ~restore, learning_rate, state.rate.learning_rate)
         restoring = state.restore_steps_left > 0
         searches = state.search.stage != _search.FOUND
-        steps, _, snapshot, restores = _snapshot.save_or_restore(
-            _numerics.scale_updates(step, learning_rate),
-            (),
-            state.snapshot,
-            params=params,
-            previous_inner_state=(),
-            needed=searches | restoring | (observed & (restore | save | ~(loss <= state.monitor.threshold))),
+        actions = _snapshot.Actions(
+            save=observed & save,
+            skip=jnp.asarray(False),
             restore=observed & restore & ~restoring,
             restoring=restoring,
-            save=observed & save,
+        )
+        steps, _, snapshot, restores = _snapshot.act(
+            actions, _numerics.scale_updates(step, learning_rate), (), state.snapshot, params, ()
         )
         starts = restores & ~restoring
         numbers = _numerics.select(observed & (starts | ~restores), numbers, _numbers(state))
-        left = jnp.where(starts, _snapshot.RESTORE_STEPS, state.restore_steps_left) - 1
         return steps, AutoState(
             rate=_rule.RateState(jnp.where(restores, state.rate.learning_rate, learning_rate)),
             step=jnp.where(observed, optax.safe_increment(state.step), state.step),
             snapshot=snapshot,
             origin=state.origin,
-            restore_steps_left=jnp.where(restores, left, 0).astype(jnp.int32),
+            restore_steps_left=_snapshot.steps_left(restores, restoring, state.restore_steps_left),
             num_rollbacks=state.num_rollbacks + (starts & ~searches).astype(jnp.int32),
             inner_state=_numerics.select(restores, inner.init(snapshot.params), inner_state),
             **numbers._asdict(),
@@ -236,7 +233,7 @@ def _advance(
     tested = (moved.decision != _trend.WAIT) & ~diverged
     last = _numerics.select(tested, moved.window, state.last)
     last = _numerics.select(diverged, empty_window(), last)
-    save = tested & _rollback.is_improvement(monitor, last.mean)
+    save = tested & _rollback.is_improvement(monitor, last)
     monitor = _numerics.select(save, _rollback.monitor_from(last.mean, variance(last)), monitor)
     # At the start the losses are those that the ramp began with.
     at_start = _rollback.empty_monitor()._replace(threshold=_search.start_limit(search.first))

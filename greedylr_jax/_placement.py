@@ -30,7 +30,7 @@ _OTHERS = (
     LRTunerState,
 )
 
-_ADVICE = (
+ADVICE = (
     "Put it after the optimizer, as in optax.chain(optax.adamw(1e-3), greedy_lr()); or use "
     "greedylr_jax.chain, in which it may stand anywhere; or make it the learning rate, as in "
     "optax.inject_hyperparams(optax.adamw)(learning_rate=greedy_lr_schedule(...))."
@@ -245,5 +245,5 @@ def _assert_halved(rule: _reading.Found, before: optax.Updates, after: optax.Upd
     raise AssertionError(
         f"the learning-rate rule at {rule.written} does not control the step size: halving its scale "
         f"{effect} (expected: a factor of 0.5). In this position it scales the gradients, which is undone by "
-        f"the transformations after it (Adam's normalisation, momentum, clipping). {_ADVICE}"
+        f"the transformations after it (Adam's normalisation, momentum, clipping). {ADVICE}"
     )

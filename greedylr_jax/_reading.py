@@ -153,7 +153,7 @@ def get_learning_rate(
       group: which rule, if there are several, as in :func:`get_scale`.
 
     Returns:
-      A float scalar, or a pytree like the parameters if each element has its own rate; new arrays. Works
+      A float scalar, or a pytree like the parameters if there is one rate per element; new arrays. Works
       under ``jax.jit``.
 
     Raises:
