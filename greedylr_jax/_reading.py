@@ -35,6 +35,10 @@ def _is_rate(node: Any) -> bool:
     return isinstance(node, _rule.RateState)
 
 
+def _is_scalar(node: Any) -> bool:
+    return not isinstance(node, optax.MaskedNode) and jnp.shape(_plain(node)) == ()
+
+
 def find(opt_state: optax.OptState, wanted: Callable[[Any], bool] = is_rule) -> list[Found]:
     """All nodes of an optimizer state for which ``wanted`` is true, by default the rules."""
     nodes, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=wanted)
@@ -53,7 +57,7 @@ def _find_rates(opt_state: optax.OptState) -> list[Found]:
     split = []
     for found in find(opt_state, _is_rate):
         rates = found.state.learning_rate
-        if isinstance(rates, dict) and all(jnp.shape(_plain(value)) == () for value in rates.values()):
+        if isinstance(rates, dict) and all(_is_scalar(value) for value in rates.values()):
             for label, value in rates.items():
                 name = "/".join(filter(None, (found.group, label)))
                 split.append(Found(name, found.path, _rule.RateState(value), label))
