@@ -120,6 +120,7 @@ def test_a_linen_train_state_trains_as_plain_optax_does(case):
         state = step(state)
         rates.append(float(greedylr_jax.get_learning_rate(state.opt_state, BASE_RATE)))
     assert rates == expected_rates
+    assert len(set(rates)) > 1
     assert state.step == 12 and state.tx is tx
     chex.assert_trees_all_close(state.params, expected, rtol=1e-6)
 

@@ -121,6 +121,11 @@ def test_reference_runs_of_adam_with_that_of_optax_to_1e_5(trace):
     np.testing.assert_allclose(loss, trace["loss"], rtol=1e-5, atol=1e-6)
 
 
+def test_the_fixtures_cover_all_algorithms():
+    algorithms = {trace["algorithm"] for trace in FIXTURES}
+    assert algorithms == {"sgd_hd", "sgdn_hd", "adam_hd", "sgd_hd_per_parameter"}
+
+
 PARAMS = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([[0.5]])}
 GRADS = [
     {"a": jnp.array([1.0, 2.0]), "b": jnp.array([[-1.0]])},
@@ -178,11 +183,11 @@ class TestEveryKind:
     """Properties of every granularity and mode."""
 
     @staticmethod
-    def make(mode, granularity, **options):
+    def make(mode, granularity, momentum=0.9, **options):
         labels = {"a": "first", "b": "second"} if granularity == "group" else None
         rates = {"learning_rate": 0.1, "hyper_learning_rate": 0.05}
         arguments = rates | dict(mode=mode, granularity=granularity, param_labels=labels) | options
-        return hypergradient(optax.sgd(1.0, momentum=0.9), **arguments)
+        return hypergradient(optax.sgd(1.0, momentum=momentum), **arguments)
 
     def test_multiplicative_mode_does_not_depend_on_the_scale_of_the_gradients(self, mode, granularity):
         tx = self.make(mode, granularity)
@@ -200,8 +205,9 @@ class TestEveryKind:
         return state.rate
 
     def test_rates_stay_within_bounds_and_ignore_gradients_that_are_not_finite(self, mode, granularity):
-        tx = self.make(mode, granularity, min_learning_rate=0.09, max_learning_rate=0.11)
-        state = tx.init(PARAMS)
+        bounds = {"min_learning_rate": 0.09, "max_learning_rate": 0.11}
+        tx = self.make(mode, granularity, momentum=None, **bounds)  # momentum would stay NaN
+        state, seen = tx.init(PARAMS), []
         update = jax.jit(tx.update)
         for step in range(30):
             sign = -1.0 if step < 15 else 1.0
@@ -212,8 +218,10 @@ class TestEveryKind:
             _, state = update(grads, state, PARAMS)
             for rate in jax.tree.leaves(state.rate):
                 assert (rate >= 0.09 - 1e-6).all() and (rate <= 0.11 + 1e-6).all()
+                seen.extend(np.ravel(rate))
             if step % 7 == 3:
                 chex.assert_trees_all_equal(state.rate, before.rate)
+        np.testing.assert_allclose([min(seen), max(seen)], [0.09, 0.11], rtol=1e-6)
 
     def test_rates_are_float32_and_steps_keep_bfloat16(self, mode, granularity):
         tx = self.make(mode, granularity)
@@ -226,11 +234,15 @@ class TestEveryKind:
 
     def test_a_step_transfers_nothing_and_its_state_can_be_donated(self, mode, granularity):
         tx = self.make(mode, granularity)
-        state = tx.init(PARAMS)
+        state, expected, plain = tx.init(PARAMS), tx.init(PARAMS), jax.jit(tx.update)
         with jax.transfer_guard("disallow"):
             step = jax.jit(tx.update, donate_argnums=1)
             for _ in range(3):
+                before = state
                 _, state = step(GRADS[0], state, PARAMS)
+                _, expected = plain(GRADS[0], expected, PARAMS)
+                assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+        chex.assert_trees_all_equal(state, expected)
 
     def test_the_loss_decreases_inside_common_wrappers(self, mode, granularity):
         tx = self.make(mode, granularity, learning_rate=0.02, hyper_learning_rate=1e-4)
