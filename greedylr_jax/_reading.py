@@ -35,10 +35,6 @@ def _is_rate(node: Any) -> bool:
     return isinstance(node, _rule.RateState)
 
 
-def _is_scalar(node: Any) -> bool:
-    return not isinstance(node, optax.MaskedNode) and jnp.shape(_plain(node)) == ()
-
-
 def find(opt_state: optax.OptState, wanted: Callable[[Any], bool] = is_rule) -> list[Found]:
     """All nodes of an optimizer state for which ``wanted`` is true, by default the rules."""
     nodes, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=wanted)
