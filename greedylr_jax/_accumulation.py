@@ -133,7 +133,9 @@ def multi_steps(
             mini_step=jnp.where(is_last, 0, optax.safe_increment(state.mini_step)),
             gradient_step=jnp.where(is_last, optax.safe_increment(state.gradient_step), state.gradient_step),
             inner_opt_state=_where(is_last, inner_state, state.inner_opt_state),
-            acc_grads=jax.tree.map(lambda leaf: jnp.where(is_last, jnp.zeros_like(leaf), leaf), accumulated),
+            acc_grads=jax.tree.map(
+                lambda new, old: jnp.where(is_last, 0, new).astype(old.dtype), accumulated, state.acc_grads
+            ),
             skip_state=state.skip_state,
             value_sum=jnp.where(is_last, 0, value_sum),
             value_count=jnp.where(is_last, 0, value_count),
@@ -162,8 +164,8 @@ def _accumulate(updates: optax.Updates, state: MultiStepsState, use_grad_mean: b
 
     def add(gradient: jax.Array, accumulated: jax.Array) -> jax.Array:
         if not use_grad_mean:
-            return (gradient + accumulated).astype(accumulated.dtype)
-        return (accumulated + (gradient - accumulated) / (state.mini_step + 1)).astype(accumulated.dtype)
+            return gradient + accumulated
+        return accumulated + (gradient - accumulated) / (state.mini_step + 1)
 
     return jax.tree.map(add, updates, state.acc_grads)
 

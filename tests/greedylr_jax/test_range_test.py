@@ -65,6 +65,21 @@ def test_other_optimizers(inner, low, high):
     assert low < suggest_best(result) < high
 
 
+def test_the_losses_are_those_of_the_given_optimizer():
+    bounds = {"min_learning_rate": 0.5, "max_learning_rate": 1.0}
+    adam, momentum = (
+        range_test(loss_fn, START, BATCHES[:20], inner=inner, **bounds).losses
+        for inner in (optax.adam(1.0), optax.sgd(1.0, momentum=0.9))
+    )
+    grads = START - BATCHES[0]
+    np.testing.assert_allclose(adam[0], loss_fn(START - 0.5 * jnp.sign(grads), BATCHES[1]), rtol=1e-5)
+    first = START - 0.5 * grads
+    np.testing.assert_allclose(momentum[0], loss_fn(first, BATCHES[1]), rtol=1e-5)
+    rate = np.geomspace(0.5, 1.0, 20)[1]
+    second = first - rate * (0.9 * grads + first - BATCHES[1])
+    np.testing.assert_allclose(momentum[1], loss_fn(second, BATCHES[2]), rtol=1e-5)
+
+
 def test_a_metric_in_place_of_the_loss():
     result = range_test(
         loss_fn,
