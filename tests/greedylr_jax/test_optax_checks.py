@@ -125,6 +125,14 @@ def test_converges(name, problem):
     assert losses[-1] <= 1.001 * baseline[-1]
 
 
+# Reasons of known failures.
+MAP_PARAMS = {"hypergradient-group": "labels do not fit the placeholder that map_params gives for parameters"}
+SHARDED = {
+    **MAP_PARAMS,
+    "hypergradient-parameter": "the initial learning rates do not have the sharding of the parameters",
+}
+
+
 def types(tree):
     return jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), tree)
 
@@ -132,8 +140,7 @@ def types(tree):
 DTYPES = ("bfloat16", "float16", "float32", "complex64", "float64")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", optimizers(slow=()))
+@pytest.mark.parametrize(("name", "dtype"), crossed(OPTIMIZERS, DTYPES))
 def test_updates_have_the_dtype_of_the_parameters_and_the_state_keeps_its_types(name, dtype):
     with jax.enable_x64(dtype == "float64"):
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), START)
@@ -150,16 +157,7 @@ def test_init_of_shapes_gives_the_shapes_of_the_state(name):
     assert types(jax.eval_shape(tx.init, START)) == types(tx.init(START))
 
 
-@pytest.mark.parametrize(
-    "name",
-    optimizers(
-        slow=(),
-        fails={
-            "hypergradient-group": "the learning rates are a dict of labels, which is taken for parameters",
-            "auto_lr": "holds rounded parameters",
-        },
-    ),
-)
+@pytest.mark.parametrize("name", optimizers(slow=(), fails=MAP_PARAMS))
 def test_map_params_maps_what_is_like_the_parameters_and_nothing_else(name):
     tx = OPTIMIZERS[name]()
     state = tx.init(START)
@@ -171,11 +169,11 @@ def test_map_params_maps_what_is_like_the_parameters_and_nothing_else(name):
     for leaf, kind in zip(jax.tree.leaves(state), jax.tree.leaves(mapped), strict=True):
         assert kind == "other" or jnp.shape(leaf) in shapes
     # Values of the parameters may be given along with them.
-    added = optax.tree.map_params(tx, lambda leaf, param: leaf + param, state, START)
+    added = optax.tree.map_params(tx, lambda leaf, param: (leaf + param).astype(leaf.dtype), state, START)
     assert types(added) == types(state)
 
 
-@pytest.mark.parametrize("name", optimizers(slow=()))
+@pytest.mark.parametrize("name", optimizers(slow=(), fails=SHARDED))
 def test_states_are_sharded_like_the_parameters_on_an_explicit_mesh(name):
     mesh = jax.make_mesh((8,), ("shard",), axis_types=(jax.sharding.AxisType.Explicit,))
     specs = {"w": P("shard"), "b": P()}
@@ -192,8 +190,8 @@ def test_states_are_sharded_like_the_parameters_on_an_explicit_mesh(name):
         updates, after, _ = jax.eval_shape(functools.partial(step, tx, loss_fn), params, state)
 
     def spec_of(leaf):
-        spec = tuple(leaf.sharding.spec)
-        return P("shard") if spec[:1] == ("shard",) else P() if not any(spec) else spec
+        axes = () if leaf.sharding is None else tuple(leaf.sharding.spec)
+        return P(*axes) if any(axes) else P()
 
     assert jax.tree.map(spec_of, updates) == specs
     assert jax.tree.map(spec_of, after) == jax.tree.map(spec_of, state)
