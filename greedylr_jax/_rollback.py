@@ -13,7 +13,15 @@ import optax
 from jax.typing import ArrayLike
 
 from greedylr_jax import _checks, _forwarding, _numerics, _observe, _rule, _snapshot
-from greedylr_jax._window import LONGEST, Window, empty_window, mean_variance, observe, rise_limit, variance
+from greedylr_jax._window import (
+    LONGEST,
+    Window,
+    empty_window,
+    mean_variance,
+    observe,
+    rise_threshold,
+    variance,
+)
 
 PATIENCE = 20  # consecutive losses above the threshold after which a training has diverged
 _FLOOR = 0.05  # of the mean loss: smaller differences are noise, however constant the losses are
@@ -52,7 +60,7 @@ def initial_monitor() -> DivergenceMonitor:
 
 def monitor_from(mean: jax.Array, variance: jax.Array) -> DivergenceMonitor:
     """The monitor of a new snapshot with this mean loss; ``variance`` is that of single losses."""
-    threshold = jnp.maximum(rise_limit(mean, variance), mean + _FLOOR * jnp.abs(mean))
+    threshold = jnp.maximum(rise_threshold(mean, variance), mean + _FLOOR * jnp.abs(mean))
     return empty_monitor()._replace(baseline=mean, threshold=threshold)
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from greedylr_jax import _checks, _numerics, _observe
+from greedylr_jax import _checks, _misplaced, _numerics, _observe
 
 
 class Rule(NamedTuple):
@@ -138,8 +138,12 @@ class GradientTransformationExtraLoss(optax.GradientTransformationExtraArgs):
 class ScaleByRule(GradientTransformationExtraLoss):
     """A transformation that only multiplies the updates by its rule's scale.
 
-    :func:`greedylr_jax.chain` recognises rules by this type and applies them last.
+    :func:`greedylr_jax.chain` recognises rules by this type and applies them last. In a plain
+    ``optax.chain`` a position without effect causes a :class:`greedylr_jax.MisplacedRuleWarning`.
     """
+
+    def __new__(cls, init: Callable[..., Any], update: Callable[..., Any]) -> Self:
+        return super().__new__(cls, *_misplaced.watch(init, update))
 
 
 def scale_by_rule(

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from greedylr_jax import _numerics
-from greedylr_jax._window import NEAR, Window, empty_window, mean_variance, observe, rise_limit, variance
+from greedylr_jax._window import NEAR, Window, empty_window, mean_variance, observe, rise_threshold, variance
 
 RAMP, TRIAL, FOUND = 0, 1, 2  # stages
 LOWEST, HIGHEST = -6.0, 4.0  # decades of the ramp around its centre
@@ -154,7 +154,7 @@ def advance(
 
 def start_limit(first: Window) -> jax.Array:
     """What losses exceed that have risen above the ramp's first; infinite if hardly any is known."""
-    return jnp.where(first.finite > 1, rise_limit(first.mean, variance(first)), jnp.inf)
+    return jnp.where(first.finite > 1, rise_threshold(first.mean, variance(first)), jnp.inf)
 
 
 def has_learnt(results: jax.Array, variances: jax.Array, first: Window) -> jax.Array:

@@ -104,7 +104,8 @@ def test_a_non_finite_loss_restores_the_best_window_at_a_lower_rate(name):
     np.testing.assert_allclose(rate, 0.25 * min(saved_rate, last_rate), rtol=1e-6)
     # All other floating point numbers are restored to the last bit.
     chex.assert_trees_all_equal(floats_but_rates(restored), floats_but_rates(saved_state))
-    assert np.isfinite(jax.tree.leaves(later_state)[0]).all()
+    for leaf in floats_but_rates(later_state):
+        assert np.isfinite(leaf).all()
 
 
 def test_each_rollback_to_the_same_snapshot_cuts_again():
@@ -152,7 +153,7 @@ def test_with_rollback_saves_a_training_from_a_single_bad_batch():
     bare = train(optax.sgd(0.1))
     saved = train(greedylr_jax.with_rollback(optax.sgd(0.1)))
     assert not bare[-1] < 1e-3 and saved[-1] < 1e-6
-    assert train(greedylr_jax.with_rollback(inner))[-1] < 1e-3
+    assert not train(inner)[-1] < 1e-3 and train(greedylr_jax.with_rollback(inner))[-1] < 1e-3
 
 
 def test_steps_without_a_loss_do_not_change_the_monitor():
@@ -330,6 +331,7 @@ def test_a_call_without_parameters_or_loss_shows_the_right_call():
         tx.update(START, tx.init(START), START)
 
 
+@pytest.mark.filterwarnings("ignore::greedylr_jax.MisplacedRuleWarning")
 def test_rules_inside_are_read_and_checked_as_without_it():
     right = greedylr_jax.with_rollback(greedylr_jax.chain(greedylr_jax.greedy_lr(), optax.adam(0.1)))
     greedylr_jax.assert_controls_learning_rate(right, START)
