@@ -1,7 +1,7 @@
 """The type of a task, and its construction from a Flax NNX module and data."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,30 @@ LEARNING_RATES: Mapping[str, tuple[float, ...]] = {
     "sgd": (1e-2, 1e-1, 1.0),
     "adagrad": (1e-3, 1e-2, 1e-1),
     "adafactor": (1e-4, 1e-3, 1e-2),
+    "momentum": (1e-3, 1e-2, 1e-1),
+    "adam": (1e-4, 1e-3, 1e-2),
+    "lion": (1e-5, 1e-4, 1e-3),
+    "muon": (1e-3, 1e-2, 1e-1),
 }
+
+
+class Collector(NamedTuple):
+    """Makes the batch of each step from a state and the current parameters, as in reinforcement learning.
+
+    The state (environments, a replay buffer, a target network) is not differentiated.
+
+    Attributes:
+      init: from a key and the initial parameters to the state.
+      collect: from the state, the current parameters and the batch of training examples to the next state and
+        the batch that the loss is computed on.
+    """
+
+    init: Callable[[jax.Array, Params], Any]
+    collect: Callable[[Any, Params, Batch], tuple[Any, Batch]]
+
+
+# A step's batch is the drawn training examples.
+DRAWN = Collector(lambda key, params: (), lambda state, params, batch: (state, batch))
 
 
 class Task(NamedTuple):
@@ -26,12 +49,16 @@ class Task(NamedTuple):
       name: name on the command line.
       init: from a key to initial parameters.
       loss: mean loss of a batch, a scalar.
-      metric: metric of a batch of held-out examples, from 0 to 1; higher is better.
+      metric: metric of a batch of held-out examples, in the unit and direction of ``measure``.
       metric_name: name of the metric, such as "accuracy".
       train: training examples; the leading axis of each array is the example.
       test: held-out examples.
       batch_size: examples per step.
       learning_rates: for each optimizer, initial rates: too low, suitable, too high.
+      measure: the kind of metric: "accuracy", from 0 to 1, higher is better; "return", at most 1, higher is
+        better; "loss", 0 or more, lower is better.
+      test_loss: the loss of held-out examples, if it differs from ``loss`` (dropout, reinforcement learning).
+      collector: makes each step's batch from the drawn training examples; :data:`DRAWN` leaves them alone.
     """
 
     name: str
@@ -43,6 +70,14 @@ class Task(NamedTuple):
     test: Batch
     batch_size: int
     learning_rates: Mapping[str, tuple[float, ...]] = LEARNING_RATES
+    measure: Literal["accuracy", "return", "loss"] = "accuracy"
+    test_loss: Callable[[Params, Batch], jax.Array] | None = None
+    collector: Collector = DRAWN
+
+    @property
+    def held_out_loss(self) -> Callable[[Params, Batch], jax.Array]:
+        """The loss of held-out examples: ``test_loss``, or ``loss`` if there is none."""
+        return self.loss if self.test_loss is None else self.test_loss
 
     @property
     def num_examples(self) -> int:

@@ -35,6 +35,9 @@ OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
     # As in the Hugging Face trainer: the learning rate is absolute, not relative to the parameters.
     "adafactor": lambda rate: optax.adafactor(rate, multiply_by_parameter_scale=False),
     "momentum": lambda rate: optax.sgd(rate, momentum=0.9),
+    "adam": optax.adam,
+    "lion": optax.lion,
+    "muon": optax.contrib.muon,
 }
 RUNS_PER_DEVICE = 16  # maximum in one call
 SECONDS_PER_CALL = 5.0  # approximate time between two reports of progress
@@ -255,30 +258,38 @@ class Engine:
         optimizer = optax.with_extra_args_support(OPTIMIZERS[self.optimizer](1.0))
         stepper = make_stepper(key, optimizer, inputs.schedule, task, steps, validated=validated)
         batches = batch_indices(task, steps, batch_key)
+        source = task.collector.init(jax.random.fold_in(batch_key, 2), params)
         if disturbed:
-            first_loss = jnp.abs(task.loss(params, take(train, batches[0])))
+            _, first_batch = task.collector.collect(source, params, take(train, batches[0]))
+            first_loss = jnp.abs(task.loss(params, first_batch))
             first_norm = optax.tree.norm(params)
             noise_key = jax.random.fold_in(batch_key, 1)
 
         def body(carry: Any, step_inputs: Any) -> Any:
-            params, state = carry
+            params, state, source = carry
             rate, step, indices, noise = step_inputs
-            batch = take(train, indices)
+            source, batch = task.collector.collect(source, params, take(train, indices))
             loss, grads = jax.value_and_grad(task.loss)(params, batch)
             observed = loss
+
+            def collected(row: jax.Array) -> Batch:
+                return task.collector.collect(source, params, take(train, batches[row]))[1]
 
             def value_fn(params: Params) -> jax.Array:
                 if stepper.superbatch == 1:
                     return task.loss(params, batch)
                 rows = (step + jnp.arange(stepper.superbatch)) % len(batches)
-                return superbatch_loss(lambda p, row: task.loss(p, take(train, batches[row])), rows)(params)
+                return superbatch_loss(lambda p, row: task.loss(p, collected(row)), rows)(params)
 
             def validation_fn(params: Params) -> jax.Array:
                 # A validation loss is computed in the last step before each evaluation.
                 is_due = (step + 1) % (steps // evaluations) == 0
                 # The parameters are an operand, because Flax merges them at the branch's level of tracing.
                 return jax.lax.cond(
-                    is_due, lambda params: task.loss(params, validation), lambda params: jnp.nan, params
+                    is_due,
+                    lambda params: task.held_out_loss(params, validation),
+                    lambda params: jnp.nan,
+                    params,
                 )
 
             if disturbed:
@@ -292,17 +303,19 @@ class Engine:
             params = optax.apply_updates(params, updates)
             if disturbed:
                 params = optax.tree.add_scale(params, -noise[2] * first_norm, direction)
-            return (params, state), (loss, rate)
+            return (params, state, source), (loss, rate)
 
         def segment(carry: Any, segment_inputs: Any) -> Any:
-            (params, state), histories = jax.lax.scan(body, carry, segment_inputs)
+            carry, histories = jax.lax.scan(body, carry, segment_inputs)
+            params, state, _ = carry
             final = stepper.evaluation_params(state, params)
-            return (params, state), (*histories, task.loss(final, test), task.metric(final, test))
+            return carry, (*histories, task.held_out_loss(final, test), task.metric(final, test))
 
         noise = inputs.disturbance[:3] if disturbed else None
         xs = (inputs.schedule.rates, jnp.arange(steps), batches, noise)
         xs = jax.tree.map(lambda leaf: leaf.reshape(evaluations, -1, *leaf.shape[1:]), xs)
-        _, (loss, rate, *tests) = jax.lax.scan(segment, (params, stepper.init(params)), xs)
+        carry = (params, stepper.init(params), source)
+        _, (loss, rate, *tests) = jax.lax.scan(segment, carry, xs)
         return RunResult(loss.ravel(), rate.ravel(), *tests)
 
 
