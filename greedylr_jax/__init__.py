@@ -27,6 +27,7 @@ from greedylr_jax._reading import (
     get_scale,
     metrics,
 )
+from greedylr_jax._relative import ScaleToParametersState, scale_to_parameters
 from greedylr_jax._rollback import RollbackState, with_rollback
 from greedylr_jax._rule import (
     GradientTransformationExtraLoss,
@@ -66,6 +67,7 @@ __all__ = [
     "RuleSchedule",
     "RuleScheduleState",
     "RuleState",
+    "ScaleToParametersState",
     "TrendState",
     "arc",
     "assert_controls_learning_rate",
@@ -86,6 +88,7 @@ __all__ = [
     "probing",
     "range_test",
     "scale_by_rule",
+    "scale_to_parameters",
     "schedule_by_rule",
     "schedules",
     "superbatch_loss",
