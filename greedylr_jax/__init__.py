@@ -21,11 +21,13 @@ from greedylr_jax._auto import AutoState, auto_lr
 from greedylr_jax._chain import chain
 from greedylr_jax._greedy import GreedyLRState, greedy_lr, greedy_lr_schedule
 from greedylr_jax._hypergradient import HypergradientState, hypergradient
+from greedylr_jax._placement import assert_controls_learning_rate
 from greedylr_jax._reading import (
-    assert_controls_learning_rate,
     get_learning_rate,
     get_scale,
     metrics,
+    set_learning_rate,
+    set_scale,
 )
 from greedylr_jax._relative import ScaleToParametersState, scale_to_parameters
 from greedylr_jax._rollback import RollbackState, with_rollback
@@ -91,6 +93,8 @@ __all__ = [
     "scale_to_parameters",
     "schedule_by_rule",
     "schedules",
+    "set_learning_rate",
+    "set_scale",
     "superbatch_loss",
     "theory",
     "trend_lr",

@@ -2,7 +2,7 @@
 
 import optax
 
-from greedylr_jax import _rule
+from greedylr_jax import _placement, _rule
 
 
 class _Chain(optax.GradientTransformationExtraArgs):
@@ -21,6 +21,10 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
     (``optax.masked``, a plain ``optax.chain``, ...) is not moved; check such transformations with
     :func:`greedylr_jax.assert_controls_learning_rate`.
 
+    The updates of some optimizers must not be scaled, since they move the parameters to a certain point:
+    ``optax.contrib.schedule_free`` and others with iterates of their own, and wrappers that restore
+    parameters, such as :func:`greedylr_jax.with_rollback`. Put the rule inside of these.
+
     Args:
       *transforms: gradient transformations, with learning-rate rules at any position.
 
@@ -29,7 +33,8 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
       application.
 
     Raises:
-      TypeError: if an argument is not a gradient transformation.
+      TypeError: if an argument is not a gradient transformation. Its ``init`` raises ``ValueError`` if a rule
+        would scale the updates of an optimizer that must not be scaled.
 
     Examples:
       >>> import jax.numpy as jnp, optax, greedylr_jax
@@ -48,6 +53,23 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
             )
         links.extend(transform.links if isinstance(transform, _Chain) else (transform,))
     links.sort(key=lambda link: isinstance(link, _rule.ScaleByRule))  # stable: rules last
-    result = _Chain(*optax.chain(*links)) if links else _Chain(*optax.identity())
+    chained = optax.chain(*links) if links else optax.with_extra_args_support(optax.identity())
+
+    def init_fn(params: optax.Params) -> optax.OptState:
+        state = chained.init(params)
+        if links and isinstance(links[-1], _rule.ScaleByRule):
+            _check_may_be_scaled(state)
+        return state
+
+    result = _Chain(init_fn, chained.update)
     result.links = tuple(links)
     return result
+
+
+def _check_may_be_scaled(opt_state: optax.OptState) -> None:
+    name = _placement.find_wrapper(opt_state)
+    if name is not None:
+        raise ValueError(
+            f"greedylr_jax.chain applies its rules last, where they would scale the updates of an optimizer "
+            f"with a {name}, which must not be scaled. {_placement.ADVICE_INSIDE}"
+        )

@@ -26,14 +26,21 @@ Departures from the published implementation:
 """
 
 from collections.abc import Hashable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from greedylr_jax import _checks, _deprecated, _numerics, _ring, _rule
+
+# Decisions. Positive: the observation is an improvement; negative: it is not.
+INCREASE = 2
+BETTER = 1
+HOLD = 0  # no decision during a cooldown or warmup
+WORSE = -1
+DECREASE = -2
 
 
 class GreedyLRState(NamedTuple):
@@ -43,6 +50,7 @@ class GreedyLRState(NamedTuple):
     best_value: jax.Array  # shape=(), dtype=float; best (smoothed) value so far
     num_good: jax.Array  # shape=(), dtype=int32; consecutive improvements
     num_bad: jax.Array  # shape=(), dtype=int32; consecutive observations without improvement
+    decision: jax.Array  # shape=(), dtype=int32; on the last observation, one of the constants above
     cooldown_count: jax.Array  # shape=(), dtype=int32
     warmup_count: jax.Array  # shape=(), dtype=int32
     reset_countdown: jax.Array  # shape=(), dtype=int32; decreases at the minimum until a reset
@@ -313,7 +321,7 @@ def _greedy_rule(settings: _Settings) -> _rule.Rule:
 def _as_arrays(settings: _Settings, dtype: jnp.dtype) -> _Settings:
     """Converts numbers to the dtypes of the state: floats to ``dtype``, counts to int32."""
 
-    def real(value: ArrayLike) -> ArrayLike:
+    def real(value: ArrayLike) -> jax.Array | np.ndarray:
         return _cast(value, dtype)
 
     def count(value: ArrayLike | None) -> ArrayLike | None:
@@ -333,13 +341,13 @@ def _as_arrays(settings: _Settings, dtype: jnp.dtype) -> _Settings:
     )
 
 
-def _at_least_tiny(value: ArrayLike) -> ArrayLike:
+def _at_least_tiny(value: jax.Array | np.ndarray) -> ArrayLike:
     """``value``, at least the smallest normal number: a rate of 0, or flushed to 0, could not increase."""
-    tiny = np.asarray(np.finfo(value.dtype).tiny)[()]
+    tiny = np.asarray(jnp.finfo(value.dtype).tiny)[()]
     return jnp.maximum(value, tiny) if isinstance(value, jax.Array) else np.maximum(value, tiny)
 
 
-def _cast(value: ArrayLike, dtype: jnp.dtype) -> ArrayLike:
+def _cast(value: ArrayLike, dtype: DTypeLike) -> jax.Array | np.ndarray:
     # A known number stays a NumPy scalar: it becomes a literal of the compiled program, without a transfer
     # to the device.
     if isinstance(value, jax.Array):
@@ -359,6 +367,7 @@ def _initial_state(settings: _Settings, scale: jax.Array) -> GreedyLRState:
         best_value=jnp.full((), settings.sign * jnp.inf, dtype),
         num_good=zero(),
         num_bad=zero(),
+        decision=zero(),
         cooldown_count=zero(),
         warmup_count=zero(),
         reset_countdown=jnp.array(0 if settings.reset_at_min is None else settings.reset_at_min, jnp.int32),
@@ -369,9 +378,9 @@ def _initial_state(settings: _Settings, scale: jax.Array) -> GreedyLRState:
 
 
 def _reset(settings: _Settings, state: GreedyLRState) -> GreedyLRState:
-    """The initial state."""
-    history = _ring.clear(state.history)
-    return _initial_state(settings, state.initial_scale)._replace(history=history)
+    """The initial state, after the same decision."""
+    initial = _initial_state(settings, state.initial_scale)
+    return initial._replace(decision=state.decision, history=_ring.clear(state.history))
 
 
 def _smooth(
@@ -386,8 +395,9 @@ def _smooth(
     is_finite = jnp.isfinite(value)
     if settings.window in (None, 1):
         return state, value, is_finite
-    history = _ring.insert(state.history, value, is_finite)
-    mean = _ring.mean(history)
+    was_cleared = settings.reset_at_min is not None or settings.reset_after is not None
+    history = _ring.insert(state.history, value, is_finite, was_cleared=was_cleared)
+    mean = _ring.mean(history, was_cleared=was_cleared)
     return state._replace(history=history), mean, is_finite & jnp.isfinite(mean)
 
 
@@ -411,7 +421,8 @@ def _inverse(factor: ArrayLike) -> ArrayLike:
     other divisions. The last bit of a run would thus differ between a constant and a traced factor, or
     between a loop and a map. With an explicit product all agree.
     """
-    return np.ones((), factor.dtype)[()] / factor
+    one: Any = np.ones((), jnp.result_type(factor))[()]
+    return one / factor
 
 
 def _increment(count: jax.Array) -> jax.Array:
@@ -419,7 +430,7 @@ def _increment(count: jax.Array) -> jax.Array:
 
 
 def _is_zero(value: ArrayLike) -> bool:
-    return not _checks.is_traced(value) and value == 0
+    return not _checks.is_traced(value) and bool(value == 0)
 
 
 def _count_down(settings: _Settings, state: GreedyLRState) -> tuple[GreedyLRState, jax.Array | bool]:
@@ -439,18 +450,32 @@ def _count_down(settings: _Settings, state: GreedyLRState) -> tuple[GreedyLRStat
     return state, is_holding
 
 
+def _decide(
+    settings: _Settings, state: GreedyLRState, is_better: jax.Array, is_holding: jax.Array | bool
+) -> jax.Array:
+    """Returns the decision on an observation.
+
+    The other fields are computed from the decision and their own previous value. XLA then updates each in
+    place; under ``lax.scan`` on a CPU, a step of 100 parameters takes 10% longer without.
+    """
+    increase = _increment(state.num_good) > settings.patience
+    decrease = _increment(state.num_bad) > settings.patience
+    decision = _numerics.where(
+        is_better, _numerics.where(increase, INCREASE, BETTER), _numerics.where(decrease, DECREASE, WORSE)
+    )
+    if is_holding is not False:
+        decision = _numerics.where(is_holding, HOLD, decision)
+    return decision.astype(jnp.int32)
+
+
 def _reference_step(settings: _Settings, state: GreedyLRState, value: jax.Array) -> GreedyLRState:
     """One observation by the published implementation."""
     state, mean, is_finite = _smooth(settings, state, value)
 
     state, is_holding = _count_down(settings, state)
-    decides = jnp.logical_not(is_holding)
-    is_better = decides & is_finite & _improves(settings, state, mean)
-    best_value = _numerics.where(is_better, mean, state.best_value)
-    num_good = _numerics.where(is_better, _increment(state.num_good), 0)
-    num_bad = _numerics.where(decides & ~is_better, _increment(state.num_bad), 0)
-
-    increase, decrease = num_good > settings.patience, num_bad > settings.patience
+    is_better = is_finite & _improves(settings, state, mean)
+    decision = _decide(settings, state, is_better, is_holding)
+    increase, decrease = decision == INCREASE, decision == DECREASE
     raised = jnp.minimum(state.scale * _inverse(settings.factor), settings.max_scale)
     lowered = jnp.maximum(state.scale * settings.factor, settings.min_scale)
     if _is_zero(settings.eps):
@@ -462,9 +487,10 @@ def _reference_step(settings: _Settings, state: GreedyLRState, value: jax.Array)
 
     stepped = state._replace(
         scale=scale,
-        best_value=best_value,
-        num_good=_numerics.where(increase, 0, num_good),
-        num_bad=_numerics.where(decrease, 0, num_bad),
+        best_value=_numerics.where(decision > HOLD, mean, state.best_value),
+        num_good=_numerics.where(decision == BETTER, _increment(state.num_good), 0),
+        num_bad=_numerics.where(decision == WORSE, _increment(state.num_bad), 0),
+        decision=decision,
     )
     if settings.reset_after is not None:
         stepped = stepped._replace(num_observations=_increment(state.num_observations))
@@ -492,36 +518,31 @@ def _paper_step(settings: _Settings, state: GreedyLRState, value: jax.Array) -> 
     """One epoch of Algorithm 1, lines 3 to 40."""
     state, mean, is_finite = _smooth(settings, state, value)  # line 4
 
-    is_better = is_finite & _improves(settings, state, mean)  # lines 6-13
-    best_value = _numerics.where(is_better, mean, state.best_value)
-    num_good = _numerics.where(is_better, _increment(state.num_good), 0)
-    num_bad = _numerics.where(is_better, 0, _increment(state.num_bad))
+    is_better = is_finite & _improves(settings, state, mean)
+    is_cooling = state.cooldown_count < settings.cooldown
+    is_warming = state.warmup_count < settings.warmup
+    is_holding = _numerics.where(is_better, is_cooling, is_warming)
+    decision = _decide(settings, state, is_better, is_holding)
 
-    is_cooling = state.cooldown_count < settings.cooldown  # lines 14-19
-    cooldown_count = _numerics.where(is_cooling, state.cooldown_count + 1, 0)
-    num_good = _numerics.where(is_cooling, 0, num_good)
-
-    is_warming = state.warmup_count < settings.warmup  # lines 20-25
-    warmup_count = _numerics.where(is_warming, state.warmup_count + 1, 0)
-    num_bad = _numerics.where(is_warming, 0, num_bad)
-
-    scale = state.scale
-    raised = scale * _inverse(settings.factor)
-    scale = _numerics.where(num_good > settings.patience, raised, scale)  # lines 26-28
-    scale = _numerics.where(num_bad > settings.patience, scale * settings.factor, scale)  # lines 29-31
+    raised = state.scale * _inverse(settings.factor)
+    scale = _numerics.where(decision == INCREASE, raised, state.scale)  # lines 26-28
+    scale = _numerics.where(decision == DECREASE, scale * settings.factor, scale)  # lines 29-31
 
     stepped = state._replace(
         scale=scale,
-        best_value=best_value,
-        num_good=num_good,
-        num_bad=num_bad,
-        cooldown_count=cooldown_count,
-        warmup_count=warmup_count,
+        best_value=_numerics.where(is_better, mean, state.best_value),  # lines 6-13
+        num_good=_numerics.where(decision > HOLD, _increment(state.num_good), 0),
+        num_bad=_numerics.where(decision < HOLD, _increment(state.num_bad), 0),
+        decision=decision,
+        cooldown_count=_numerics.where(is_cooling, state.cooldown_count + 1, 0),  # lines 14-19
+        warmup_count=_numerics.where(is_warming, state.warmup_count + 1, 0),  # lines 20-25
         num_observations=_increment(state.num_observations),
     )
     if settings.reset_after is not None:  # lines 32-39
         initial = _reset(settings, stepped)._replace(
-            best_value=best_value, cooldown_count=cooldown_count, warmup_count=warmup_count
+            best_value=stepped.best_value,
+            cooldown_count=stepped.cooldown_count,
+            warmup_count=stepped.warmup_count,
         )
         is_due = stepped.num_observations > settings.reset_after
         stepped = _numerics.select(is_due, initial, stepped)

@@ -1,14 +1,15 @@
-"""Hypergradient descent: a learning rate that learns from successive gradients ("first-order GreedyLR").
+"""Hypergradient descent: a learning rate that is learned from successive gradients.
 
 A. G. Baydin, R. Cornish, D. Martinez Rubio, M. Schmidt and F. Wood, "Online Learning Rate Adaptation with
-Hypergradient Descent", ICLR 2018; equation 1 of "Zeroth Order GreedyLR", which calls it first-order
-GreedyLR and adds one rate for each parameter group. With g_t the gradient and d_t the direction that an
-optimizer makes of it, the loss after a step falls with the rate of that step by <g_t, d_{t-1}>, so
+Hypergradient Descent", ICLR 2018; equation 1 of "Zeroth Order GreedyLR", which calls it first-order GreedyLR
+and adds one learning rate per parameter group. With g_t the gradient and u_t the update that an optimizer
+with learning rate 1 computes from it, the derivative of the loss with respect to the previous learning rate
+is <g_t, u_{t-1}>, so
 
-    alpha_t = alpha_{t-1} + beta <g_t, d_{t-1}>,    then    params -= alpha_t d_t.
+    alpha_t = alpha_{t-1} - beta <g_t, u_{t-1}>,    then    params += alpha_t u_t.
 
-Departures: rates stay within bounds (the additive rule alone may go below zero), and a step whose
-products are not finite leaves them as they are.
+Departures: learning rates stay within bounds (the additive rule alone may make them negative), and a step
+whose product is not finite leaves them unchanged.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,90 +20,93 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from greedylr_jax import _checks, _inner, _numerics, _rule
+from greedylr_jax import _checks, _deprecated, _inner, _numerics, _rule
 
 
 class HypergradientState(NamedTuple):
     """State of :func:`hypergradient`."""
 
-    rate: _rule.RateState  # the rates: a scalar, a scalar for each group, or one for each element
-    previous: optax.Updates  # the direction of the last step; zeros before the first
-    direction_state: optax.OptState
+    rate: _rule.RateState  # learning rates: a scalar, a scalar per label, or one per parameter element
+    previous_update: optax.Updates  # of inner, before the learning rate; zeros before the first step
+    inner_state: optax.OptState
 
 
+@_deprecated.renamed_arguments(
+    direction="inner", min_value="min_learning_rate", max_value="max_learning_rate"
+)
 def hypergradient(
-    direction: optax.GradientTransformation,
+    inner: optax.GradientTransformation,
     learning_rate: ArrayLike | Mapping[str, ArrayLike] | optax.Params,
     hyper_learning_rate: ArrayLike,
     *,
     mode: Literal["additive", "multiplicative"] = "additive",
     granularity: Literal["global", "group", "parameter"] = "global",
     param_labels: Any | Callable[[optax.Params], Any] = None,
-    min_value: ArrayLike = 0.0,
-    max_value: ArrayLike = float("inf"),
+    min_learning_rate: ArrayLike = 0.0,
+    max_learning_rate: ArrayLike = float("inf"),
 ) -> optax.GradientTransformationExtraArgs:
-    """An optimizer whose learning rate follows the agreement of each gradient with the last step.
+    """An optimizer whose learning rate increases while each gradient agrees with the previous update.
 
     Args:
-      direction: a transformation that gives a direction without a rate: ``optax.identity()`` (SGD),
-        ``optax.trace(0.9)``, ``optax.scale_by_adam()``; or an optimizer built with rate 1, such as
-        ``optax.adam(1.0)``, which is the same. Weight decay that belongs to the gradient goes
-        before this optimizer (``optax.chain(optax.add_decayed_weights(w), hypergradient(...))``).
-      learning_rate: the initial rate, >= 0: a number; or one for each label (``granularity="group"``); or
-        a pytree like the parameters (``granularity="parameter"``).
-      hyper_learning_rate: beta, >= 0; may be traced. In additive mode its unit is that of the rate over a
-        squared gradient, so it must suit the problem; in multiplicative mode it is a plain number.
-      mode: ``"additive"``: the rate gains beta times the product of gradient and last direction.
-        ``"multiplicative"``: it is multiplied by 1 + beta times the cosine between them, which knows
-        nothing of the gradient's scale.
-      granularity: ``"global"``: one rate; ``"group"``: one for each label of ``param_labels``;
-        ``"parameter"``: one for each element, with the elementwise product instead of the inner one (and
-        its sign instead of the cosine).
-      param_labels: for ``granularity="group"``: a pytree of strings that is like the parameters or a
-        prefix of them, or a function from the parameters to one, as in ``optax.partition``.
-      min_value: lowest rate, >= 0; may be traced.
-      max_value: highest rate, >= ``min_value``; may be traced.
+      inner: an optimizer built with learning rate 1, such as ``optax.sgd(1.0, momentum=0.9)`` or
+        ``optax.adamw(1.0)``.
+      learning_rate: initial learning rate, >= 0: a number; one per label (``granularity="group"``); or a
+        pytree like the parameters (``granularity="parameter"``). May be traced.
+      hyper_learning_rate: beta, >= 0. In additive mode its unit is that of the learning rate divided by that
+        of a squared gradient, so a good value depends on the problem; in multiplicative mode it has no unit.
+        May be traced.
+      mode: ``"additive"``: subtracts beta <gradient, previous update> from the learning rate.
+        ``"multiplicative"``: multiplies it by 1 - beta cos(gradient, previous update), which does not depend
+        on the scale of the gradients.
+      granularity: ``"global"``: one learning rate; ``"group"``: one per label of ``param_labels``;
+        ``"parameter"``: one per element, with the elementwise product in place of the inner product (and its
+        sign in place of the cosine).
+      param_labels: for ``granularity="group"``: a pytree of strings that is like the parameters or a prefix
+        of them, or a function from the parameters to such a pytree, as in ``optax.partition``.
+      min_learning_rate: lower bound, >= 0; may be traced.
+      max_learning_rate: upper bound, >= ``min_learning_rate``; may be traced.
 
     Returns:
-      A ``GradientTransformationExtraArgs``. Products and rates are float32 or wider whatever the
-      parameters' dtype; its state holds one extra copy of the parameters, the last direction.
+      A ``GradientTransformationExtraArgs``. Inner products and learning rates are float32 or wider for every
+      dtype of parameters. The state holds one copy of the parameters, the previous update.
 
     Raises:
-      ValueError: if a number is out of its range, or ``param_labels`` does not go with ``granularity``.
+      ValueError: if a number is out of its range, or ``param_labels`` and ``granularity`` do not match; from
+        ``init``, if the updates of ``inner`` point uphill.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
       >>> from greedylr_jax import get_learning_rate, hypergradient
-      >>> tx = hypergradient(optax.scale_by_adam(), 1e-3, 1e-4)
+      >>> tx = hypergradient(optax.adam(1.0), 1e-3, 1e-4)
       >>> params = jnp.ones(3)
       >>> state = tx.init(params)
       >>> for _ in range(3):
       ...     grads = jax.grad(lambda p: jnp.sum(p**2))(params)
       ...     updates, state = tx.update(grads, state, params)
       ...     params = optax.apply_updates(params, updates)
-      >>> print(f"{get_learning_rate(state):.4f}")  # two steps that agreed with the one before
+      >>> print(f"{get_learning_rate(state):.4f}")  # two gradients agreed with the previous update
       0.0022
 
-      The hybrid that the GreedyLR paper names as future work is a plain chain:
+      It can be combined with GreedyLR, which the GreedyLR paper names as future work:
       ``optax.chain(hypergradient(...), greedy_lr())``.
 
     Source: equation 1 of "Zeroth Order GreedyLR"; Baydin et al. (2018), equations 7 and 8.
     """
     beta = _checks.check_real("hyper_learning_rate", hyper_learning_rate, low=0.0, high_open=True)
-    low = _checks.check_real("min_value", min_value, low=0.0, high_open=True)
-    high = _checks.check_real("max_value", max_value, low=0.0)
-    _checks.check_order("min_value", low, "max_value", high)
+    low = _checks.check_real("min_learning_rate", min_learning_rate, low=0.0, high_open=True)
+    high = _checks.check_real("max_learning_rate", max_learning_rate, low=0.0)
+    _checks.check_order("min_learning_rate", low, "max_learning_rate", high)
     _checks.check_choice("mode", mode, ("additive", "multiplicative"))
     _checks.check_choice("granularity", granularity, ("global", "group", "parameter"))
     if (param_labels is not None) != (granularity == "group"):
         raise ValueError(
-            f"param_labels must be given with granularity='group' and only then, got "
+            f"param_labels must be given if and only if granularity='group', got "
             f"granularity={granularity!r} and param_labels={param_labels!r}."
         )
-    direction = _inner.as_direction(direction)
+    wrapped = optax.with_extra_args_support(inner)
 
     def labels_of(params: optax.Params) -> list[str]:
-        """The label of each leaf; the same for all where there are no groups."""
+        """The label of each leaf; the same for all without groups."""
         if param_labels is None:
             return [_ALL] * len(jax.tree.leaves(params))
         labels = param_labels(params) if callable(param_labels) else param_labels
@@ -110,6 +114,7 @@ def hypergradient(
         return jax.tree.leaves(spread)
 
     def init_fn(params: optax.Params) -> HypergradientState:
+        _inner.check_descends("hypergradient", wrapped, params)
         if granularity == "parameter":
             rates = _initial_per_element(learning_rate, params)
         elif granularity == "group":
@@ -118,9 +123,15 @@ def hypergradient(
             rates = _initial_rate("learning_rate", learning_rate)
         return HypergradientState(
             rate=_rule.RateState(rates),
-            previous=optax.tree.zeros_like(params),
-            direction_state=direction.init(params),
+            previous_update=optax.tree.zeros_like(params),
+            inner_state=wrapped.init(params),
         )
+
+    def next_rate(rate: jax.Array, agreement: jax.Array) -> jax.Array:
+        gain = jnp.asarray(beta, rate.dtype) * agreement
+        proposal = rate + gain if mode == "additive" else rate * (1 + gain)
+        proposal = jnp.clip(proposal, jnp.asarray(low, rate.dtype), jnp.asarray(high, rate.dtype))
+        return jnp.where(jnp.isfinite(agreement), proposal, rate)
 
     def update_fn(
         updates: optax.Updates,
@@ -128,43 +139,37 @@ def hypergradient(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, HypergradientState]:
-        def learn(rate: jax.Array, agreement: jax.Array) -> jax.Array:
-            gain = jnp.asarray(beta, rate.dtype) * agreement
-            proposal = rate + gain if mode == "additive" else rate * (1 + gain)
-            proposal = jnp.clip(proposal, jnp.asarray(low, rate.dtype), jnp.asarray(high, rate.dtype))
-            return jnp.where(jnp.isfinite(agreement), proposal, rate)
-
         gradients, structure = jax.tree.flatten(updates)
-        directions = structure.flatten_up_to(state.previous)
+        previous = structure.flatten_up_to(state.previous_update)
         rates = state.rate.learning_rate
         if granularity == "parameter":
             old = structure.flatten_up_to(rates)
-            each = [
-                learn(rate, _elementwise_agreement(gradient, last, rate, mode))
-                for gradient, last, rate in zip(gradients, directions, old, strict=True)
+            per_leaf = [
+                next_rate(rate, _elementwise_agreement(gradient, last, rate, mode))
+                for gradient, last, rate in zip(gradients, previous, old, strict=True)
             ]
-            rates = structure.unflatten(each)
+            rates = structure.unflatten(per_leaf)
         else:
             labels = labels_of(updates)
             by_label = rates if granularity == "group" else {_ALL: rates}
-            agreements = _agreements(gradients, directions, labels, mode)
-            # A label without leaves (an empty tree, everything masked) has nothing to learn from.
+            agreements = _agreements(gradients, previous, labels, mode)
+            # The rate of a label without leaves (an empty tree, everything masked) stays as it is.
             by_label = {
-                label: learn(rate, agreements[label].astype(rate.dtype)) if label in agreements else rate
+                label: next_rate(rate, agreements[label].astype(rate.dtype)) if label in agreements else rate
                 for label, rate in by_label.items()
             }
             rates = by_label if granularity == "group" else by_label[_ALL]
-            each = [by_label[label] for label in labels]
-        steps, direction_state = direction.update(updates, state.direction_state, params, **extra_args)
-        scaled = jax.tree.map(
-            lambda step, rate: _numerics.scale_leaf(step, -rate), steps, structure.unflatten(each)
-        )
-        return scaled, HypergradientState(_rule.RateState(rates), steps, direction_state)
+            per_leaf = [by_label[label] for label in labels]
+        steps, inner_state = wrapped.update(updates, state.inner_state, params, **extra_args)
+        scaled = jax.tree.map(_numerics.scale_leaf, steps, structure.unflatten(per_leaf))
+        # The dtype of the state is that of the parameters, which the gradients need not share.
+        kept = jax.tree.map(lambda step, last: jnp.asarray(step, last.dtype), steps, state.previous_update)
+        return scaled, HypergradientState(_rule.RateState(rates), kept, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-_ALL = ""  # the label of every leaf where there is one rate
+_ALL = ""  # the label of every leaf if there is one learning rate
 
 
 def _initial_rate(name: str, value: Any) -> jax.Array:
@@ -199,7 +204,7 @@ def _initial_per_element(value: Any, params: optax.Params) -> optax.Params:
 
 
 def _widen(leaf: jax.Array) -> jax.Array:
-    """The leaf as float32 or wider; as complex64 or wider where it is complex."""
+    """The leaf as float32 or wider; as complex64 or wider if it is complex."""
     dtype = leaf.dtype
     if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < jnp.finfo(jnp.float32).bits:
         return leaf.astype(jnp.float32)
@@ -210,22 +215,20 @@ def _has_rate(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
-def _elementwise_agreement(
-    gradient: jax.Array, direction: jax.Array, rate: jax.Array, mode: str
-) -> jax.Array:
-    """Product of each element with its own last direction, or its sign, the cosine of two numbers."""
+def _elementwise_agreement(gradient: jax.Array, previous: jax.Array, rate: jax.Array, mode: str) -> jax.Array:
+    """Minus each gradient element times its previous update; in multiplicative mode its sign."""
     if not _has_rate(gradient):
         return jnp.zeros_like(rate)
-    product = (jnp.conj(_widen(direction)) * _widen(gradient)).real.astype(rate.dtype)
-    return product if mode == "additive" else jnp.sign(product)
+    agreement = -(jnp.conj(_widen(previous)) * _widen(gradient)).real.astype(rate.dtype)
+    return agreement if mode == "additive" else jnp.sign(agreement)
 
 
 def _agreements(
-    gradients: list[jax.Array], directions: list[jax.Array], labels: list[str], mode: str
+    gradients: list[jax.Array], previous: list[jax.Array], labels: list[str], mode: str
 ) -> dict[str, jax.Array]:
-    """For each label the inner product of its leaves' gradients and directions, or its cosine."""
+    """For each label minus the inner product of gradients and previous updates, or minus its cosine."""
 
-    def total(left: list[jax.Array], right: list[jax.Array], label: str) -> jax.Array:
+    def inner_product(left: list[jax.Array], right: list[jax.Array], label: str) -> jax.Array:
         terms = [
             jnp.sum((jnp.conj(_widen(b)) * _widen(a)).real.astype(_numerics.default_float_dtype()))
             for a, b, name in zip(left, right, labels, strict=True)
@@ -235,11 +238,11 @@ def _agreements(
 
     result = {}
     for label in dict.fromkeys(labels):
-        product = total(gradients, directions, label)
+        agreement = -inner_product(gradients, previous, label)
         if mode == "multiplicative":
-            norms = jnp.sqrt(total(gradients, gradients, label)) * jnp.sqrt(
-                total(directions, directions, label)
+            norms = jnp.sqrt(inner_product(gradients, gradients, label)) * jnp.sqrt(
+                inner_product(previous, previous, label)
             )
-            product = jnp.where(norms == 0, 0, product / jnp.where(norms == 0, 1, norms))
-        result[label] = product
+            agreement = jnp.where(norms == 0, 0, agreement / jnp.where(norms == 0, 1, norms))
+        result[label] = agreement
     return result

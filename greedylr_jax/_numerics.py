@@ -51,6 +51,16 @@ def fresh(array: jax.Array) -> jax.Array:
     return array if _checks.is_traced(array) else jnp.array(array)
 
 
+def weakly_typed(scalar: jax.Array) -> jax.Array:
+    """A new array with the same number in JAX's weak type: a product with it has the other factor's dtype.
+
+    Optax's schedules return such arrays, and ``optax.inject_hyperparams`` converts them to the parameters'
+    dtype, so that updates keep it.
+    """
+    weak = jnp.asarray(0.0)
+    return weak.at[...].set(scalar) if weak.dtype == scalar.dtype else fresh(scalar)
+
+
 def select(condition: ArrayLike, on_true: T, on_false: T) -> T:
     """:func:`where` for two states of the same structure."""
     return jax.tree.map(functools.partial(where, condition), on_true, on_false)

@@ -1,28 +1,33 @@
-"""Reading the learning rate out of an optimizer state, and checking that a rule controls it."""
+"""Reading and setting the learning rate in an optimizer state."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from greedylr_jax import _numerics, _observe, _rollback, _rule
-
-_MAX_PROBE_STEPS = 1024  # more than any sensible number of accumulated micro-batches
+from greedylr_jax import _checks, _numerics, _rule
 
 
-class _Found(NamedTuple):
-    """One rule, or one optimizer with rates of its own, in an optimizer state."""
+class Found(NamedTuple):
+    """A rule, or an optimizer with its own learning rate, in an optimizer state."""
 
-    group: str  # the dictionary keys on the way to it, such as the labels of optax.partition
-    path: str  # where it is, written as Python would
-    state: _rule.RuleState | _rule.RuleScheduleState | _rule.RateState
+    group: str  # the dictionary keys in its path, such as the labels of optax.partition, joined by "/"
+    path: tuple[Any, ...]  # its path in the optimizer state, as jax.tree_util gives it
+    state: Any  # a RuleState, RuleScheduleState or RateState
+    label: str | None = None  # which of the rates, if the optimizer has one for each group
+
+    @property
+    def written(self) -> str:
+        """The path as a Python expression."""
+        label = "" if self.label is None else f"[{self.label!r}]"
+        return "opt_state" + jax.tree_util.keystr(self.path) + label
 
 
-def _is_rule(node: Any) -> bool:
+def is_rule(node: Any) -> bool:
+    """Whether a node of an optimizer state is the state of a rule, in either adapter."""
     return isinstance(node, (_rule.RuleState, _rule.RuleScheduleState))
 
 
@@ -30,44 +35,35 @@ def _is_rate(node: Any) -> bool:
     return isinstance(node, _rule.RateState)
 
 
-def _or_kept(wanted: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """Where to stop looking: what is kept to go back to holds rules, too, but none that acts."""
-    return lambda node: wanted(node) or isinstance(node, _rollback.Kept)
-
-
-def _carried(state: _rule.RuleState | _rule.RuleScheduleState) -> _rule.RuleState:
-    return state.rule_state if isinstance(state, _rule.RuleScheduleState) else state
-
-
-def _find(opt_state: optax.OptState, wanted: Callable[[Any], bool]) -> list[_Found]:
-    nodes, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=_or_kept(wanted))
+def find(opt_state: optax.OptState, wanted: Callable[[Any], bool] = is_rule) -> list[Found]:
+    """All nodes of an optimizer state for which ``wanted`` is true, by default the rules."""
+    nodes, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=wanted)
     found = []
     for path, node in nodes:
         if wanted(node):
             keys = [str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey)]
             if isinstance(node, _rule.RuleScheduleState):
-                keys = keys[:-1]  # inject_hyperparams files a schedule under its argument's name
-            written = "opt_state" + jax.tree_util.keystr(path)
-            found.append(_Found("/".join(keys), written, node))
+                keys = keys[:-1]  # inject_hyperparams stores a schedule under the name of its argument
+            found.append(Found("/".join(keys), path, node))
     return found
 
 
-def _groups_of_rates(found: list[_Found]) -> list[_Found]:
-    """The same, with one entry for each label where an optimizer keeps a rate for each group."""
+def _find_rates(opt_state: optax.OptState) -> list[Found]:
+    """The learning rates of optimizers with their own; one entry per label if they are per group."""
     split = []
-    for rate in found:
-        rates = rate.state.learning_rate
-        if isinstance(rates, dict) and all(getattr(value, "shape", None) == () for value in rates.values()):
+    for found in find(opt_state, _is_rate):
+        rates = found.state.learning_rate
+        if isinstance(rates, dict) and all(jnp.shape(_plain(value)) == () for value in rates.values()):
             for label, value in rates.items():
-                name = "/".join(filter(None, (rate.group, label)))
-                split.append(_Found(name, f"{rate.path}[{label!r}]", _rule.RateState(value)))
+                name = "/".join(filter(None, (found.group, label)))
+                split.append(Found(name, found.path, _rule.RateState(value), label))
         else:
-            split.append(rate)
+            split.append(found)
     return split
 
 
-def _only(found: list[_Found], group: str | None, kind: str) -> _Found:
-    """The one that was found, or the one of a group."""
+def _only(found: list[Found], group: str | None, kind: str) -> Found:
+    """The only entry, or the only one of a group; raises ``ValueError`` if there is none, or several."""
     if not found:
         raise ValueError(
             "this optimizer state holds no learning-rate rule. Add one, as in "
@@ -75,37 +71,51 @@ def _only(found: list[_Found], group: str | None, kind: str) -> _Found:
         )
     matching = found if group is None else [each for each in found if each.group == group]
     if len(matching) != 1:
-        where = "; ".join(f"group {each.group!r} at {each.path}" for each in found)
+        places = "; ".join(f"group {each.group!r} at {each.written}" for each in found)
         raise ValueError(
-            f"group={group!r} names {len(matching)} {kind} of this optimizer state, and must name one. It "
-            f"holds: {where}. Or use greedylr_jax.metrics, which reads all."
+            f"group={group!r} matches {len(matching)} {kind} of this optimizer state, and must match one. "
+            f"The state holds: {places}. To read all of them, use greedylr_jax.metrics."
         )
     return matching[0]
 
 
-def _scale(state: _rule.RuleState | _rule.RuleScheduleState) -> jax.Array:
-    scale = jnp.asarray(_carried(state).rule.scale)
+def _plain(value: Any) -> Any:
+    """A pytree with new plain arrays as leaves, which stay valid if the state is donated.
+
+    In the state of ``flax.nnx.Optimizer`` each array is wrapped in a variable, which is itself a pytree.
+    """
+    is_variable = lambda node: not isinstance(node, jax.Array) and hasattr(node, "__jax_array__")  # noqa: E731
+    return jax.tree.map(lambda leaf: _numerics.fresh(jnp.asarray(leaf)), value, is_leaf=is_variable)
+
+
+def _rule_state(state: Any) -> Any:
+    """The rule's own state, in either adapter."""
+    return state.rule_state.rule if isinstance(state, _rule.RuleScheduleState) else state.rule
+
+
+def _scale(state: Any) -> jax.Array:
+    scale = _plain(_rule_state(state).scale)
     if isinstance(state, _rule.RuleScheduleState):
-        return scale / jnp.asarray(state.init_value)
+        return scale / _plain(state.init_value)
     return scale
 
 
 def get_scale(opt_state: optax.OptState, *, group: str | None = None) -> jax.Array:
-    """The multiplier that the learning-rate rule of an optimizer state holds.
+    """The multiplier of the learning-rate rule in an optimizer state, as used by the last update.
 
-    It is the one that the last update used. For a rule that is a schedule it is the current rate over
-    the initial one.
+    For a rule in a schedule it is the current learning rate divided by the initial one.
 
     Args:
-      opt_state: any nesting of Optax states (chains, wrappers, ``inject_hyperparams``, partitions).
-      group: which rule, where there are several: the labels on the way to it, as in
+      opt_state: any nesting of Optax states (chains, wrappers, ``inject_hyperparams``, partitions), or the
+        ``opt_state`` of ``flax.nnx.Optimizer``.
+      group: which rule, if there are several: the labels in the path to it, as in
         ``optax.partition({"encoder": ..., "decoder": ...}, ...)``; None: the only one.
 
     Returns:
-      A float scalar. Works under ``jax.jit``.
+      A float scalar, a new array. Works under ``jax.jit``.
 
     Raises:
-      ValueError: if there is no rule, or more than one that fits ``group``.
+      ValueError: if there is no rule, or more than one that matches ``group``.
 
     Examples:
       >>> import jax.numpy as jnp, optax, greedylr_jax
@@ -115,7 +125,7 @@ def get_scale(opt_state: optax.OptState, *, group: str | None = None) -> jax.Arr
       >>> print(greedylr_jax.get_scale(state))
       1.0526316
     """
-    return _scale(_only(_find(opt_state, _is_rule), group, "learning-rate rules").state)
+    return _scale(_only(find(opt_state), group, "learning-rate rules").state)
 
 
 def get_learning_rate(
@@ -123,25 +133,25 @@ def get_learning_rate(
     base_learning_rate: ArrayLike | None = None,
     *,
     group: str | None = None,
-) -> jax.Array:
+) -> Any:
     """The learning rate that the last update used.
 
-    That is the base rate times the rule's scale; or the rate of an optimizer that keeps its own, such as
-    :func:`greedylr_jax.hypergradient`, times the scale of a rule where there is one behind it.
+    This is the base learning rate times the rule's scale. The base rate is that of an optimizer with its own
+    learning rate, such as :func:`greedylr_jax.hypergradient`, if there is one.
 
     Args:
-      opt_state: any nesting of Optax states.
-      base_learning_rate: the optimizer's own rate, a scalar, which the rule multiplies. Not needed where
-        the rule is a schedule, or where the optimizer's state holds the rate
+      opt_state: any nesting of Optax states, as in :func:`get_scale`.
+      base_learning_rate: the optimizer's learning rate, a scalar, which the rule multiplies. Not needed if
+        the rule is a schedule, or if the optimizer's state holds the rate
         (``optax.inject_hyperparams``, :func:`greedylr_jax.hypergradient`).
-      group: which rule, where there are several, as in :func:`get_scale`.
+      group: which rule, if there are several, as in :func:`get_scale`.
 
     Returns:
-      A float scalar, or a pytree like the parameters where each element has a rate of its own. Works
+      A float scalar, or a pytree like the parameters if each element has its own rate; new arrays. Works
       under ``jax.jit``.
 
     Raises:
-      ValueError: if there is no rule, more than one that fits ``group``, or no base rate.
+      ValueError: if there is no rule, more than one that matches ``group``, or no base rate.
 
     Examples:
       >>> import jax.numpy as jnp, optax, greedylr_jax
@@ -151,48 +161,50 @@ def get_learning_rate(
       >>> print(greedylr_jax.get_learning_rate(state, base_learning_rate=0.5))
       1.0
     """
-    rules, rates = _find(opt_state, _is_rule), _groups_of_rates(_find(opt_state, _is_rate))
+    rules, rates = find(opt_state), _find_rates(opt_state)
     if not rules and rates:
-        return _only(rates, group, "learning rates").state.learning_rate
+        return _plain(_only(rates, group, "learning rates").state.learning_rate)
     state = _only(rules, group, "learning-rate rules").state
     if isinstance(state, _rule.RuleScheduleState):
-        return jnp.asarray(state.rule_state.rule.scale)
-    if base_learning_rate is None and rates:
-        base_learning_rate = _only(rates, group, "learning rates").state.learning_rate
-    elif base_learning_rate is None:
-        base_learning_rate = _injected_rate(opt_state)
-    if callable(base_learning_rate):
+        return _plain(state.rule_state.rule.scale)
+    scale = _scale(state)
+    base = _base_rate(opt_state, base_learning_rate, rates, group)
+    return jax.tree.map(lambda rate: jnp.asarray(rate, scale.dtype) * scale, base)
+
+
+def _base_rate(opt_state: optax.OptState, given: Any, rates: list[Found], group: str | None) -> Any:
+    """The learning rate that a rule multiplies."""
+    if callable(given):
         raise ValueError(
             "base_learning_rate must be a number, got a schedule: pass schedule(step) for the step in "
             "question."
         )
-    scale = _scale(state)
-    return jax.tree.map(lambda rate: jnp.asarray(rate, scale.dtype) * scale, base_learning_rate)
-
-
-def _injected_rate(opt_state: optax.OptState) -> jax.Array:
-    rates = optax.tree.get_all_with_path(opt_state, "learning_rate")
-    if len(rates) != 1:
+    if given is not None:
+        return given
+    if rates:
+        return _plain(_only(rates, group, "learning rates").state.learning_rate)
+    injected = optax.tree.get_all_with_path(opt_state, "learning_rate")
+    if len(injected) != 1:
         raise ValueError(
             "base_learning_rate is needed: this optimizer state holds only the rule's multiplier. Pass the "
-            "rate that the optimizer was built with, or build it with optax.inject_hyperparams."
+            "learning rate of the optimizer, or build the optimizer with optax.inject_hyperparams."
         )
-    return rates[0][1]
+    return _plain(injected[0][1])
 
 
 def metrics(opt_state: optax.OptState, *, prefix: str = "") -> dict[str, jax.Array]:
-    """Every scalar that the rules of an optimizer state hold, as a flat dict for loggers.
+    """All scalars of the rules in an optimizer state, as a flat dict for loggers.
 
     Args:
-      opt_state: any nesting of Optax states.
-      prefix: put before every key, such as ``"train/"``.
+      opt_state: any nesting of Optax states, as in :func:`get_scale`.
+      prefix: prepended to every key, such as ``"train/"``.
 
     Returns:
-      A dict from names to scalars: ``scale``; ``learning_rate`` where the rule is a schedule or the
-      optimizer keeps its own (of many, ``learning_rate_min``, ``_mean`` and ``_max``); and the other
-      scalar fields of the rule's state under their names. Where a rule stands under dictionary
-      keys (``optax.partition``) these come first: ``"encoder/scale"``. Several rules under one name are
-      told apart by a number: ``"1/scale"``. Works under ``jax.jit``.
+      A dict from names to scalars: ``scale``; ``learning_rate`` if the rule is a schedule or the optimizer
+      has its own (for rates per element, ``learning_rate_min``, ``_mean`` and ``_max``); and the other
+      scalar fields of the rule's state under their names. Dictionary keys in the path to a rule
+      (``optax.partition``) come first: ``"encoder/scale"``. Several rules of the same name are
+      distinguished by a number: ``"1/scale"``. Works under ``jax.jit``.
 
     Raises:
       ValueError: if there is no rule.
@@ -206,7 +218,7 @@ def metrics(opt_state: optax.OptState, *, prefix: str = "") -> dict[str, jax.Arr
       >>> print(logged["lr/scale"], logged["lr/best_value"])
       1.0526316 1.0
     """
-    found = _find(opt_state, _is_rule) + _groups_of_rates(_find(opt_state, _is_rate))
+    found = find(opt_state) + _find_rates(opt_state)
     if not found:
         _only(found, None, "learning-rate rules")  # raises
     groups = [(each.group, type(each.state)) for each in found]
@@ -221,156 +233,163 @@ def metrics(opt_state: optax.OptState, *, prefix: str = "") -> dict[str, jax.Arr
     return result
 
 
-def _scalars(state: _rule.RuleState | _rule.RuleScheduleState | _rule.RateState) -> dict[str, jax.Array]:
+def _scalars(state: Any) -> dict[str, jax.Array]:
     if isinstance(state, _rule.RateState):
-        return _spread_of_rates(state.learning_rate)
+        return _range_of_rates(_plain(state.learning_rate))
     fields = {"scale": _scale(state)}
     if isinstance(state, _rule.RuleScheduleState):
-        fields["learning_rate"] = jnp.asarray(state.rule_state.rule.scale)
-    rule = _carried(state).rule
-    for name, field in rule._asdict().items():
-        if name not in fields and not isinstance(field, tuple) and jnp.shape(field) == ():
-            fields[name] = jnp.asarray(field)
+        fields["learning_rate"] = _plain(state.rule_state.rule.scale)
+    for name, field in _rule_state(state)._asdict().items():
+        if name not in fields and not isinstance(field, tuple) and jnp.shape(_plain(field)) == ():
+            fields[name] = _plain(field)
     return fields
 
 
-def _spread_of_rates(rates: Any) -> dict[str, jax.Array]:
-    """One rate as it is; of a pytree of rates the least, the mean and the greatest."""
-    leaves = [jnp.ravel(jnp.asarray(leaf)) for leaf in jax.tree.leaves(rates)]
-    if len(leaves) == 1 and jnp.shape(jax.tree.leaves(rates)[0]) == ():
-        return {"learning_rate": leaves[0][0]}
-    every = jnp.concatenate(leaves)
-    if every.size == 0:  # one rate an element, of parameters without elements
+def _range_of_rates(rates: Any) -> dict[str, jax.Array]:
+    """A single rate; minimum, mean and maximum of a pytree of rates."""
+    leaves = jax.tree.leaves(rates)
+    if len(leaves) == 1 and jnp.shape(leaves[0]) == ():
+        return {"learning_rate": leaves[0]}
+    flat = jnp.concatenate([jnp.ravel(leaf) for leaf in leaves]) if leaves else jnp.zeros(0)
+    if flat.size == 0:  # one rate per element, of parameters without elements
         return {}
     return {
-        "learning_rate_min": jnp.min(every),
-        "learning_rate_mean": jnp.mean(every),
-        "learning_rate_max": jnp.max(every),
+        "learning_rate_min": jnp.min(flat),
+        "learning_rate_mean": jnp.mean(flat),
+        "learning_rate_max": jnp.max(flat),
     }
 
 
-def assert_controls_learning_rate(tx: optax.GradientTransformation, params: optax.Params) -> None:
-    """Checks that every learning-rate rule in ``tx`` reaches the step size.
+def set_scale(opt_state: optax.OptState, scale: ArrayLike, *, group: str | None = None) -> optax.OptState:
+    """Sets the multiplier of the learning-rate rule in an optimizer state.
 
-    A rule that stands before Adam multiplies the gradients, which Adam divides out again: training
-    runs, and the rule does nothing. This function runs a few updates with random gradients, halves the
-    scale that a rule holds, and looks whether the next update of the parameters under its control
-    halves, for each rule in turn. It compiles ``tx.update`` once; call it before training.
+    The rule continues from the new scale: it decides on the loss of the next step first, then the update
+    uses the scale. The rule's bounds apply from its next change of the scale on.
 
     Args:
-      tx: any gradient transformation with one learning-rate rule or more in it.
-      params: parameters of the structure, shapes and dtypes that will be trained; not changed.
+      opt_state: any nesting of Optax states, as in :func:`get_scale`.
+      scale: the new multiplier, in (0, inf); may be traced. For a rule in a schedule the learning rate is
+        this times the initial one.
+      group: which rule, if there are several, as in :func:`get_scale`.
 
     Returns:
-      None.
+      A new optimizer state of the same structure. With NNX, assign it to ``optimizer.opt_state``. Works under
+      ``jax.jit``.
 
     Raises:
-      AssertionError: if ``tx`` has no rule, or a rule does not control the step size; the message tells
-        where the rule stands and where to move it.
+      ValueError: if ``scale`` is out of its range, if there is no rule, or more than one that matches
+        ``group``.
 
     Examples:
       >>> import jax.numpy as jnp, optax
-      >>> from greedylr_jax import assert_controls_learning_rate, greedy_lr
-      >>> params = jnp.ones(3)
-      >>> assert_controls_learning_rate(optax.chain(optax.adamw(1e-3), greedy_lr()), params)
-      >>> assert_controls_learning_rate(optax.chain(greedy_lr(), optax.adamw(1e-3)), params)
-      Traceback (most recent call last):
-      ...
-      AssertionError: the learning-rate rule at opt_state[0] does not control the step size: ...
+      >>> from greedylr_jax import get_scale, greedy_lr, set_scale
+      >>> tx = optax.chain(optax.sgd(0.5), greedy_lr(factor=0.5, patience=1))
+      >>> params = jnp.ones(2)
+      >>> state = set_scale(tx.init(params), 4.0)
+      >>> updates, state = tx.update(params, state, params, value=1.0)
+      >>> print(updates, get_scale(state))
+      [-2. -2.] 4.0
     """
-    step = jax.jit(_probe_step(tx))
-    state = tx.init(params)
-    found = _find(state, _is_rule)
-    if not found:
-        raise AssertionError(
-            "this transformation holds no learning-rate rule. Add one, as in "
-            "greedylr_jax.chain(optax.adamw(1e-3), greedylr_jax.greedy_lr())."
+    scale = _checks.check_real("scale", scale, low=0.0, low_open=True, high_open=True)
+    found = _only(find(opt_state), group, "learning-rate rules")
+    if isinstance(found.state, _rule.RuleScheduleState):
+        initial = _plain(found.state.init_value)
+        scale = jnp.asarray(scale, initial.dtype) * initial
+    return _replace_rate(opt_state, found, scale)
+
+
+def set_learning_rate(
+    opt_state: optax.OptState,
+    learning_rate: Any,
+    base_learning_rate: ArrayLike | None = None,
+    *,
+    group: str | None = None,
+) -> optax.OptState:
+    """Sets the learning rate in an optimizer state; the inverse of :func:`get_learning_rate`.
+
+    If a rule multiplies a base rate, its scale becomes ``learning_rate / base_learning_rate``. If the rule is
+    a schedule, or the optimizer has its own learning rate and no rule, the rate itself is set. Rule or
+    optimizer continue from there, as in :func:`set_scale`.
+
+    Args:
+      opt_state: any nesting of Optax states, as in :func:`get_scale`.
+      learning_rate: the new learning rate, a scalar in (0, inf), which may be traced; or a pytree of rates
+        like the optimizer's own, such as :func:`get_learning_rate` returns.
+      base_learning_rate: as in :func:`get_learning_rate`.
+      group: which rule, if there are several, as in :func:`get_scale`.
+
+    Returns:
+      A new optimizer state of the same structure. With NNX, assign it to ``optimizer.opt_state``. Works under
+      ``jax.jit``.
+
+    Raises:
+      ValueError: if ``learning_rate`` is out of its range, if there is no rule, more than one that matches
+        ``group``, no base rate, or a base rate for each element.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from greedylr_jax import get_learning_rate, greedy_lr_schedule, set_learning_rate
+      >>> schedule = greedy_lr_schedule(1e-3, min_value=1e-4, max_value=1e-1)
+      >>> state = optax.inject_hyperparams(optax.adamw)(learning_rate=schedule).init(jnp.ones(2))
+      >>> print(get_learning_rate(set_learning_rate(state, 0.01)))
+      0.01
+    """
+    rules, rates = find(opt_state), _find_rates(opt_state)
+    is_scalar = jax.tree.structure(learning_rate) == jax.tree.structure(0)
+    if is_scalar:
+        learning_rate = _checks.check_real(
+            "learning_rate", learning_rate, low=0.0, low_open=True, high_open=True
         )
-    # Momentum and second moments must have filled: at its first step even a rule that only scales the
-    # gradients of a momentum method seems to control the step.
-    for _ in range(2):
-        _, state = _next_move(step, params, state, state)
-    for index, rule in enumerate(found):
-        (before, after), _ = _next_move(step, params, state, _with_half_scale(state, index))
-        _assert_halved(rule, before, after)
+    if not rules and rates:
+        return _replace_rate(opt_state, _only(rates, group, "learning rates"), learning_rate)
+    found = _only(rules, group, "learning-rate rules")
+    if isinstance(found.state, _rule.RuleScheduleState):
+        return _replace_rate(opt_state, found, learning_rate)
+    base = _base_rate(opt_state, base_learning_rate, rates, group)
+    if not is_scalar or jax.tree.structure(base) != jax.tree.structure(0):
+        raise ValueError(
+            "learning_rate and the base learning rate must be scalars if a rule multiplies them. To set the "
+            "rule's multiplier use greedylr_jax.set_scale."
+        )
+    dtype = _scale(found.state).dtype
+    return _replace_rate(opt_state, found, jnp.asarray(learning_rate, dtype) / jnp.asarray(base, dtype))
 
 
-def _probe_step(tx: optax.GradientTransformation) -> Any:
-    value = np.ones((), _numerics.default_float_dtype())
-    update = _observe.bind_extra_args(tx, value=value, has_value=False).update
+def _replace_rate(opt_state: optax.OptState, found: Found, rate: Any) -> optax.OptState:
+    """The optimizer state with the scale or rate of one node, which is at ``found.path``, replaced."""
 
-    def step(params: optax.Params, state: optax.OptState) -> tuple[optax.Updates, optax.OptState]:
-        return update(_random_like(params), state, params)
+    def replace(path: tuple[Any, ...], node: Any) -> Any:
+        if path == found.path:
+            return _with_rate(node, found.label, rate)
+        if (
+            injected and path[: len(injected)] == injected
+        ):  # inject_hyperparams stores the current value of a schedule, too
+            return jax.tree.map(lambda old: jnp.asarray(rate, old.dtype), node)
+        return node
 
-    return step
+    injected = None
+    if isinstance(found.state, _rule.RuleScheduleState) and len(found.path) > 1:
+        *above, _, name = found.path
+        injected = (*above, jax.tree_util.GetAttrKey("hyperparams"), name)
 
+    def is_leaf(node: Any) -> bool:
+        return is_rule(node) or _is_rate(node)
 
-def _random_like(params: optax.Params) -> optax.Updates:
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(0), max(len(leaves), 1))
-
-    def gradient(key: jax.Array, leaf: ArrayLike) -> jax.Array:
-        shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.inexact):
-            return jnp.zeros(shape, dtype)
-        return jax.random.normal(key, shape, dtype)
-
-    return structure.unflatten(map(gradient, keys, leaves))
-
-
-def _next_move(
-    step: Any, params: optax.Params, left: optax.OptState, right: optax.OptState
-) -> tuple[tuple[optax.Updates, optax.Updates], optax.OptState]:
-    """Steps two states to the next update that is not zero (accumulation makes zeros in between)."""
-    for _ in range(_MAX_PROBE_STEPS):
-        before, left = step(params, left)
-        after, right = step(params, right)
-        if any(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(before)):
-            return (before, after), left
-    raise AssertionError(
-        f"this transformation gave zero updates for {_MAX_PROBE_STEPS} steps with random gradients, so "
-        "nothing controls its step size."
-    )
+    return jax.tree_util.tree_map_with_path(replace, opt_state, is_leaf=is_leaf)
 
 
-def _with_half_scale(opt_state: optax.OptState, index: int) -> optax.OptState:
-    """The same optimizer state, but the scale that rule number ``index`` holds is halved."""
-    seen = -1
+def _with_rate(node: Any, label: str | None, rate: Any) -> Any:
+    """A node with its scale or rates set to one number, or to a pytree of their structure."""
 
-    def halve(node: Any) -> Any:
-        nonlocal seen
-        if not _is_rule(node):
-            return node
-        seen += 1
-        if seen != index:
-            return node
-        return _rule.map_rates(lambda scale: scale / 2, node)
+    def fill(old: Any, new: Any) -> Any:
+        # Within an NNX variable the array is replaced, not the variable.
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(jnp.asarray(new, leaf.dtype), leaf.shape), old)
 
-    return jax.tree.map(halve, opt_state, is_leaf=_or_kept(_is_rule))
-
-
-def _assert_halved(rule: _Found, before: optax.Updates, after: optax.Updates) -> None:
-    """Every leaf of the update must have halved, or be out of this rule's reach."""
-    ratios, halved = [], False
-    for left, right in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
-        if not jnp.issubdtype(left.dtype, jnp.inexact) or not np.any(np.asarray(left) != 0):
-            continue
-        # Halving is exact but for the rounding of what follows the rule.
-        tolerance = 8 * float(jnp.finfo(left.dtype).eps)
-        wide = complex if jnp.issubdtype(left.dtype, jnp.complexfloating) else float
-        full, scaled = np.asarray(left).astype(wide), np.asarray(right).astype(wide)
-        if np.allclose(scaled, full / 2, rtol=tolerance, atol=0):
-            halved = True
-        elif not np.array_equal(scaled, full):
-            ratios.append(float(np.linalg.norm(scaled) / np.linalg.norm(full)))
-    if halved and not ratios:
-        return
-    effect = f"changed the update by a factor of {ratios[0]:.3g}" if ratios else "changed nothing"
-    raise AssertionError(
-        f"the learning-rate rule at {rule.path} does not control the step size: halving its scale "
-        f"{effect}, not 0.5. Where it stands it scales the gradients, and what follows (Adam's "
-        "normalisation, momentum, clipping) undoes that. Put it after the optimizer, as in "
-        "optax.chain(optax.adamw(1e-3), greedy_lr()); or use greedylr_jax.chain, in which it may stand "
-        "anywhere; or make it the learning rate, as in "
-        "optax.inject_hyperparams(optax.adamw)(learning_rate=greedy_lr_schedule(...))."
-    )
+    if label is not None:
+        rates = dict(node.learning_rate)
+        return node._replace(learning_rate=rates | {label: fill(rates[label], rate)})
+    if jax.tree.structure(rate) == jax.tree.structure(0):
+        return _rule.map_rates(lambda old: fill(old, rate), node)
+    if isinstance(node, _rule.RateState):
+        return node._replace(learning_rate=jax.tree.map(fill, node.learning_rate, rate))
+    raise ValueError(f"learning_rate must be a scalar for a rule, got {jax.tree.structure(rate)}.")

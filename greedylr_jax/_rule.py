@@ -241,7 +241,7 @@ class RuleSchedule:
         """The learning rate after observing ``value``; the current one without ``value``. A new array."""
         if value is not None:
             state = self.update(state, value=value, has_value=has_value, **extra_args)
-        return _numerics.fresh(state.rule_state.rule.scale)
+        return _numerics.weakly_typed(state.rule_state.rule.scale)
 
 
 def schedule_by_rule(
@@ -255,6 +255,12 @@ def schedule_by_rule(
 
     Use it as ``optax.inject_hyperparams(optax.adamw)(learning_rate=schedule_by_rule(rule, 1e-3))``; the
     current rate is then ``opt_state.hyperparams["learning_rate"]``, and ``update`` requires ``value=loss``.
+
+    ``optax.inject_hyperparams`` converts all hyperparameters to the parameters' dtype. In bfloat16 Adam's
+    ``b2=0.999`` rounds to 1, and its bias correction divides by zero: for parameters in bfloat16 or float16
+    pass ``hyperparam_dtype=jnp.float32`` to ``inject_hyperparams``. The updates are then float32;
+    ``optax.apply_updates`` rounds the new parameters to their dtype. The rate in the schedule's state is
+    float32 in either case.
 
     Args:
       rule: the rule, see :class:`Rule`. Its bounds, if it has any, are learning rates here.

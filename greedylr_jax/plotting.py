@@ -1,4 +1,4 @@
-"""Pictures of a run and of a range test (needs Matplotlib)."""
+"""Figures of a training run and of a range test (requires Matplotlib)."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LOSS, _RATE = "#0072B2", "#D55E00"
-# What happened to the rate: marker, colour, label.
+# Changes of the learning rate: marker and color.
 _EVENTS = {"raise": ("^", "#009E73"), "cut": ("v", "#CC3311"), "reset": ("D", "#111111")}
-_MAX_MARKERS = 200  # more would hide the curve
+_MAX_MARKERS = 200  # more would cover the curve
 
 
 def plot_history(
@@ -26,21 +26,21 @@ def plot_history(
     smooth: int = 1,
     title: str | None = None,
 ) -> "Figure":
-    """Draws loss and learning rate against the step, and marks raises, cuts and resets of the rate.
+    """Plots loss and learning rate against the step, and marks increases, decreases and resets of the rate.
 
     Args:
-      loss: the training loss of each step, shape (steps,). Values that are not finite leave gaps.
-      history: the learning rate of each step, shape (steps,); or the stacked dicts of
-        :func:`greedylr_jax.metrics`, with ``learning_rate`` or else ``scale`` in it. Resets can be marked
-        only with the dicts: they are where ``best_value`` or ``num_observations`` starts afresh.
-      base_learning_rate: multiplies ``scale`` where ``history`` holds no ``learning_rate``.
-      validation: steps and losses of another curve to draw, such as a validation loss.
+      loss: training loss of each step, shape (steps,). Values that are not finite leave gaps.
+      history: learning rate of each step, shape (steps,); or the stacked dicts of
+        :func:`greedylr_jax.metrics`, with a key ``learning_rate`` or ``scale``. Resets, at which
+        ``best_value`` or ``num_observations`` restarts, can be marked only with the dicts.
+      base_learning_rate: multiplies ``scale`` if ``history`` has no ``learning_rate``.
+      validation: steps and losses of a second curve, such as a validation loss.
       smooth: width of a running mean over the loss, in steps, >= 1; the raw loss stays visible behind it.
-      title: above the figure.
+      title: title of the figure.
 
     Returns:
-      The Matplotlib figure, with the loss and the rate (both on logarithmic axes where positive) as its
-      two axes. It belongs to no window: show it in a notebook or call its ``savefig``.
+      The Matplotlib figure with two axes, loss and learning rate, each logarithmic if its values are
+      positive. It is not attached to a window: show it in a notebook or call its ``savefig``.
 
     Raises:
       ImportError: if Matplotlib is not installed.
@@ -94,14 +94,14 @@ def plot_history(
 
 
 def plot_range_test(result: RangeTestResult, *, title: str | None = None) -> "Figure":
-    """Draws the loss of a learning-rate range test against the rate, and marks both suggestions.
+    """Plots the loss of a learning-rate range test against the learning rate, and marks both suggestions.
 
     Args:
-      result: what :func:`greedylr_jax.range_test.range_test` returned.
-      title: above the figure.
+      result: returned by :func:`greedylr_jax.range_test.range_test`.
+      title: title of the figure.
 
     Returns:
-      The Matplotlib figure; it belongs to no window.
+      The Matplotlib figure; it is not attached to a window.
 
     Raises:
       ImportError: if Matplotlib is not installed.
@@ -127,11 +127,11 @@ def plot_range_test(result: RangeTestResult, *, title: str | None = None) -> "Fi
         if np.isfinite(rate):
             height = np.interp(rate, rates, smoothed)
             axes.plot(rate, height, marker, color=_RATE, ms=9, ls="none", label=f"{name}, at {rate:.3g}")
-    if np.isfinite(smoothed).any():  # what diverged would flatten the rest
+    if np.isfinite(smoothed).any():  # losses after divergence would flatten the rest
         low, high = np.nanmin(smoothed), np.nanmax(smoothed)
         margin = 0.25 * (high - low) or 1.0
         axes.set_ylim(low - margin, high + margin)
-    if not np.allclose(rates, np.linspace(rates[0], rates[-1], len(rates))):  # as a linear ramp's are
+    if not np.allclose(rates, np.linspace(rates[0], rates[-1], len(rates))):  # equally spaced
         axes.set_xscale("log")
     axes.set_xlabel("learning rate")
     axes.set_ylabel("loss")
@@ -146,22 +146,22 @@ def _new_figure(name: str, size: tuple[float, float]) -> "Figure":
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415  (an optional dependency)
     except ImportError as error:
-        raise ImportError(f"{name} needs Matplotlib: pip install matplotlib") from error
+        raise ImportError(f"{name} requires Matplotlib: pip install matplotlib") from error
     return Figure(figsize=size, layout="constrained")
 
 
 def _rates(
     history: ArrayLike | Mapping[str, ArrayLike], base_learning_rate: float | None
 ) -> tuple[np.ndarray, str]:
-    """The curve to draw and what it is."""
+    """The learning rate or scale of each step, and its axis label."""
     if not isinstance(history, Mapping):
         return np.asarray(history, float), "learning rate"
     if "learning_rate" in history:
         return np.asarray(history["learning_rate"], float), "learning rate"
     if "scale" not in history:
         raise ValueError(
-            f"history must hold 'learning_rate' or 'scale', got the keys {sorted(history)}. Metrics that "
-            "were read with a prefix need it taken off."
+            f"history must have a key 'learning_rate' or 'scale', got the keys {sorted(history)}. If the "
+            "metrics were read with a prefix, remove it from the keys."
         )
     scale = np.asarray(history["scale"], float)
     if base_learning_rate is None:
@@ -170,7 +170,7 @@ def _rates(
 
 
 def _events(rates: np.ndarray, history: ArrayLike | Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:
-    """For each kind of event, whether it happened at each step."""
+    """For each kind of event, whether it occurs at each step."""
     if not len(rates):
         return {}
     change = np.diff(rates, prepend=rates[:1])

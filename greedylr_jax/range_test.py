@@ -1,8 +1,8 @@
-"""The learning-rate range test: train briefly while the rate rises, and see where the loss falls.
+"""The learning-rate range test: a short training with an increasing learning rate.
 
 L. N. Smith, "Cyclical Learning Rates for Training Neural Networks", WACV 2017, Section 3.3, to which the
-papers refer for a seed rate (LRTuner, Appendix E) and for superconvergence (ARC, Section 4). The test is one
-``lax.scan``, so it compiles once and leaves the device once.
+papers refer for an initial learning rate (LRTuner, Appendix E) and for superconvergence (ARC, Section 4). The
+test is one ``lax.scan``, so that it is compiled once and nothing is transferred to the host while it runs.
 """
 
 from collections.abc import Callable
@@ -13,90 +13,94 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from greedylr_jax import _checks, _inner, _numerics
+from greedylr_jax import _checks, _deprecated, _inner, _numerics
 
 
 class RangeTestResult(NamedTuple):
-    """What a range test saw."""
+    """Learning rates and losses of a range test."""
 
     learning_rates: jax.Array  # shape=(steps,), dtype=float; increasing
-    losses: jax.Array  # shape=(steps,), dtype=float; of the next batch, after the step at each rate
-    smoothed: jax.Array  # shape=(steps,), dtype=float; centred running mean; infinite once diverged
+    losses: jax.Array  # shape=(steps,), dtype=float; on the next batch, after the step at each learning rate
+    smoothed: jax.Array  # shape=(steps,), dtype=float; centered running mean; infinite after divergence
 
 
+@_deprecated.renamed_arguments(min_value="min_learning_rate", max_value="max_learning_rate")
 def range_test(
     loss_fn: Callable[[optax.Params, Any], jax.Array],
     params: optax.Params,
     batches: Any,
     *,
     inner: optax.GradientTransformation | None = None,
-    min_value: ArrayLike = 1e-5,
-    max_value: ArrayLike = 10.0,
+    min_learning_rate: ArrayLike = 1e-5,
+    max_learning_rate: ArrayLike = 10.0,
     ramp: Literal["geometric", "linear"] = "geometric",
     metric_fn: Callable[[optax.Params, Any], jax.Array] | None = None,
     divergence: ArrayLike = 4.0,
 ) -> RangeTestResult:
-    """Trains one step at each of many rising rates, and records the loss after each.
+    """Trains one step at each of many increasing learning rates and records the loss after each step.
 
     Args:
       loss_fn: from parameters and a batch to the scalar loss that is differentiated.
-      params: where to start; not changed.
-      batches: a pytree of arrays with the step as leading axis; each rate takes one batch. A hundred or
-        more make a smooth curve.
-      inner: a direction without a rate (``optax.scale_by_adam()``, ...), or an optimizer built with rate 1;
-        None: plain SGD.
-      min_value: first rate, > 0; may be traced.
-      max_value: last rate, > ``min_value``; may be traced.
-      ramp: ``"geometric"``: equal ratios from rate to rate; ``"linear"``: equal differences.
-      metric_fn: what is recorded instead of the loss, from parameters and a batch to a scalar of which less
-        is better (so 1 - accuracy, say).
-      divergence: > 1: once what is recorded exceeds the least so far by this many times the fall up to
-        there, the rest counts as infinite. May be traced.
+      params: initial parameters; not changed.
+      batches: a pytree of arrays with the step as leading axis, one batch per learning rate, at least 8. A
+        hundred or more give a smooth curve.
+      inner: an optimizer built with learning rate 1, such as ``optax.adam(1.0)``; None: plain SGD.
+      min_learning_rate: first learning rate, > 0; may be traced.
+      max_learning_rate: last learning rate, > ``min_learning_rate``; may be traced.
+      ramp: ``"geometric"``: equal ratios of successive learning rates; ``"linear"``: equal differences.
+      metric_fn: recorded in place of the loss: from parameters and a batch to a scalar for which lower is
+        better (such as 1 - accuracy).
+      divergence: > 1: the test has diverged once the recorded loss exceeds its minimum so far by more than
+        this multiple of the decrease up to then. May be traced.
 
     Returns:
       A :class:`RangeTestResult`, for :func:`suggest_best`, :func:`suggest_steepest` and
       :func:`greedylr_jax.plotting.plot_range_test`. Works under ``jax.jit``.
 
     Raises:
-      ValueError: if an argument is out of its range, or ``batches`` holds fewer than 8 batches.
+      ValueError: if an argument is out of its range, ``batches`` holds fewer than 8 batches, or the updates
+        of ``inner`` point uphill.
 
     Examples:
       >>> import jax, jax.numpy as jnp
       >>> from greedylr_jax.range_test import range_test, suggest_best
       >>> batches = jax.random.normal(jax.random.key(0), (200, 3))
       >>> loss_fn = lambda params, batch: jnp.sum((params - batch) ** 2)
-      >>> result = range_test(loss_fn, 10 * jnp.ones(3), batches, min_value=1e-4, max_value=10.0)
-      >>> bool(0.01 < suggest_best(result) < 1.0)  # gradient descent diverges from 1 on
+      >>> result = range_test(loss_fn, 10 * jnp.ones(3), batches, min_learning_rate=1e-4)
+      >>> bool(0.01 < suggest_best(result) < 1.0)  # gradient descent diverges above 1
       True
 
     Source: Smith (2017), Section 3.3.
     """
-    low = _checks.check_real("min_value", min_value, low=0.0, low_open=True, high_open=True)
-    high = _checks.check_real("max_value", max_value, low=0.0, low_open=True, high_open=True)
-    _checks.check_order("min_value", low, "max_value", high)
+    low = _checks.check_real("min_learning_rate", min_learning_rate, low=0.0, low_open=True, high_open=True)
+    high = _checks.check_real("max_learning_rate", max_learning_rate, low=0.0, low_open=True, high_open=True)
+    _checks.check_order("min_learning_rate", low, "max_learning_rate", high)
     divergence = _checks.check_real("divergence", divergence, low=1.0, low_open=True)
     _checks.check_choice("ramp", ramp, ("geometric", "linear"))
-    steps = _checks.check_leading_axis("batches", batches, "steps", low=_LEAST_STEPS)
+    steps = _checks.check_leading_axis("batches", batches, "steps", low=_MIN_STEPS)
     spaced = jnp.geomspace if ramp == "geometric" else jnp.linspace
     rates = spaced(low, high, steps, dtype=_numerics.default_float_dtype())
-    direction = _inner.as_direction(optax.identity() if inner is None else inner)
+    optimizer = optax.with_extra_args_support(optax.sgd(1.0) if inner is None else inner)
+    _inner.check_descends("range_test", optimizer, params)
     record = loss_fn if metric_fn is None else metric_fn
 
     def body(carry: Any, inputs: Any) -> Any:
         params, state = carry
         rate, batch, next_batch = inputs
         value, grads = jax.value_and_grad(loss_fn)(params, batch)
-        updates, state = direction.update(grads, state, params, value=value)
-        params = optax.apply_updates(params, _numerics.scale_updates(updates, -rate))
+        updates, state = optimizer.update(
+            grads, state, params, value=value, grad=grads, value_fn=lambda point: loss_fn(point, batch)
+        )
+        params = optax.apply_updates(params, _numerics.scale_updates(updates, rate))
         return (params, state), jnp.asarray(record(params, next_batch), rates.dtype)
 
-    # The batch of the last step is followed by the first.
+    # The first batch follows the last.
     following = jax.tree.map(lambda leaf: jnp.roll(jnp.asarray(leaf), -1, axis=0), batches)
-    _, losses = jax.lax.scan(body, (params, direction.init(params)), (rates, batches, following))
+    _, losses = jax.lax.scan(body, (params, optimizer.init(params)), (rates, batches, following))
     return RangeTestResult(rates, losses, _smooth(losses, jnp.asarray(divergence, losses.dtype)))
 
 
-_LEAST_STEPS = 8
+_MIN_STEPS = 8
 
 
 def suggest_best(result: RangeTestResult) -> jax.Array:
@@ -142,9 +146,9 @@ def _smooth(losses: jax.Array, divergence: jax.Array) -> jax.Array:
     """A centred mean, which lags behind the rate by nothing, of what comes before the divergence."""
     known = jnp.where(jnp.isfinite(losses), losses, jnp.inf)
     least = jax.lax.cummin(known)
-    fall = jnp.max(jnp.where(jnp.isfinite(known[:_LEAST_STEPS]), known[:_LEAST_STEPS], -jnp.inf)) - least
+    fall = jnp.max(jnp.where(jnp.isfinite(known[:_MIN_STEPS]), known[:_MIN_STEPS], -jnp.inf)) - least
     # Until the loss has fallen by more than its own noise there is nothing to compare a rise with.
-    noise = jnp.std(known[:_LEAST_STEPS])
+    noise = jnp.std(known[:_MIN_STEPS])
     diverged = jnp.cumsum(~(known <= least + divergence * jnp.maximum(fall, noise))) > 0
     weights = jnp.where(diverged, 0, 1).astype(known.dtype)
     width = max(1, len(losses) // 40) * 2 + 1

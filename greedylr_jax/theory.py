@@ -1,11 +1,11 @@
-"""Smoothness, the factor that follows from it, and a convergence bound for adaptive rates.
+"""Smoothness, the factor derived from it, and a convergence bound for adaptive learning rates.
 
 "Dynamic Learning Rate Scheduling based on Loss Changes Leads to Faster Convergence" derives a factor that
-maximises GreedyLR's rate of convergence, F = 1 - 1/L_max for an L_max-smooth objective. An objective is
-L-smooth if its gradient changes by at most L times the distance; where it is twice differentiable, L is
-the largest absolute eigenvalue of its Hessian. :func:`estimate_smoothness` finds that at one point,
-:func:`local_smoothness` follows it along a training, and :func:`convergence_bound` says what any rule that
-keeps its rates below 2/L is sure to reach on a convex objective.
+maximizes GreedyLR's rate of convergence, F = 1 - 1/L_max for an L_max-smooth objective. An objective is
+L-smooth if its gradient is Lipschitz continuous with constant L; if it is twice differentiable, L is the
+supremum of the largest absolute eigenvalue of its Hessian. :func:`estimate_smoothness` computes this
+eigenvalue at one point, :func:`local_smoothness` estimates it during training, and :func:`convergence_bound`
+bounds the error on a convex objective for any rule whose learning rates stay below 2/L.
 """
 
 from collections.abc import Callable
@@ -30,20 +30,19 @@ def estimate_smoothness(
 ) -> jax.Array:
     """The largest absolute eigenvalue of the Hessian at ``params``, by power iteration.
 
-    Each iteration is one Hessian-vector product (forward over reverse), so it costs about two gradients and
-    the memory of one. The estimate comes from below; where the two largest eigenvalues are close in size it
-    takes long to settle between them, and any value between is nearly right.
+    An iteration is one Hessian-vector product (forward over reverse), with the cost of about two gradients
+    and the memory of one. The estimate is a lower bound of the eigenvalue. If the two largest eigenvalues are
+    close to each other, convergence is slow, but the estimate is close to both.
 
     Args:
       loss_fn: from parameters to a scalar, twice differentiable.
-      params: where, a pytree of real floating-point arrays.
-      num_iterations: at most this many, an integer >= 1.
-      tolerance: stop when an iteration changes the estimate by less than this fraction, >= 0; may be traced.
-      key: for the random first vector; None: always the same one.
+      params: a pytree of real floating-point arrays.
+      num_iterations: maximum number of iterations, an integer >= 1.
+      tolerance: relative change of the estimate below which the iteration stops, >= 0; may be traced.
+      key: for the random initial vector; None: a fixed key.
 
     Returns:
-      A scalar >= 0, float32 or wider. For a convex function it is the largest eigenvalue. Works under
-      ``jax.jit``.
+      A scalar >= 0, float32 or wider; for a convex function, the largest eigenvalue. Works under ``jax.jit``.
 
     Raises:
       ValueError: if a number is out of its range, or ``params`` has no elements.
@@ -71,14 +70,14 @@ def estimate_smoothness(
         vector, norm = normalised(product)
         return vector, norm, estimate, count + 1
 
-    def goes_on(carry: Any) -> jax.Array:
+    def has_not_converged(carry: Any) -> jax.Array:
         _, estimate, previous, count = carry
-        settled = jnp.abs(estimate - previous) <= jnp.asarray(tolerance, estimate.dtype) * estimate
-        return (count < num_iterations) & ~(settled & (count > 1))
+        is_stationary = jnp.abs(estimate - previous) <= jnp.asarray(tolerance, estimate.dtype) * estimate
+        return (count < num_iterations) & ~(is_stationary & (count > 1))
 
     start, _ = normalised(optax.tree.random_like(jax.random.key(0) if key is None else key, params))
-    nothing = jnp.full((), -1, _numerics.default_float_dtype())
-    _, estimate, _, _ = jax.lax.while_loop(goes_on, body, (start, nothing, nothing, 0))
+    unknown = jnp.full((), -1, _numerics.default_float_dtype())
+    _, estimate, _, _ = jax.lax.while_loop(has_not_converged, body, (start, unknown, unknown, 0))
     return estimate
 
 
@@ -86,27 +85,26 @@ class LocalSmoothnessState(NamedTuple):
     """State of :func:`local_smoothness`."""
 
     count: jax.Array  # shape=(), dtype=int32; estimates so far
-    latest: jax.Array  # shape=(), dtype=float; the last estimate
+    latest: jax.Array  # shape=(), dtype=float; latest estimate
     mean: jax.Array  # shape=(), dtype=float; running mean
-    maximum: jax.Array  # shape=(), dtype=float; the greatest
+    maximum: jax.Array  # shape=(), dtype=float; maximum so far
     previous_params: optax.Params
     previous_gradient: optax.Updates
 
 
 def local_smoothness(decay: ArrayLike = 0.9) -> optax.GradientTransformation:
-    """Follows |g_t - g_{t-1}| / |params_t - params_{t-1}| along a training, and changes nothing.
+    """Estimates |g_t - g_{t-1}| / |params_t - params_{t-1}| during training; leaves the updates unchanged.
 
-    Put it first in a chain, where the updates are still the gradients. On one batch after another the
-    difference of gradients holds their noise too, so the estimate is then too high; with full gradients it
-    is a lower bound of L.
+    Put it first in a chain, where the updates are the gradients. With full gradients the estimate is a lower
+    bound of L; with gradients of different batches it is too high, because their difference contains noise.
 
     Args:
-      decay: of the running mean, in [0, 1); may be traced. Its first estimate counts fully.
+      decay: of the exponential moving average, in [0, 1), which starts at the first estimate; may be traced.
 
     Returns:
-      A gradient transformation that needs ``params``, whose state holds ``latest``, ``mean`` and
-      ``maximum``, NaN or 0 before there are two steps, and one copy of parameters and gradient. Steps that
-      do not move, or whose gradients are not finite, are left out.
+      A gradient transformation that requires ``params``. Its state holds ``latest`` and ``mean``, NaN before
+      the second step, ``maximum``, 0 before it, and one copy of parameters and gradients. Steps without a
+      change of the parameters, or with gradients that are not finite, are ignored.
 
     Raises:
       ValueError: if ``decay`` is out of its range; ``update`` raises it if ``params`` is missing.
@@ -128,21 +126,21 @@ def local_smoothness(decay: ArrayLike = 0.9) -> optax.GradientTransformation:
 
     def init_fn(params: optax.Params) -> LocalSmoothnessState:
         dtype = _numerics.default_float_dtype()
-        nothing = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), params)
+        unknown = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), params)
         return LocalSmoothnessState(
             count=jnp.zeros((), jnp.int32),
             latest=jnp.full((), jnp.nan, dtype),
             mean=jnp.full((), jnp.nan, dtype),
             maximum=jnp.zeros((), dtype),
-            previous_params=nothing,
-            previous_gradient=jax.tree.map(jnp.array, nothing),
+            previous_params=unknown,
+            previous_gradient=jax.tree.map(jnp.array, unknown),
         )
 
     def update_fn(
         updates: optax.Updates, state: LocalSmoothnessState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, LocalSmoothnessState]:
         if params is None:
-            raise ValueError("local_smoothness needs the parameters: tx.update(grads, opt_state, params).")
+            raise ValueError("local_smoothness requires params: call tx.update(grads, opt_state, params).")
         distance = _norm(optax.tree.sub(params, state.previous_params))
         change = _norm(optax.tree.sub(updates, state.previous_gradient))
         known = (distance > 0) & jnp.isfinite(distance) & jnp.isfinite(change)
@@ -155,8 +153,8 @@ def local_smoothness(decay: ArrayLike = 0.9) -> optax.GradientTransformation:
             mean + weight * (estimate - mean),
             jnp.maximum(state.maximum, estimate),
         )
-        kept = (state.count, state.latest, state.mean, state.maximum)
-        return updates, LocalSmoothnessState(*_numerics.select(known, advanced, kept), params, updates)
+        unchanged = (state.count, state.latest, state.mean, state.maximum)
+        return updates, LocalSmoothnessState(*_numerics.select(known, advanced, unchanged), params, updates)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -164,18 +162,18 @@ def local_smoothness(decay: ArrayLike = 0.9) -> optax.GradientTransformation:
 def optimal_factor(smoothness: ArrayLike) -> jax.Array:
     """GreedyLR's factor for an L-smooth objective, F = 1 - 1/L.
 
-    L has a unit (loss over squared parameter), so the factor changes when the loss is rescaled: take it as
-    the paper's claim, which the laboratory tests, and not as advice.
+    L has a unit (that of the loss over that of a squared parameter), so the factor depends on the scale of
+    the loss. It is a claim of the paper, which the experiments test, and not a recommendation.
 
     Args:
-      smoothness: L_max, > 1 in the units of the problem: at 1 and below the formula gives no factor in
-        (0, 1). May be traced; it is then not checked.
+      smoothness: L_max, > 1 in the units of the problem; otherwise the factor is not in (0, 1). May be traced
+        and is not checked then.
 
     Returns:
       A scalar in (0, 1), for ``greedy_lr(factor=...)``.
 
     Raises:
-      ValueError: if ``smoothness`` is known and not a finite number above 1.
+      ValueError: if ``smoothness`` is not traced and not a finite number above 1.
 
     Examples:
       >>> from greedylr_jax.theory import optimal_factor
@@ -191,25 +189,27 @@ def optimal_factor(smoothness: ArrayLike) -> jax.Array:
 def convergence_bound(
     learning_rates: ArrayLike, *, smoothness: float, initial_distance: float, strong_convexity: float = 0.0
 ) -> np.ndarray:
-    """What gradient descent with these rates is sure to have reached after each step.
+    """Upper bound of f - f* after each step of gradient descent with the given learning rates.
 
-    For a convex, L-smooth f with a minimiser x*, D = |x_0 - x*|, and rates a_t in (0, 2/L) that may depend
-    on all that went before, as GreedyLR's do:
+    For a convex, L-smooth f with minimizer x*, D = |x_0 - x*|, and learning rates a_t in (0, 2/L) that may
+    depend on all previous steps, as those of GreedyLR do:
 
-    * *Descent.* f(x_{t+1}) <= f(x_t) - a_t (1 - L a_t / 2) |g_t|^2, by smoothness; so f falls at every step.
+    * *Descent.* f(x_{t+1}) <= f(x_t) - a_t (1 - L a_t / 2) |g_t|^2, by smoothness, so f decreases in every
+      step.
     * *Distance.* |x_{t+1} - x*|^2 = |x_t - x*|^2 - 2 a_t <g_t, x_t - x*> + a_t^2 |g_t|^2, where convexity
       bounds <g_t, x_t - x*> from below by f(x_t) - f*.
-    * The two together, with c_t = a_t / (1 - L a_t / 2):
+    * Combined, with c_t = a_t / (1 - L a_t / 2):
       2 a_t (f(x_t) - f*) <= |x_t - x*|^2 - |x_{t+1} - x*|^2 + c_t (f(x_t) - f(x_{t+1})).
-    * *Rates up to 1/L* have c_t <= 2 a_t, so that f(x_t) may be replaced by f(x_{t+1}) on the left and the
-      last term dropped. Summed up, as f falls:  f(x_T) - f* <= D^2 / (2 sum a_t).
-    * *Any rates below 2/L*: c_t <= C = max c_t, the last terms sum to at most C (f(x_0) - f*), which is at
-      most C L D^2 / 2:  f(x_T) - f* <= D^2 (1 + C L / 2) / (2 sum a_t).
-    * *Strong convexity* m > 0: the distance shrinks by max(|1 - a_t m|, |1 - a_t L|) at every step, so
-      f(x_T) - f* <= (L / 2) D^2 product of their squares. The least of the bounds that hold is returned.
+    * *Learning rates up to 1/L*: c_t <= 2 a_t, so f(x_t) can be replaced by f(x_{t+1}) on the left if the
+      last term is dropped. Summed over t, since f decreases:  f(x_T) - f* <= D^2 / (2 sum a_t).
+    * *Learning rates below 2/L*: c_t <= C = max c_t, and the last terms sum to at most C (f(x_0) - f*), which
+      is at most C L D^2 / 2:  f(x_T) - f* <= D^2 (1 + C L / 2) / (2 sum a_t).
+    * *Strong convexity* m > 0: each step multiplies the distance by at most max(|1 - a_t m|, |1 - a_t L|), so
+      f(x_T) - f* <= (L / 2) D^2 times the product of their squares. The smallest valid bound is returned.
 
-    For GreedyLR before any training: its rates never fall below its minimum a, so with ``learning_rates``
-    all equal to a the bound holds (if its maximum is at most 1/L, as that bound falls in every rate).
+    A bound for GreedyLR in advance: its learning rates are at least its minimum a, so if its maximum is at
+    most 1/L, the bound with all ``learning_rates`` equal to a holds (the bound decreases in each learning
+    rate).
 
     Args:
       learning_rates: a_t, shape (steps,), each in (0, 2/L).
@@ -241,8 +241,8 @@ def convergence_bound(
     small = np.where(np.maximum.accumulate(rates) <= 1 / limit, distance**2 / (2 * total), np.inf)
     worst = np.maximum.accumulate(rates / (1 - limit * rates / 2))
     general = distance**2 * (1 + worst * limit / 2) / (2 * total)
-    shrinks = np.maximum(np.abs(1 - rates * strong), np.abs(1 - rates * limit))
-    contracting = limit / 2 * distance**2 * np.cumprod(shrinks**2) if strong else np.inf
+    contraction = np.maximum(np.abs(1 - rates * strong), np.abs(1 - rates * limit))
+    contracting = limit / 2 * distance**2 * np.cumprod(contraction**2) if strong else np.inf
     return np.minimum(np.minimum(small, general), contracting)
 
 

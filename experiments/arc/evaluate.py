@@ -153,7 +153,7 @@ def superconvergence_rate(case: Case) -> float:
     inner = OPTIMIZERS[case.optimizer](1.0)
     test = jax.jit(
         lambda params, batches: range_test(
-            task.loss, params, batches, inner=inner, min_value=1e-5, max_value=100.0
+            task.loss, params, batches, inner=inner, min_learning_rate=1e-5, max_learning_rate=100.0
         )
     )
     return float(suggest_best(test(task.init(init_key), batches)))

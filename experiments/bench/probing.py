@@ -31,9 +31,9 @@ BATCHES, BATCH = 4, 256  # batches in the superbatch, examples per batch
 WIDTHS = (64, 512, 512, 512, 10)
 # Direction, learning rate, and the epsilon threshold that the paper recommends for such a rate.
 DIRECTIONS = {
-    "sgd": (optax.identity(), 0.1, 1e-3),
-    "momentum": (optax.trace(0.9), 0.02, 1e-4),
-    "adam": (optax.scale_by_adam(), 1e-3, 1e-8),
+    "sgd": (optax.sgd(1.0), 0.1, 1e-3),
+    "momentum": (optax.sgd(1.0, momentum=0.9), 0.02, 1e-4),
+    "adam": (optax.adam(1.0), 1e-3, 1e-8),
 }
 
 

@@ -272,26 +272,12 @@ class Engine:
             loss, grads = jax.value_and_grad(task.loss)(params, batch)
             observed = loss
 
-            def collected(row: jax.Array) -> Batch:
+            def batch_at(row: jax.Array) -> Batch:
                 return task.collector.collect(source, params, take(train, batches[row]))[1]
 
-            def value_fn(params: Params) -> jax.Array:
-                if stepper.superbatch == 1:
-                    return task.loss(params, batch)
-                rows = (step + jnp.arange(stepper.superbatch)) % len(batches)
-                return superbatch_loss(lambda p, row: task.loss(p, collected(row)), rows)(params)
-
-            def validation_fn(params: Params) -> jax.Array:
-                # A validation loss is computed in the last step before each evaluation.
-                is_due = (step + 1) % (steps // evaluations) == 0
-                # The parameters are an operand, because Flax merges them at the branch's level of tracing.
-                return jax.lax.cond(
-                    is_due,
-                    lambda params: task.held_out_loss(params, validation),
-                    lambda params: jnp.nan,
-                    params,
-                )
-
+            value_fn = _value_fn(task, batch_at, len(batches), step, batch, stepper.superbatch)
+            # A validation loss is computed in the last step before each evaluation.
+            validation_fn = _validation_fn(task, validation, (step + 1) % (steps // evaluations) == 0)
             if disturbed:
                 step_key = jax.random.fold_in(noise_key, step)
                 direction = _direction(step_key, grads, inputs.disturbance.ascent)
@@ -317,6 +303,29 @@ class Engine:
         carry = (params, stepper.init(params), source)
         _, (loss, rate, *tests) = jax.lax.scan(segment, carry, xs)
         return RunResult(loss.ravel(), rate.ravel(), *tests)
+
+
+def _value_fn(
+    task: Task,
+    batch_at: Callable[[jax.Array], Batch],
+    num_batches: int,
+    step: jax.Array,
+    batch: Batch,
+    superbatch: int,
+) -> Callable[[Params], jax.Array]:
+    """The loss of the batch of the step, or the mean loss of ``superbatch`` batches from ``step`` on."""
+    if superbatch == 1:
+        return lambda params: task.loss(params, batch)
+    rows = (step + jnp.arange(superbatch)) % num_batches
+    return superbatch_loss(lambda params, row: task.loss(params, batch_at(row)), rows)
+
+
+def _validation_fn(task: Task, validation: Batch, is_due: jax.Array) -> Callable[[Params], jax.Array]:
+    """The validation loss if it is due, otherwise NaN."""
+    # The parameters are an operand, because Flax merges them at the branch's level of tracing.
+    return lambda params: jax.lax.cond(
+        is_due, lambda params: task.held_out_loss(params, validation), lambda params: jnp.nan, params
+    )
 
 
 def _direction(key: jax.Array, grads: Params, ascent: jax.Array) -> Params:

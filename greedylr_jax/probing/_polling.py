@@ -1,17 +1,17 @@
-"""Factor polling: the loss after the step at several rates votes for the next rate.
+"""Factor polling: the next learning rate is a weighted mean of candidates, by the loss after a step at each.
 
 Y. Kim and Y. Yu, "Automated learning rate scheduling with in-training information", Algorithm 1. For each
-factor f the loss after the step at rate f eta is taken on one batch; the losses are normalised and scored,
-and the rate is multiplied by the mean of the factors, geometric and weighted by the scores.
+factor f the loss after the step at learning rate f eta is evaluated on one batch; the losses are normalized
+and scored, and the learning rate is multiplied by the geometric mean of the factors, weighted by the scores.
 
-The paper copies the model and backpropagates once for each factor. The gradient is the same for all, so
-here it is computed once, by the caller; the factors take their turn, and one spare copy of the parameters
-serves them all.
+The paper copies the model and computes a gradient for each factor. The gradient does not depend on the
+factor, so that it is computed once here, by the caller, and the candidates are evaluated sequentially, with
+one extra copy of the parameters.
 
-What is added: a candidate that *diverges*, because its loss is not finite or far above that of the
-untrained model, has no vote and no part in the normalisation. If all diverge, the smallest factor is taken,
-the step itself is not, and the next step polls again. Without that a rate that is 200 times too
-large destroys the model with its first step, as the paper reports.
+Departure: a candidate has *diverged* if its loss is not finite or far above that of the untrained model; its
+score is 0 and it is left out of the normalization. If all candidates have diverged, the minimum factor is
+used, the update is zero, and the next step polls again. Without this a learning rate that is 200 times too
+high destroys the model in its first step, as the paper reports.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -28,10 +28,10 @@ from greedylr_jax.probing import _probe
 
 
 class FactorPollingState(NamedTuple):
-    """State of :func:`factor_polling`, inside the carrier's ``RuleState``, which counts the steps."""
+    """State of :func:`factor_polling`, inside ``RuleState``, which counts the steps."""
 
     scale: jax.Array  # shape=(), dtype=float
-    first_value: jax.Array  # shape=(), dtype=float; the first finite loss given, infinite before it
+    first_value: jax.Array  # shape=(), dtype=float; the first finite loss, infinite before it
 
 
 def factor_polling(
@@ -46,39 +46,41 @@ def factor_polling(
     decline: bool = True,
     axis_name: Hashable | None = None,
 ) -> _rule.GradientTransformationExtraLoss:
-    """Scales the updates by a factor that the losses after the step at several rates vote for.
+    """Scales the updates by a factor that is chosen by the loss after the step at several learning rates.
 
-    Put it after the optimizer, as ``optax.chain(optax.sgd(0.1), factor_polling())``, or anywhere in
+    Put it after the optimizer, as in ``optax.chain(optax.sgd(0.1), factor_polling())``, or anywhere in
     :func:`greedylr_jax.chain`, and call
     ``tx.update(grads, state, params, value=loss, value_fn=lambda p: loss_fn(p, batch))``.
 
     Args:
-      factors: candidates for the change of rate, one or more numbers > 0. How many there are is static;
-        the numbers may be traced. One poll costs one forward pass for each.
-      every: poll at the first and then at every such step, an integer >= 1; may be traced. The best rate
-        for one step is often too high for many: from a poor initial rate poll at every step.
-      sharpness: >= 0: the score is exp(-sharpness * normalised loss). 0: all candidates vote alike; the
-        greater, the more the best one decides. May be traced.
-      normalize: ``"minmax"``: losses to [0, 1], least to greatest; ``"standard"``: to mean 0 and standard
-        deviation 1; ``"none"``: as they are.
-      min_scale: lowest scale, > 0; may be traced.
-      max_scale: highest scale, >= ``min_scale``; may be traced.
-      divergence: >= 1: a candidate's loss above this many times the first ``value`` (or the present one,
-        if that is higher) counts as not finite; only if ``value`` is given. Infinity: never. May be traced.
-      decline: whether a step all of whose candidates diverge is left out and polled again. False: it is
-        taken at the smallest factor.
-      axis_name: the mapped axis, or axes, over which losses are averaged first, so that all devices decide
-        alike.
+      factors: candidates by which the scale may change, one or more numbers > 0. Their number is static;
+        their values may be traced. A poll costs one forward pass per factor.
+      every: steps between polls, an integer >= 1; the first step polls. The best learning rate for one step
+        is often too high for many steps: with a poor initial learning rate, poll at every step. May be
+        traced.
+      sharpness: >= 0: the score is exp(-sharpness * normalized loss). With 0 all candidates have the same
+        weight; with a large value the best one decides alone. May be traced.
+      normalize: ``"minmax"``: maps the losses to [0, 1]; ``"standard"``: to mean 0 and standard deviation 1;
+        ``"none"``: leaves them unchanged.
+      min_scale: lower bound of the scale, > 0; may be traced.
+      max_scale: upper bound of the scale, >= ``min_scale``; may be traced.
+      divergence: >= 1: a candidate has diverged if its loss exceeds this multiple of the first ``value`` (or
+        of the current one, if that is higher); infinity disables the test. Ignored if ``value`` is not given.
+        May be traced.
+      decline: whether the update is zero, and the next step polls again, if all candidates have diverged.
+        If False, such a step uses the minimum factor.
+      axis_name: mapped axis, or axes, over which losses are averaged, so that all devices take the same
+        decision.
 
     Returns:
       A :class:`greedylr_jax.GradientTransformationExtraLoss`, whose state is a
-      :class:`greedylr_jax.RuleState`; ``update`` needs ``params`` and ``value_fn``, the loss on one batch
-      (the paper takes that of the gradient), and makes use of ``value`` if it is given. Parameters must all
-      be seen: not inside ``optax.masked`` or ``optax.partition``.
+      :class:`greedylr_jax.RuleState`; ``update`` requires ``params`` and ``value_fn``, the loss on one batch
+      (in the paper, that of the gradient), and uses ``value`` if it is given. Apply it to the full parameter
+      tree, not inside ``optax.masked`` or ``optax.partition``.
 
     Raises:
-      ValueError: if an argument is out of its range. Its ``update`` raises ``TypeError`` or ``ValueError``
-        if ``params`` or ``value_fn`` is missing or ``value`` is not a real scalar.
+      ValueError: if an argument is out of its range. ``update`` raises ``TypeError`` or ``ValueError`` if
+        ``params`` or ``value_fn`` is missing or ``value`` is not a real scalar.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -89,7 +91,7 @@ def factor_polling(
       >>> state = tx.init(params)
       >>> loss, grads = jax.value_and_grad(loss_fn)(params)
       >>> updates, state = tx.update(grads, state, params, value=loss, value_fn=loss_fn)
-      >>> print(f"{get_scale(state):.3f}", updates)  # the rate of 0.5 goes straight to the minimum
+      >>> print(f"{get_scale(state):.3f}", updates)  # a learning rate of 0.5 reaches the minimum in one step
       2.000 [-1. -1. -1.]
 
     Source: "Automated learning rate scheduling with in-training information", Algorithm 1.
@@ -116,21 +118,21 @@ def factor_polling(
         params: optax.Params,
         value_fn: _probe.ValueFn,
     ) -> tuple[jax.Array, jax.Array]:
-        """The next scale, and whether the step is to be taken."""
+        """The next scale, and whether a candidate has not diverged."""
         candidates = jnp.asarray(factors, state.scale.dtype)
         losses = _probe.losses_along(value_fn, params, updates, candidates * state.scale, axis_name=axis_name)
         reference = jnp.maximum(state.first_value, loss)  # infinite if no loss was given
-        limit = reference + (jnp.asarray(divergence, losses.dtype) - 1) * jnp.abs(reference)
-        votes = jnp.isfinite(losses) & ~(losses > limit)
-        weights = _scores(losses, votes, jnp.asarray(sharpness, losses.dtype), _NORMALIZE[normalize])
+        threshold = reference + (jnp.asarray(divergence, losses.dtype) - 1) * jnp.abs(reference)
+        valid = jnp.isfinite(losses) & ~(losses > threshold)
+        weights = _scores(losses, valid, jnp.asarray(sharpness, losses.dtype), _NORMALIZE[normalize])
         logarithms = jnp.log(candidates)
         mean = jnp.sum(weights * logarithms) / jnp.maximum(jnp.sum(weights), jnp.finfo(losses.dtype).tiny)
-        any_votes = jnp.any(votes)
-        factor = jnp.where(any_votes, jnp.exp(mean), jnp.min(candidates))
+        any_valid = jnp.any(valid)
+        factor = jnp.where(any_valid, jnp.exp(mean), jnp.min(candidates))
         scale = jnp.clip(
             state.scale * factor, jnp.asarray(low, losses.dtype), jnp.asarray(high, losses.dtype)
         )
-        return scale, any_votes
+        return scale, any_valid
 
     def update_fn(
         updates: optax.Updates,
@@ -156,16 +158,16 @@ def factor_polling(
             rule = rule._replace(first_value=jnp.where(fresh, loss, rule.first_value))
         loss = jnp.where(jnp.isfinite(loss), loss, rule.first_value)
         observed = jnp.asarray(True if has_value is None else has_value, bool)
-        scale, takes = jax.lax.cond(
+        scale, accepted = jax.lax.cond(
             observed & (state.value_count == 0),
             lambda: poll(rule, loss, updates, params, value_fn),
             lambda: (rule.scale, jnp.asarray(True)),
         )
-        takes |= not decline
-        count = jnp.where(takes, (state.value_count + 1) % jnp.asarray(every, jnp.int32), 0)
+        accepted |= not decline
+        count = jnp.where(accepted, (state.value_count + 1) % jnp.asarray(every, jnp.int32), 0)
         advanced = _rule.RuleState(rule._replace(scale=scale), state.value_sum, count)
         scaled = jax.tree.map(
-            lambda update: jnp.where(takes, update, jnp.zeros_like(update)),
+            lambda update: jnp.where(accepted, update, jnp.zeros_like(update)),
             _numerics.scale_updates(updates, scale),
         )
         return scaled, _numerics.select(observed, advanced, state)
@@ -174,7 +176,7 @@ def factor_polling(
 
 
 def _check_factors(factors: Any) -> Any:
-    """The factors as an array, or as a list of numbers that may be traced."""
+    """The factors as a list of numbers, each of which may be traced, or as a traced array."""
     if isinstance(factors, (jax.Array, np.ndarray)) and factors.ndim == 1 and len(factors):
         numbers = factors if _checks.is_traced(factors) else list(np.asarray(factors))
     elif isinstance(factors, (list, tuple)) and factors:
@@ -188,31 +190,31 @@ def _check_factors(factors: Any) -> Any:
     return numbers
 
 
-def _minmax(losses: jax.Array, votes: jax.Array) -> jax.Array:
-    least = jnp.min(losses, where=votes, initial=jnp.inf)
-    spread = jnp.max(losses, where=votes, initial=-jnp.inf) - least
-    return (losses - least) / jnp.where(spread > 0, spread, 1)
+def _minmax(losses: jax.Array, valid: jax.Array) -> jax.Array:
+    minimum = jnp.min(losses, where=valid, initial=jnp.inf)
+    spread = jnp.max(losses, where=valid, initial=-jnp.inf) - minimum
+    return (losses - minimum) / jnp.where(spread > 0, spread, 1)
 
 
-def _standard(losses: jax.Array, votes: jax.Array) -> jax.Array:
-    spread = jnp.std(losses, where=votes)
-    return (losses - jnp.mean(losses, where=votes)) / jnp.where(spread > 0, spread, 1)
+def _standard(losses: jax.Array, valid: jax.Array) -> jax.Array:
+    spread = jnp.std(losses, where=valid)
+    return (losses - jnp.mean(losses, where=valid)) / jnp.where(spread > 0, spread, 1)
 
 
 _NORMALIZE: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "minmax": _minmax,
     "standard": _standard,
-    "none": lambda losses, votes: losses,
+    "none": lambda losses, valid: losses,
 }
 
 
 def _scores(
     losses: jax.Array,
-    votes: jax.Array,
+    valid: jax.Array,
     sharpness: jax.Array,
     normalize: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
-    """exp(-sharpness * normalised loss) up to a common factor, so that the greatest score is 1."""
-    normalised = normalize(jnp.where(votes, losses, 0), votes)
-    above_best = normalised - jnp.min(normalised, where=votes, initial=jnp.inf)
-    return jnp.where(votes, jnp.exp(-sharpness * jnp.where(votes, above_best, 0)), 0)
+    """exp(-sharpness * normalized loss) up to a common factor, so that the maximum score is 1."""
+    normalized = normalize(jnp.where(valid, losses, 0), valid)
+    above_best = normalized - jnp.min(normalized, where=valid, initial=jnp.inf)
+    return jnp.where(valid, jnp.exp(-sharpness * jnp.where(valid, above_best, 0)), 0)

@@ -1,8 +1,10 @@
 """The loss along one direction in parameter space: values at several points, and derivatives.
 
-Along a direction d the loss is a function of one number, the distance t: f(t) = value_fn(params + t d).
-Rules that probe it need its values at a few t (:func:`losses_along`), the parabola through them
-(:func:`fit_parabola`), or the parabola that touches it (:func:`taylor_along`).
+Along a direction d the loss is a function of the distance t: f(t) = value_fn(params + t d), with its values
+at several t (:func:`losses_along`), a parabola fitted to them (:func:`fit_parabola`), and its second-order
+Taylor polynomial (:func:`taylor_along`). These functions make no assumption about the sign of d.
+:func:`rate_by_fit` and :func:`rate_by_taylor` do: their ``direction`` points uphill, as the gradient does,
+and the step is ``-learning_rate * direction``.
 """
 
 from collections.abc import Callable, Hashable
@@ -30,13 +32,13 @@ class Parabola(NamedTuple):
 def superbatch_loss(loss_fn: Callable[[optax.Params, Any], jax.Array], batches: Any) -> ValueFn:
     """The mean loss over a stack of batches, as a function of the parameters.
 
-    One batch's loss is too noisy to choose a rate by. The batches are taken one after the other, so that
-    peak memory stays that of one.
+    The loss of one batch is too noisy to choose a learning rate by. Batches are evaluated sequentially, so
+    that peak memory is that of one batch.
 
     Args:
       loss_fn: from parameters and one batch to its scalar loss.
-      batches: a pytree of arrays, such as a dict, with the batch as the leading axis of each leaf; all the
-        same number >= 1.
+      batches: a pytree of arrays whose leading axis is the batch; its length, >= 1, is the same for all
+        leaves.
 
     Returns:
       A function from the parameters to a scalar, float32 or wider, as ``tx.update(..., value_fn=)`` takes.
@@ -72,17 +74,17 @@ def losses_along(
     *,
     axis_name: Hashable | None = None,
 ) -> jax.Array:
-    """The loss at ``params + t * direction`` for each t, one after the other.
+    """The loss at ``params + t * direction`` for each t, evaluated sequentially.
 
     Args:
       value_fn: from parameters to a scalar loss.
-      params: where t is 0.
+      params: the parameters at t = 0.
       direction: a pytree like the parameters.
       distances: t, shape (n,).
       axis_name: the mapped axis, or axes, over which the losses are averaged.
 
     Returns:
-      Shape (n,), float32 or wider; not finite where the loss is not.
+      Shape (n,), float32 or wider.
     """
     losses = jax.lax.map(lambda t: _loss(value_fn, move(params, direction, t)), distances)
     return _observe.average(losses, axis_name)
@@ -96,10 +98,10 @@ def taylor_along(
     *,
     axis_name: Hashable | None = None,
 ) -> Parabola:
-    """The parabola that touches the loss at ``params + distance * direction``, exactly.
+    """The second-order Taylor polynomial of the loss around ``params + distance * direction``.
 
-    One forward pass that carries the first and second derivatives along; nothing is differentiated
-    backwards, and there is no step width to choose. Its t is counted from ``distance`` on.
+    Exact, from one forward pass with first and second derivatives (forward over forward). Its argument is
+    t - ``distance``.
     """
 
     def loss(t: jax.Array) -> jax.Array:
@@ -121,7 +123,7 @@ def fit_parabola(losses: jax.Array, width: jax.Array) -> Parabola:
     """
     nodes = np.linspace(-1.0, 1.0, losses.shape[0])
     weights = np.linalg.pinv(np.stack([nodes**0, nodes, nodes**2], axis=1))
-    # The sums below cancel: what all losses have in common is taken out before and not after.
+    # The sums below cancel, so the common part of the losses is subtracted first.
     common = losses[losses.shape[0] // 2]
     k0, k1, k2 = (jnp.sum(jnp.asarray(row, losses.dtype) * (losses - common)) for row in weights)
     return Parabola(common + k0, k1 / width, k2 / width / width)
@@ -138,9 +140,10 @@ def rate_by_fit(
     *,
     axis_name: Hashable | None = None,
 ) -> jax.Array:
-    """:func:`best_rate` for the step ``-learning_rate * direction``, by a parabola through samples.
+    """:func:`best_rate` for the step ``-learning_rate * direction``, by a parabola through sampled losses.
 
-    The samples are ``num_samples`` losses at rates from ``width`` below ``learning_rate`` to ``width`` above.
+    The ``num_samples`` learning rates lie between ``learning_rate - width`` and ``learning_rate + width``.
+    ``direction`` points uphill, as the gradient does.
     """
     offsets = width * jnp.linspace(-1.0, 1.0, num_samples, dtype=width.dtype)
     distances = -(learning_rate + offsets)
@@ -157,18 +160,26 @@ def rate_by_taylor(
     *,
     axis_name: Hashable | None = None,
 ) -> jax.Array:
-    """:func:`best_rate` for the step ``-learning_rate * direction``, by exact derivatives."""
-    touching = taylor_along(value_fn, params, direction, -learning_rate, axis_name=axis_name)
-    # Along the direction the rate counts backwards.
-    return best_rate(touching._replace(k1=-touching.k1), learning_rate, bound)
+    """:func:`best_rate` for the step ``-learning_rate * direction``, by exact derivatives.
+
+    ``direction`` points uphill, as the gradient does.
+    """
+    polynomial = taylor_along(value_fn, params, direction, -learning_rate, axis_name=axis_name)
+    # The distance along the direction is minus the learning rate.
+    return best_rate(polynomial._replace(k1=-polynomial.k1), learning_rate, bound)
 
 
 def best_rate(parabola: Parabola, learning_rate: jax.Array, bound: jax.Array) -> jax.Array:
-    """The rate at the minimum of a parabola in the change of rate, no further than ``bound`` away.
+    """The learning rate at the minimum of a parabola in the change of the learning rate.
+
+    Args:
+      parabola: loss as a function of the change.
+      learning_rate: > 0.
+      bound: maximum change, >= 0.
 
     Returns:
-      NaN where the parabola is not finite. Where it is not convex: the bound, downhill, but at least half of
-      the rate, as the bound may exceed the rate.
+      A scalar; NaN if the parabola is not finite. If it is not convex, the learning rate changes by ``bound``
+      in the direction in which the loss decreases, but to no less than half.
     """
     convex = parabola.k2 > 0
     vertex = -parabola.k1 / (2 * jnp.where(convex, parabola.k2, 1))

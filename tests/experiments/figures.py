@@ -15,7 +15,7 @@ def lines_of(axes) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     }
 
 
-def assert_is_drawn(path: Path, colors: int = 2) -> None:
+def assert_is_drawn(path: Path, colors: int = 1) -> None:
     """Fails unless the picture has ``colors`` saturated colours on a background that is mostly white."""
     image = matplotlib.image.imread(path)[..., :3]
     assert min(image.shape[:2]) > 300

@@ -73,9 +73,8 @@ def test_a_parameter_perturbation_changes_the_parameters_once(results, kind):
     assert not noise.observe.any() and not noise.gradient.any()
     disturbed, clean = results["constant", name], results["constant", "none"]
     np.testing.assert_array_equal(disturbed.loss[: at + 1], clean.loss[: at + 1])
-    assert (
-        disturbed.loss[at + 1] > 1.5 * clean.loss[at + 1]
-    )  # near the minimum the loss increases in every direction
+    # Near the minimum the loss increases in every direction.
+    assert disturbed.loss[at + 1] > 1.5 * clean.loss[at + 1]
     # Without another perturbation the loss decreases from there on.
     assert (np.diff(disturbed.loss[at + 1 :]) < 0).all()
 

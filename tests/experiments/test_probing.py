@@ -100,7 +100,7 @@ def test_the_range_test_suggests_the_best_rate_of_a_grid_within_a_factor_of_thre
             return jnp.mean(jax.lax.scan(body, params, batches)[1][-30:])
 
         first = jax.tree.map(lambda leaf: leaf[:100], batches)
-        return jax.lax.map(final_loss, grid), range_test(task.loss, params, first, min_value=1e-4)
+        return jax.lax.map(final_loss, grid), range_test(task.loss, params, first, min_learning_rate=1e-4)
 
     losses, results = jax.jit(lambda seeds: jax.lax.map(both, seeds))(SEEDS)
     for row in range(len(SEEDS)):
@@ -179,6 +179,6 @@ def test_the_study_writes_table_figures_and_rows(tmp_path, monkeypatch):
         expected = {"constant SGD": 1, "GreedyLR": 1, "per parameter": 3, "per group": 3}
         assert len(histories) == expected[row["method"]]
     for name in ("fig8_losses.png", "fig9_greedylr.png", "fig10_rates.png"):
-        assert_is_drawn(tmp_path / name, colors=1)
+        assert_is_drawn(tmp_path / name)
     assert len(pl.read_csv(tmp_path / "table.csv")) == len(study.METHODS) * len(study.INITIAL_RATES)
     assert "per parameter" in console.export_text()

@@ -280,9 +280,9 @@ def test_a_study_from_end_to_end(study, tmp_path, monkeypatch):
         written = pl.read_csv(tmp_path / f"{name}.csv")
         assert written.columns == table.columns
         for column in table.columns:
-            ours, theirs = table[column].to_list(), written[column].to_list()
-            assert [str(a) if isinstance(a, str) else a for a in ours] == pytest.approx(
-                [str(b) if isinstance(a, str) else b for a, b in zip(ours, theirs, strict=True)], nan_ok=True
+            expected, got = table[column].to_list(), written[column].to_list()
+            assert [str(a) if isinstance(a, str) else a for a in expected] == pytest.approx(
+                [str(b) if isinstance(a, str) else b for a, b in zip(expected, got, strict=True)], nan_ok=True
             ), column
     pictures = list(tmp_path.glob("*.png"))
     assert pictures

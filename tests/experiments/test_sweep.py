@@ -306,7 +306,7 @@ def test_the_theory_study_ranks_the_factor_of_the_paper(tmp_path, monkeypatch):
     assert row["claimed_loss"] == medians[0.5]
     assert row["claimed_rank"] == 1 + sum(loss < medians[0.5] for loss in medians.values())
     assert row["claimed_factor"] == 0.5
-    assert_is_drawn(tmp_path / "theory.png")
+    assert_is_drawn(tmp_path / "theory.png", colors=3)
     assert pl.read_csv(tmp_path / "table.csv").equals(table)
     figure = theory.draw(runs)
     lines = lines_of(figure.axes[0])

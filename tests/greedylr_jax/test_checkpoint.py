@@ -109,15 +109,14 @@ def test_a_field_of_another_version_is_named(saved):
 
     class OlderState(NamedTuple):
         scale: jax.Array
-        num_good: jax.Array
-        num_bad: jax.Array
+        streak: jax.Array
 
-    older = state._replace(rule=OlderState(state.rule.scale, jnp.int32(0), jnp.int32(0)))
+    older = state._replace(rule=OlderState(state.rule.scale, jnp.int32(0)))
     metadata = saved(older._asdict())
     with pytest.raises(ValueError, match=r"rule.best_value: nothing saved, float32") as error:
         check_restorable(metadata, state._asdict())
     assert "and " in str(error.value) and "more" in str(error.value)
-    with pytest.raises(ValueError, match=r"fit: num_bad: int32\[\] saved, nothing expected"):
+    with pytest.raises(ValueError, match=r"fit: streak: int32\[\] saved, nothing expected"):
         check_restorable(older.rule, {"scale": state.rule.scale})
 
 

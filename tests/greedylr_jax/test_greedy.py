@@ -349,8 +349,12 @@ def test_the_counts_of_a_chain_are_scalars_of_its_state():
 
 @pytest.mark.parametrize("schedule", [greedy_lr_schedule, greedylr_jax.trend_lr_schedule])
 def test_old_names_of_the_bounds_warn(schedule):
-    with pytest.warns(DeprecationWarning, match="min_value is now min_learning_rate"):
+    with pytest.warns(DeprecationWarning) as caught:
         old = schedule(0.1, min_value=0.01, max_value=1.0)
+    assert [str(warning.message).split("the argument ")[1] for warning in caught] == [
+        "min_value is now min_learning_rate.",
+        "max_value is now max_learning_rate.",
+    ]
     new = schedule(0.1, min_learning_rate=0.01, max_learning_rate=1.0)
     assert old(old.init(), value=1.0) == new(new.init(), value=1.0)
     with pytest.raises(TypeError, match="got both min_learning_rate and its old name min_value"):

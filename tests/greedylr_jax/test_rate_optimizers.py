@@ -196,9 +196,9 @@ def test_under_shard_map_all_devices_decide_alike(name):
     """Each device has its own part of the data; rates must be those of one device with all of it."""
     settings = {"explore_steps": 99, "recompute_every": 2}
     make = {
-        "lr_tuner-fit": lambda **axis: greedylr_jax.lr_tuner(optax.identity(), 0.01, **settings, **axis),
+        "lr_tuner-fit": lambda **axis: greedylr_jax.lr_tuner(optax.sgd(1.0), 0.01, **settings, **axis),
         "lr_tuner-taylor": lambda **axis: greedylr_jax.lr_tuner(
-            optax.identity(), 0.01, method="taylor", **settings, **axis
+            optax.sgd(1.0), 0.01, method="taylor", **settings, **axis
         ),
         "factor_polling": lambda **axis: optax.chain(optax.sgd(0.01), greedylr_jax.factor_polling(**axis)),
     }[name]
