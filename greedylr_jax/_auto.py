@@ -3,7 +3,7 @@
     rms(update of step t) = 0.002 * scale(losses) * s(t) * rms(initial parameters)
 
 The scale starts at 1 and follows the trend rule (:func:`greedylr_jax.trend_lr`): it rises, up to 10, while
-the training loss falls significantly, and falls when the loss rises. s(t) is a short warm-up and an annealing.
+the training loss falls significantly, and is cut when the loss rises. s(t) is a warm-up and an annealing.
 """
 
 from collections.abc import Hashable
@@ -89,7 +89,8 @@ def auto_lr(
 
     def relative(scale: jax.Array) -> optax.GradientTransformationExtraArgs:
         return _relative.scale_to_parameters(
-            lambda step: _RELATIVE_STEP * scale * _annealing(step, total_steps), shard_axis_name=shard_axis_name
+            lambda step: _RELATIVE_STEP * scale * _annealing(step, total_steps),
+            shard_axis_name=shard_axis_name,
         )
 
     def init_fn(params: optax.Params) -> AutoState:

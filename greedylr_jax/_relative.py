@@ -74,8 +74,8 @@ def scale_to_parameters(
       >>> print(updates["w"], updates["b"])  # 0.02 * sqrt(3)
       [-0.03464102 -0.03464102 -0.03464102] [-0.03464102]
 
-    Source: this project; a global form of the trust ratio of Y. You et al., "Large Batch Optimization for Deep
-    Learning: Training BERT in 76 minutes", 2020.
+    Source: this project; a global form of the trust ratio of Y. You et al., "Large Batch Optimization for
+    Deep Learning: Training BERT in 76 minutes", 2020.
     """
     if not callable(relative_step):
         relative_step = _checks.check_real("relative_step", relative_step, low=0.0, high_open=True)
