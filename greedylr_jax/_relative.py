@@ -6,7 +6,7 @@ networks.
 """
 
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ def scale_to_parameters(
     relative_step: ArrayLike | optax.Schedule,
     *,
     param_labels: Any | Callable[[optax.Params], Any] = None,
+    sample_size: int | None = None,
     shard_axis_name: Hashable | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scales the updates to a root mean square of ``relative_step`` times that of the initial parameters.
@@ -51,6 +52,8 @@ def scale_to_parameters(
       param_labels: None: one root mean square over all parameters. Otherwise one for each label: a pytree of
         strings with the structure of the parameters or a prefix of it, or a function from the parameters to
         one, as in ``optax.partition``.
+      sample_size: None: root mean squares are exact. Otherwise they are estimated from about this many
+        elements, evenly spaced, of each leaf that has more, which avoids a pass over the updates.
       shard_axis_name: mapped axis, or axes, over which the *parameters* are sharded inside ``jax.shard_map``;
         sums of squares are summed over it in ``init`` and ``update``. None where every device has all
         parameters, as in data-parallel training.
@@ -77,6 +80,8 @@ def scale_to_parameters(
     Source: this project; a global form of the trust ratio of Y. You et al., "Large Batch Optimization for
     Deep Learning: Training BERT in 76 minutes", 2020.
     """
+    if sample_size is not None:
+        sample_size = _checks.check_static_integer("sample_size", sample_size, low=1)
     if not callable(relative_step):
         relative_step = _checks.check_real("relative_step", relative_step, low=0.0, high_open=True)
 
@@ -84,7 +89,9 @@ def scale_to_parameters(
         names = sorted(set(_labels(param_labels, params)))
         zero = jnp.zeros((), _numerics.default_float_dtype())
         rates = zero if param_labels is None else {name: jnp.array(zero) for name in names}
-        squares = _sums_of_squares(params, shard_axis_name)
+        squares = jnp.array(
+            _sums_of_squares(jax.tree.leaves(params), sample_size, shard_axis_name), zero.dtype
+        )
         return ScaleToParametersState(_rule.RateState(rates), jnp.zeros((), jnp.int32), squares)
 
     def update_fn(
@@ -97,27 +104,22 @@ def scale_to_parameters(
         target = relative_step(state.step) if callable(relative_step) else relative_step
         labels = _labels(param_labels, updates)
         leaves, structure = jax.tree.flatten(updates)
-        sizes = np.array([np.size(leaf) for leaf in leaves], float)
-        squares = _sums_of_squares(updates, shard_axis_name)
+        squares = _sums_of_squares(leaves, sample_size, shard_axis_name)
+        sizes = [np.size(leaf) for leaf in leaves]
+        old = {_ALL: state.rate.learning_rate} if param_labels is None else state.rate.learning_rate
+        rates = {}
+        for name, last in old.items():
+            members = [index for index, label in enumerate(labels) if label == name]
+            norm, reference = _norms(squares, state.squares, sizes, members)
+            wanted = jnp.asarray(target, norm.dtype) * reference / _numerics.where(norm > 0, norm, 1)
+            rate = _numerics.where(jnp.isfinite(norm), wanted, 0)
+            rates[name] = _numerics.where(norm == 0, last, rate) if members else last
+        scaled = [_scale(leaf, rates[label]) for leaf, label in zip(leaves, labels, strict=True)]
+        rate = _rule.RateState(rates[_ALL] if param_labels is None else rates)
+        step = jnp.minimum(state.step, _checks.INT32_MAX - 1) + 1
+        return structure.unflatten(scaled), ScaleToParametersState(rate, step, state.squares)
 
-        def rate(last: jax.Array, name: str) -> jax.Array:
-            member = np.array([label == name for label in labels], bool)
-            norm, reference = _norms(squares, state.squares, member, sizes)
-            wanted = jnp.asarray(target, norm.dtype) * reference / jnp.where(norm > 0, norm, 1)
-            return jnp.where(norm == 0, last, jnp.where(jnp.isfinite(norm), wanted, 0))
-
-        rates = state.rate.learning_rate
-        by_label = {_ALL: rates} if param_labels is None else rates
-        by_label = {name: rate(last, name) for name, last in by_label.items()}
-        # Where an element is not finite the rate is 0, but 0 times infinity is NaN.
-        scaled = [_scale(leaf, by_label[label]) for leaf, label in zip(leaves, labels, strict=True)]
-        rates = by_label[_ALL] if param_labels is None else by_label
-        step = optax.safe_increment(state.step)
-        return structure.unflatten(scaled), ScaleToParametersState(
-            _rule.RateState(rates), step, state.squares
-        )
-
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, cast(Any, update_fn))
 
 
 _ALL = ""  # the label of every leaf without `param_labels`
@@ -133,31 +135,44 @@ def _labels(param_labels: Any, params: optax.Params) -> list[str]:
     )
 
 
-def _sums_of_squares(tree: optax.Params, axis_name: Hashable | None) -> jax.Array:
-    """The sum of squares of each leaf, of shape (leaves,); 0 of leaves that hold no numbers to train."""
+def _sums_of_squares(
+    leaves: list[Any], sample_size: int | None, axis_name: Hashable | None
+) -> list[jax.Array]:
+    """The sum of squares of each leaf; 0 of leaves that hold no numbers to train."""
     dtype = _numerics.default_float_dtype()
 
     def total(leaf: Any) -> jax.Array:
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             return jnp.zeros((), dtype)
-        wide = jnp.asarray(leaf, jnp.promote_types(jnp.result_type(leaf), dtype))
-        return jnp.sum((wide * jnp.conj(wide)).real).astype(dtype)
+        leaf, weight = jnp.asarray(leaf), 1.0
+        if sample_size is not None and leaf.size > sample_size:
+            stride = -(-leaf.size // sample_size) | 1  # odd: does not stay within a few columns of a matrix
+            size, leaf = leaf.size, leaf.ravel()[::stride]
+            weight = size / leaf.size
+        wide = leaf.astype(jnp.promote_types(leaf.dtype, dtype))
+        squares = (wide * jnp.conj(wide)).real if jnp.iscomplexobj(wide) else wide * wide
+        return jnp.sum(squares).astype(dtype) * jnp.asarray(weight, dtype)
 
-    sums = jnp.array([total(leaf) for leaf in jax.tree.leaves(tree)], dtype)
+    sums = [total(leaf) for leaf in leaves]
     return sums if axis_name is None else jax.lax.psum(sums, axis_name)
 
 
 def _norms(
-    squares: jax.Array, initial: jax.Array, member: np.ndarray, sizes: np.ndarray
+    squares: list[jax.Array], initial: jax.Array, sizes: list[int], members: list[int]
 ) -> tuple[jax.Array, jax.Array]:
-    """The norm of the updates of a group of leaves, and of the initial parameters that it is measured by."""
-    moves = jnp.asarray(member) & (squares > 0)
-    reference = jnp.sum(initial, where=moves)
-    elements = jnp.sum(jnp.asarray(sizes, initial.dtype), where=moves)
-    mean_square = jnp.sum(initial, where=member) / max(np.sum(sizes, where=member), 1.0)
-    mean_square = jnp.where(mean_square > 0, mean_square, _ZERO_RMS**2)
-    reference = jnp.where(reference > 0, reference, mean_square * elements)
-    return jnp.sqrt(jnp.sum(squares, where=member)), jnp.sqrt(reference)
+    """The norm of the updates of a group of leaves, and the norm that their initial parameters had."""
+    zero = jnp.zeros((), initial.dtype)
+    total, reference, elements, everything = zero, zero, zero, zero
+    for index in members:
+        moves = squares[index] > 0
+        total += squares[index]
+        everything += initial[index]
+        reference += _numerics.where(moves, initial[index], 0)
+        elements += _numerics.where(moves, jnp.asarray(float(sizes[index]), zero.dtype), 0)
+    mean_square = everything / max(sum(sizes[index] for index in members), 1)
+    mean_square = _numerics.where(everything > 0, mean_square, _ZERO_RMS**2)
+    reference = _numerics.where(reference > 0, reference, mean_square * elements)
+    return jnp.sqrt(total), jnp.sqrt(reference)
 
 
 def _scale(leaf: Any, rate: jax.Array) -> jax.Array:
@@ -165,4 +180,4 @@ def _scale(leaf: Any, rate: jax.Array) -> jax.Array:
     scaled = _numerics.scale_leaf(leaf, rate)
     if not jnp.issubdtype(scaled.dtype, jnp.inexact):
         return scaled
-    return jnp.where(rate == 0, jnp.zeros_like(scaled), scaled)
+    return jax.lax.select(jnp.broadcast_to(rate != 0, scaled.shape), scaled, jnp.zeros_like(scaled))
