@@ -41,7 +41,10 @@ app.add_typer(arc_commands.app, name="arc")
 def compare(
     task: Annotated[str, typer.Option(help="Task to train; the command tasks lists them.")] = "digits",
     optimizer: Annotated[
-        str, typer.Option(help="One or more of adamw,sgd,momentum,adagrad,adafactor, separated by commas.")
+        str,
+        typer.Option(
+            help="One or more of adamw,sgd,momentum,adam,adagrad,adafactor,lion,muon, separated by commas."
+        ),
     ] = "adamw,sgd",
     steps: Annotated[int, typer.Option(help=f"Training steps per run, at least {MIN_STEPS}.")] = 600,
     seeds: Annotated[int, typer.Option(help="Number of seeds of parameters and batches.")] = 5,

@@ -21,6 +21,7 @@ from greedylr_jax._auto import AutoState, auto_lr
 from greedylr_jax._chain import chain
 from greedylr_jax._greedy import GreedyLRState, greedy_lr, greedy_lr_schedule
 from greedylr_jax._hypergradient import HypergradientState, hypergradient
+from greedylr_jax._misplaced import MisplacedRuleWarning
 from greedylr_jax._placement import assert_controls_learning_rate
 from greedylr_jax._reading import (
     get_learning_rate,
@@ -62,6 +63,7 @@ __all__ = [
     "GreedyLRState",
     "HypergradientState",
     "LRTunerState",
+    "MisplacedRuleWarning",
     "MultiStepsState",
     "RateState",
     "RollbackState",

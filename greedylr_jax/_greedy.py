@@ -21,7 +21,8 @@ Departures from the published implementation:
 * A relative threshold is a margin of ``threshold * abs(best)`` on the better side, whatever the sign of the
   loss; ``best * (1 - threshold)`` is on the worse side if ``best`` is negative.
 * A non-finite loss counts as worse, and enters neither the mean nor the best value.
-* An initial rate outside its bounds is an error where the values are known; it does not drift back.
+* An initial rate outside its bounds is an error where the values are known. A rate outside its bounds
+  (traced, or restored from a checkpoint) is clipped at the next observation; it does not drift back.
 * An increase multiplies by the reciprocal of the factor, see ``_inverse``.
 """
 
@@ -478,9 +479,7 @@ def _reference_step(settings: _Settings, state: GreedyLRState, value: jax.Array)
     increase, decrease = decision == INCREASE, decision == DECREASE
     raised = jnp.minimum(state.scale * _inverse(settings.factor), settings.max_scale)
     lowered = jnp.maximum(state.scale * settings.factor, settings.min_scale)
-    if _is_zero(settings.eps):
-        raised, lowered = jnp.maximum(raised, state.scale), jnp.minimum(lowered, state.scale)
-    else:
+    if not _is_zero(settings.eps):
         raised = _numerics.where(raised - state.scale > settings.eps, raised, state.scale)
         lowered = _numerics.where(state.scale - lowered > settings.eps, lowered, state.scale)
     scale = _numerics.where(increase, raised, _numerics.where(decrease, lowered, state.scale))
@@ -511,7 +510,8 @@ def _reference_step(settings: _Settings, state: GreedyLRState, value: jax.Array)
     if settings.reset_after is not None:
         is_due = stepped.num_observations > settings.reset_after
         stepped = _numerics.select(is_due, _reset(settings, stepped), stepped)
-    return stepped
+    # A restored state may have been saved with other bounds.
+    return stepped._replace(scale=jnp.clip(stepped.scale, settings.min_scale, settings.max_scale))
 
 
 def _paper_step(settings: _Settings, state: GreedyLRState, value: jax.Array) -> GreedyLRState:

@@ -12,8 +12,8 @@ Departures: learning rates stay within bounds (the additive rule alone may make 
 whose product is not finite leaves them unchanged.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,7 @@ def hypergradient(
     param_labels: Any | Callable[[optax.Params], Any] = None,
     min_learning_rate: ArrayLike = 0.0,
     max_learning_rate: ArrayLike = float("inf"),
+    axis_name: Hashable | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer whose learning rate increases while each gradient agrees with the previous update.
 
@@ -65,6 +66,12 @@ def hypergradient(
         of them, or a function from the parameters to such a pytree, as in ``optax.partition``.
       min_learning_rate: lower bound, >= 0; may be traced.
       max_learning_rate: upper bound, >= ``min_learning_rate``; may be traced.
+      axis_name: under ``jax.shard_map``, the mesh axis, or axes, along which parameters are sharded: inner
+        products are summed over it, so that all devices have the same learning rates. Not needed for
+        replicated parameters whose gradients are averaged before this optimizer, and under ``jax.jit`` with
+        sharded arrays: there all devices compute the same inner products. If it is given, leaves that are
+        replicated are not summed, provided that ``jax.shard_map`` runs with ``check_vma=True`` (its default);
+        otherwise all leaves count as sharded.
 
     Returns:
       A ``GradientTransformationExtraArgs``. Inner products and learning rates are float32 or wider for every
@@ -105,25 +112,19 @@ def hypergradient(
         )
     wrapped = optax.with_extra_args_support(inner)
 
-    def labels_of(params: optax.Params) -> list[str]:
-        """The label of each leaf; the same for all without groups."""
-        if param_labels is None:
-            return [_ALL] * len(jax.tree.leaves(params))
-        labels = param_labels(params) if callable(param_labels) else param_labels
-        spread = jax.tree.map(lambda label, part: jax.tree.map(lambda _: label, part), labels, params)
-        return jax.tree.leaves(spread)
-
     def init_fn(params: optax.Params) -> HypergradientState:
         _inner.check_descends("hypergradient", wrapped, params)
         if granularity == "parameter":
             rates = _initial_per_element(learning_rate, params)
         elif granularity == "group":
-            rates = _initial_per_group(learning_rate, set(labels_of(params)))
+            rates = _initial_per_group(learning_rate, param_labels, params)
         else:
             rates = _initial_rate("learning_rate", learning_rate)
         return HypergradientState(
             rate=_rule.RateState(rates),
-            previous_update=optax.tree.zeros_like(params),
+            previous_update=jax.tree.map(
+                lambda leaf: jnp.zeros_like(leaf, dtype=jnp.result_type(leaf)), params
+            ),
             inner_state=wrapped.init(params),
         )
 
@@ -139,7 +140,7 @@ def hypergradient(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, HypergradientState]:
-        gradients, structure = jax.tree.flatten(updates)
+        gradients, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, updates))
         previous = structure.flatten_up_to(state.previous_update)
         rates = state.rate.learning_rate
         if granularity == "parameter":
@@ -150,9 +151,9 @@ def hypergradient(
             ]
             rates = structure.unflatten(per_leaf)
         else:
-            labels = labels_of(updates)
+            labels = _label_per_leaf(param_labels, updates)
             by_label = rates if granularity == "group" else {_ALL: rates}
-            agreements = _agreements(gradients, previous, labels, mode)
+            agreements = _agreements(gradients, previous, labels, mode, axis_name)
             # The rate of a label without leaves (an empty tree, everything masked) stays as it is.
             by_label = {
                 label: next_rate(rate, agreements[label].astype(rate.dtype)) if label in agreements else rate
@@ -163,10 +164,10 @@ def hypergradient(
         steps, inner_state = wrapped.update(updates, state.inner_state, params, **extra_args)
         scaled = jax.tree.map(_numerics.scale_leaf, steps, structure.unflatten(per_leaf))
         # The dtype of the state is that of the parameters, which the gradients need not share.
-        kept = jax.tree.map(lambda step, last: jnp.asarray(step, last.dtype), steps, state.previous_update)
-        return scaled, HypergradientState(_rule.RateState(rates), kept, inner_state)
+        previous_update = _numerics.like(steps, state.previous_update)
+        return scaled, HypergradientState(_rule.RateState(rates), previous_update, inner_state)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, cast(Any, update_fn))
 
 
 _ALL = ""  # the label of every leaf if there is one learning rate
@@ -177,7 +178,40 @@ def _initial_rate(name: str, value: Any) -> jax.Array:
     return jnp.array(rate, _numerics.default_float_dtype())
 
 
-def _initial_per_group(value: Any, labels: set[str]) -> dict[str, jax.Array]:
+def _label_per_leaf(param_labels: Any, params: optax.Params) -> list[str]:
+    """The label of each leaf; the same for all without groups."""
+    if param_labels is None:
+        return [_ALL] * len(jax.tree.leaves(params))
+    labels = param_labels if _is_label_tree(param_labels, params) else param_labels(params)
+    spread = jax.tree.map(lambda label, part: jax.tree.map(lambda _: label, part), labels, params)
+    return jax.tree.leaves(spread)
+
+
+def _is_label_tree(param_labels: Any, params: optax.Params) -> bool:
+    """Whether these are labels, not a function that returns them: either may be a callable pytree."""
+    if not callable(param_labels):
+        return True
+    leaves, structure = jax.tree.flatten(param_labels)
+    if not leaves or not all(isinstance(leaf, str) for leaf in leaves):
+        return False
+    try:
+        structure.flatten_up_to(params)
+    except ValueError:  # not a prefix of the parameters
+        return False
+    return True
+
+
+def _initial_per_group(value: Any, param_labels: Any, params: optax.Params) -> Any:
+    # optax.tree.map_params calls init with a placeholder, which has no leaves to label.
+    is_placeholder = type(params).__name__ == "_ParamsPlaceholder"
+    if not callable(param_labels) or _is_label_tree(param_labels, params):
+        labels = set(jax.tree.leaves(param_labels))
+    elif not is_placeholder:
+        labels = set(_label_per_leaf(param_labels, params))
+    elif isinstance(value, Mapping):
+        labels = set(value)
+    else:
+        return _initial_rate("learning_rate", value)  # stands for the rates of all groups
     if not isinstance(value, Mapping):
         value = dict.fromkeys(labels, value)
     if set(value) != labels:
@@ -196,11 +230,12 @@ def _initial_per_element(value: Any, params: optax.Params) -> optax.Params:
             "learning_rate must be a number or a pytree like the parameters with "
             f"granularity='parameter', got {jax.tree.structure(value)}."
         )
-    return jax.tree.map(
-        lambda rate, leaf: jnp.array(jnp.broadcast_to(jnp.asarray(rate, dtype), jnp.shape(leaf))),
-        value,
-        params,
-    )
+
+    def broadcast(rate: Any, leaf: Any) -> jax.Array:
+        # The sum has the sharding of the leaf.
+        return jnp.zeros_like(leaf, dtype=dtype) + jnp.broadcast_to(jnp.asarray(rate, dtype), jnp.shape(leaf))
+
+    return jax.tree.map(broadcast, value, params)
 
 
 def _widen(leaf: jax.Array) -> jax.Array:
@@ -224,7 +259,11 @@ def _elementwise_agreement(gradient: jax.Array, previous: jax.Array, rate: jax.A
 
 
 def _agreements(
-    gradients: list[jax.Array], previous: list[jax.Array], labels: list[str], mode: str
+    gradients: list[jax.Array],
+    previous: list[jax.Array],
+    labels: list[str],
+    mode: str,
+    axis_name: Hashable | None,
 ) -> dict[str, jax.Array]:
     """For each label minus the inner product of gradients and previous updates, or minus its cosine."""
 
@@ -234,7 +273,7 @@ def _agreements(
             for a, b, name in zip(left, right, labels, strict=True)
             if name == label and _has_rate(a)
         ]
-        return sum(terms, start=jnp.zeros((), _numerics.default_float_dtype()))
+        return _sum_over_devices(terms, axis_name)
 
     result = {}
     for label in dict.fromkeys(labels):
@@ -246,3 +285,27 @@ def _agreements(
             agreement = jnp.where(norms == 0, 0, agreement / jnp.where(norms == 0, 1, norms))
         result[label] = agreement
     return result
+
+
+def _sum_over_devices(terms: list[jax.Array], axis_name: Hashable | None) -> jax.Array:
+    """The sum of scalars, each summed over those axes along which it varies."""
+    total = jnp.zeros((), _numerics.default_float_dtype())
+    if axis_name is None:
+        return sum(terms, start=total)
+    axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    # Empty with check_vma=False, as is the type of every array then.
+    tracked = _varying_axes(jax.lax.axis_index(axes))
+    by_axes: dict[tuple[Hashable, ...], list[jax.Array]] = {}
+    for term in terms:
+        varying = tuple(axis for axis in axes if not tracked or axis in _varying_axes(term))
+        by_axes.setdefault(varying, []).append(term)
+    for varying, group in by_axes.items():
+        total += jax.lax.psum(sum(group), varying) if varying else sum(group)
+    return total
+
+
+def _varying_axes(array: jax.Array) -> frozenset:
+    """The axes along which the type says that devices hold different values; the name changed in JAX 0.10."""
+    array_type = jax.typeof(array)
+    manual = getattr(array_type, "manual_axis_type", None)
+    return getattr(array_type, "vma", frozenset()) if manual is None else manual.varying

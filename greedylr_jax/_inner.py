@@ -113,7 +113,7 @@ class _Quadratic(NamedTuple):
 
     params: optax.Params
     gradient: optax.Updates
-    value: jax.Array
+    value: np.ndarray
     value_fn: Callable[[optax.Params], jax.Array]
 
     def update(self, inner: optax.GradientTransformationExtraArgs, state: optax.OptState) -> tuple[Any, Any]:

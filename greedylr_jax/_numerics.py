@@ -83,3 +83,14 @@ def scale_leaf(update: Any, scale: jax.Array) -> Any:
     # A product in bfloat16 would round the scale first, an error of up to 0.4% of the rate.
     wide = max(dtype, scale.dtype, key=lambda candidate: jnp.finfo(candidate).bits)
     return (update.astype(wide) * scale.astype(wide)).astype(dtype)
+
+
+def like(tree: T, reference: T) -> T:
+    """Converts the leaves to the dtypes of another tree of arrays; complex to real by the real part."""
+
+    def convert(leaf: Any, other: jax.Array) -> jax.Array:
+        leaf = jnp.asarray(leaf)
+        is_complex = jnp.iscomplexobj(leaf) and not jnp.iscomplexobj(other)
+        return (leaf.real if is_complex else leaf).astype(other.dtype)
+
+    return jax.tree.map(convert, tree, reference)

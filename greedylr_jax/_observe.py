@@ -101,6 +101,11 @@ def average(losses: T, axis_name: Hashable | None) -> T:
     return losses if axis_name is None else jax.lax.pmean(losses, axis_name)
 
 
+def any_device(condition: jax.Array, axis_name: Hashable | None) -> jax.Array:
+    """Whether the condition is true on any device of a mapped axis; the condition itself without an axis."""
+    return condition if axis_name is None else jax.lax.pmax(condition.astype(jnp.int32), axis_name) > 0
+
+
 def given(**extra_args: Any) -> dict[str, Any]:
     """The extra arguments that are not None.
 

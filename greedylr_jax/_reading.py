@@ -53,13 +53,19 @@ def _find_rates(opt_state: optax.OptState) -> list[Found]:
     split = []
     for found in find(opt_state, _is_rate):
         rates = found.state.learning_rate
-        if isinstance(rates, dict) and all(jnp.shape(_plain(value)) == () for value in rates.values()):
+        if isinstance(rates, dict) and all(_is_scalar(value) for value in rates.values()):
             for label, value in rates.items():
                 name = "/".join(filter(None, (found.group, label)))
                 split.append(Found(name, found.path, _rule.RateState(value), label))
         else:
             split.append(found)
     return split
+
+
+def _is_scalar(value: Any) -> bool:
+    """Whether this is one number; per-parameter rates hold arrays, trees and masked nodes."""
+    plain = _plain(value)
+    return jax.tree.structure(plain) == jax.tree.structure(0) and jnp.shape(plain) == ()
 
 
 def _only(found: list[Found], group: str | None, kind: str) -> Found:
@@ -147,7 +153,7 @@ def get_learning_rate(
       group: which rule, if there are several, as in :func:`get_scale`.
 
     Returns:
-      A float scalar, or a pytree like the parameters if each element has its own rate; new arrays. Works
+      A float scalar, or a pytree like the parameters if there is one rate per element; new arrays. Works
       under ``jax.jit``.
 
     Raises:
@@ -329,7 +335,7 @@ def set_learning_rate(
     Examples:
       >>> import jax.numpy as jnp, optax
       >>> from greedylr_jax import get_learning_rate, greedy_lr_schedule, set_learning_rate
-      >>> schedule = greedy_lr_schedule(1e-3, min_value=1e-4, max_value=1e-1)
+      >>> schedule = greedy_lr_schedule(1e-3, min_learning_rate=1e-4, max_learning_rate=0.1)
       >>> state = optax.inject_hyperparams(optax.adamw)(learning_rate=schedule).init(jnp.ones(2))
       >>> print(get_learning_rate(set_learning_rate(state, 0.01)))
       0.01

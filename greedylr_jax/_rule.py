@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from greedylr_jax import _checks, _numerics, _observe
+from greedylr_jax import _checks, _misplaced, _numerics, _observe
 
 
 class Rule(NamedTuple):
@@ -138,8 +138,12 @@ class GradientTransformationExtraLoss(optax.GradientTransformationExtraArgs):
 class ScaleByRule(GradientTransformationExtraLoss):
     """A transformation that only multiplies the updates by its rule's scale.
 
-    :func:`greedylr_jax.chain` recognises rules by this type and applies them last.
+    :func:`greedylr_jax.chain` recognises rules by this type and applies them last. In a plain
+    ``optax.chain`` a position without effect causes a :class:`greedylr_jax.MisplacedRuleWarning`.
     """
+
+    def __new__(cls, init: Callable[..., Any], update: Callable[..., Any]) -> Self:
+        return super().__new__(cls, *_misplaced.with_check(init, update))
 
 
 def scale_by_rule(
@@ -197,7 +201,7 @@ class RuleSchedule:
 
     Examples:
       >>> import greedylr_jax
-      >>> schedule = greedylr_jax.greedy_lr_schedule(0.5, min_value=0.1, max_value=1.0)
+      >>> schedule = greedylr_jax.greedy_lr_schedule(0.5, min_learning_rate=0.1, max_learning_rate=1.0)
       >>> isinstance(schedule, greedylr_jax.RuleSchedule)
       True
       >>> print(schedule(schedule.init()))

@@ -1,19 +1,34 @@
-"""Snapshots of parameters and optimizer state, and restoring them.
+"""Snapshots of parameters and optimizer state: saving, restoring, and skipping steps that are not finite.
 
 A gradient transformation cannot set parameters, only add to them: a snapshot is restored by an update that
 equals the difference. Where one addition misses the saved parameters by rounding, further restoring steps
 follow until all of them are equal to the last bit.
+
+A step that is skipped or restored does not take the optimizer's whole state back. Moments and other floating
+point arrays get their earlier values, whereas
+
+* counts (of schedules, of bias correction), other integers and PRNG keys continue;
+* hyperparameters that ``optax.inject_hyperparams`` stores continue;
+* the states of rules and of ``optax.lbfgs``, whose counts refer to their own arrays, are taken as a whole;
+* gradient accumulation continues its count of micro-batches. The gradients and losses accumulated so far are
+  discarded when restoring, and kept when a step is skipped.
 """
 
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from greedylr_jax import _numerics
+from greedylr_jax import _accumulation, _observe, _rule
 
-RESTORE_STEPS = 4  # maximum number of restoring steps; rounding never needs more
+# Maximum number of restoring steps. Two are enough unless updates are narrower than parameters, where each
+# step corrects the leading bits of the rest.
+RESTORE_STEPS = 16
+
+_MULTI_STEPS = (_accumulation.MultiStepsState, optax.MultiStepsState)
+_INJECTED = (optax.InjectStatefulHyperparamsState, optax.InjectHyperparamsState)
 
 
 class Snapshot(NamedTuple):
@@ -27,9 +42,18 @@ class Snapshot(NamedTuple):
     inner_state: dict[str, Any]  # path to array, or to a pytree like the parameters
 
 
+class Actions(NamedTuple):
+    """What to do with a step; all False: use it as it is."""
+
+    save: jax.Array  # shape=(), dtype=bool; snapshot the parameters before the step; ignored while restoring
+    skip: jax.Array  # shape=(), dtype=bool; drop the step and the moments after it; ignored while restoring
+    restore: jax.Array  # shape=(), dtype=bool; start restoring the snapshot
+    restoring: jax.Array  # shape=(), dtype=bool; the previous step restored; continue until all are equal
+
+
 def take_snapshot(params: optax.Params, inner_state: optax.OptState) -> Snapshot:
     """Copies ``params`` and ``inner_state``: a state that holds the same array twice cannot be donated."""
-    return jax.tree.map(jnp.array, _view(params, inner_state))
+    return jax.tree.map(jnp.array, Snapshot(params, _parts(params, inner_state)[0]))
 
 
 def restored_inner_state(snapshot: Snapshot, inner_state: optax.OptState) -> optax.OptState:
@@ -38,8 +62,107 @@ def restored_inner_state(snapshot: Snapshot, inner_state: optax.OptState) -> opt
     return structure.unflatten(snapshot.inner_state[name] for name in parts)
 
 
-def _view(params: optax.Params, inner_state: optax.OptState) -> Snapshot:
-    return Snapshot(params, _parts(params, inner_state)[0])
+def act(
+    actions: Actions,
+    updates: optax.Updates,
+    inner_state: optax.OptState,
+    snapshot: Snapshot,
+    params: optax.Params,
+    previous_inner_state: optax.OptState,
+    axis_name: Hashable | None = None,
+) -> tuple[optax.Updates, optax.OptState, Snapshot, jax.Array]:
+    """Saves the parameters, skips the step, restores the snapshot, or does nothing.
+
+    Args:
+      actions: what to do.
+      updates: the updates of this step.
+      inner_state: the optimizer's state after this step.
+      snapshot: the snapshot to restore.
+      params: the parameters before this step.
+      previous_inner_state: the optimizer's state before this step, to which ``params`` belong.
+      axis_name: mapped axis, or axes, over which ``params`` may be sharded.
+
+    Returns:
+      The updates, the optimizer's state, the snapshot, and whether this step restores.
+    """
+
+    def turn(_: jax.Array, carry: Any) -> Any:
+        updates, inner_state, snapshot, _ = carry
+        differs = _observe.any_device(~are_equal(params, snapshot.params), axis_name)
+        restores = actions.restore | (actions.restoring & differs)
+        save, skip = actions.save & ~restores, actions.skip & ~restores
+        saved_state = restored_inner_state(snapshot, inner_state)
+        inner_state = _select(skip, _skipped(inner_state, previous_inner_state), inner_state)
+        inner_state = _select(restores, _restored(inner_state, saved_state), inner_state)
+        difference = jax.tree.map(_difference, snapshot.params, params, updates)
+        updates = jax.tree.map(lambda update: jnp.where(skip, jnp.zeros_like(update), update), updates)
+        updates = _select(restores, difference, updates)
+        current = Snapshot(params, _parts(params, previous_inner_state)[0])
+        return updates, inner_state, _select(save, current, snapshot), restores
+
+    # A loop of zero or one iteration works in place. A lax.cond would copy its operands, which are arrays of
+    # the parameters' size; so would any other use of the snapshot's arrays.
+    needed = actions.save | actions.skip | actions.restore | actions.restoring
+    carry = (updates, inner_state, snapshot, jnp.asarray(False))
+    return jax.lax.fori_loop(0, needed.astype(jnp.int32), turn, carry)
+
+
+def steps_left(restores: jax.Array, restoring: jax.Array, left: jax.Array) -> jax.Array:
+    """The number of restoring steps that may follow this one."""
+    left = jnp.where(restoring, left, RESTORE_STEPS) - 1
+    return jnp.where(restores, left, 0).astype(jnp.int32)
+
+
+def is_not_finite(
+    updates: optax.Updates,
+    params: optax.Params,
+    inner_state: optax.OptState,
+    previous_inner_state: optax.OptState,
+    axis_name: Hashable | None = None,
+) -> jax.Array:
+    """Whether a step makes any element of the parameters or of the moments infinite or NaN.
+
+    No update restores such a parameter, and no gradient such a moment: NaN plus anything is NaN. Moments are
+    the parts of the optimizer's state that are like the parameters.
+    """
+    pairs = [(leaf + update).astype(leaf.dtype) for leaf, update in _leaf_pairs(params, updates)]
+    pairs = list(zip(jax.tree.leaves(params), pairs, strict=True))
+    old, new = (_moments(params, state) for state in (previous_inner_state, inner_state))
+    becomes = [
+        jnp.any(jnp.isfinite(before) & ~jnp.isfinite(after))
+        for before, after in [*pairs, *zip(old, new, strict=True)]
+        if jnp.issubdtype(jnp.result_type(before), jnp.inexact)
+    ]
+    return _observe.any_device(jnp.any(jnp.array(becomes, bool)), axis_name)
+
+
+def are_equal(left: optax.Params, right: optax.Params) -> jax.Array:
+    """Whether two trees are equal, to the last bit."""
+    return jnp.all(jnp.array([jnp.all(a == b) for a, b in _leaf_pairs(left, right)], bool))
+
+
+def check_params(name: str, params: optax.Params | None) -> optax.Params:
+    """Returns ``params`` as arrays, or raises an error that shows the right call if they are missing."""
+    if params is None:
+        raise TypeError(
+            f"{name} requires `params`, which it saves and restores; call "
+            "tx.update(grads, state, params, value=loss)."
+        )
+    return jax.tree.map(jnp.asarray, params)
+
+
+def _difference(target: jax.Array, param: jax.Array, update: jax.Array) -> jax.Array:
+    """The update that takes ``param`` to ``target``, up to rounding, in the dtype of ``update``."""
+    wide = jnp.promote_types(param.dtype, update.dtype)
+    difference = target.astype(wide) - param.astype(wide)
+    if jnp.issubdtype(update.dtype, jnp.floating) and jnp.finfo(update.dtype).bits < jnp.finfo(wide).bits:
+        limit = jnp.finfo(update.dtype).max.astype(wide)
+        difference = jnp.clip(difference, -limit, limit)
+    return difference.astype(update.dtype)
+
+
+def _structure(tree: Any) -> Any:
+    return jax.tree.structure(tree, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
 
 
 def _parts(params: optax.Params, inner_state: optax.OptState) -> tuple[dict[str, Any], Any]:
@@ -47,93 +170,96 @@ def _parts(params: optax.Params, inner_state: optax.OptState) -> tuple[dict[str,
 
     Pytrees like the parameters are one part each, which keeps ``optax.tree.map_params`` working.
     """
-
-    def structure_of(tree: Any) -> Any:
-        return jax.tree.structure(tree, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
-
-    like_params = structure_of(params)
+    like_params = _structure(params)
     nodes, structure = jax.tree_util.tree_flatten_with_path(
-        inner_state, is_leaf=lambda node: structure_of(node) == like_params
+        inner_state, is_leaf=lambda node: _structure(node) == like_params
     )
     return {jax.tree_util.keystr(path): node for path, node in nodes}, structure
 
 
-def save_or_restore(
-    updates: optax.Updates,
-    inner_state: optax.OptState,
-    snapshot: Snapshot,
-    *,
-    params: optax.Params,
-    previous_inner_state: optax.OptState,
-    needed: jax.Array,
-    restore: jax.Array,
-    restoring: jax.Array,
-    save: jax.Array,
-) -> tuple[optax.Updates, optax.OptState, Snapshot, jax.Array]:
-    """Restores the snapshot, or replaces it by the current parameters, or does nothing.
+def _moments(params: optax.Params, inner_state: optax.OptState) -> list[jax.Array]:
+    """The arrays of the parts that are like the parameters, without the states of rules."""
+    like_params, shapes = _structure(params), [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
 
-    Args:
-      updates: the updates of this step.
-      inner_state: the optimizer's state after this step.
-      snapshot: the snapshot to restore.
-      params: the parameters before this step.
-      previous_inner_state: the optimizer's state before this step, to which ``params`` belong.
-      needed: whether any of the following three is set; nothing is done otherwise.
-      restore: start restoring the snapshot.
-      restoring: the previous step was restoring; continue until the parameters match exactly.
-      save: snapshot ``params``; ignored while restoring.
+    def is_part(node: Any) -> bool:
+        return _rule.is_rate_state(node) or _structure(node) == like_params
 
-    Returns:
-      The updates, the optimizer's state, the snapshot, and whether this step restores.
-    """
-
-    def act(_: jax.Array, carry: Any) -> Any:
-        updates, inner_state, snapshot, _ = carry
-        restores = restore | (restoring & ~are_equal(params, snapshot.params))
-        restored = (difference(snapshot.params, params), restored_inner_state(snapshot, inner_state))
-        current = (drop_non_finite(updates, params), inner_state)
-        updates, inner_state = _numerics.select(restores, restored, current)
-        saved = _numerics.select(save & ~restores, _view(params, previous_inner_state), snapshot)
-        return updates, inner_state, saved, restores
-
-    # A loop of zero or one iteration works in place. A lax.cond would copy its operands, which are arrays of
-    # the parameters' size; so would any other use of the snapshot's arrays.
-    carry = (updates, inner_state, snapshot, jnp.asarray(False))
-    return jax.lax.fori_loop(0, needed.astype(jnp.int32), act, carry)
+    parts = [
+        jax.tree.leaves(node)
+        for node in jax.tree.leaves(inner_state, is_leaf=is_part)
+        if not _rule.is_rate_state(node) and _structure(node) == like_params
+    ]
+    return [leaf for part in parts if [jnp.shape(leaf) for leaf in part] == shapes for leaf in part]
 
 
-def difference(target: optax.Params, params: optax.Params) -> optax.Updates:
-    """The update that takes ``params`` to ``target``, up to rounding."""
-    return jax.tree.map(lambda a, b: (a - b).astype(b.dtype), target, params)
+def _leaf_pairs(left: Any, right: Any) -> list[tuple[jax.Array, jax.Array]]:
+    return list(zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True))
 
 
-def are_equal(left: optax.Params, right: optax.Params) -> jax.Array:
-    """Whether two trees are equal, to the last bit."""
-    pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
-    return jnp.all(jnp.array([jnp.all(a == b) for a, b in pairs]))
+def _select(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
+    """Selects between two trees; the first is cast to the dtypes of the second."""
+
+    def select(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(condition, new if new.dtype == old.dtype else new.astype(old.dtype), old)
+
+    return jax.tree.map(select, on_true, on_false)
 
 
-def drop_non_finite(
-    updates: optax.Updates, params: optax.Params, condition: jax.Array | bool = True
-) -> optax.Updates:
-    """Zeroes the elements of an update that would make a parameter infinite or NaN, if ``condition`` is set.
+def _restored(inner_state: optax.OptState, saved: optax.OptState) -> optax.OptState:
+    """The state after restoring: ``saved``, except for the parts of ``inner_state`` that continue."""
 
-    No update restores such a parameter: NaN plus anything is NaN.
-    """
-    condition = jnp.asarray(condition)
-
-    def check(update: jax.Array, param: jax.Array) -> jax.Array:
-        if not jnp.issubdtype(update.dtype, jnp.inexact):
-            return update
-        return jnp.where(condition & ~jnp.isfinite(param + update), jnp.zeros_like(update), update)
-
-    return jax.tree.map(check, updates, params)
-
-
-def check_params(name: str, params: optax.Params | None) -> None:
-    """Raises an error that shows the right call if ``params`` is missing."""
-    if params is None:
-        raise TypeError(
-            f"{name} requires `params`, which it saves and restores; call "
-            "tx.update(grads, state, params, value=loss)."
+    def accumulation(node: Any, earlier: Any) -> Any:
+        names = {"acc_grads", "value_sum", "value_count"} & set(node._fields)
+        return node._replace(
+            inner_opt_state=_restored(node.inner_opt_state, earlier.inner_opt_state),
+            **{name: jax.tree.map(jnp.zeros_like, getattr(node, name)) for name in names},
         )
+
+    return _combined(inner_state, saved, _restored, accumulation)
+
+
+def _skipped(inner_state: optax.OptState, previous: optax.OptState) -> optax.OptState:
+    """The state after skipping a step: ``previous``, except for the parts that continue."""
+
+    def accumulation(node: Any, earlier: Any) -> Any:
+        is_emptied = node.mini_step == 0  # by the last micro-batch of an optimizer step
+        names = {"acc_grads", "value_sum", "value_count"} & set(node._fields)
+        kept = {name: getattr(earlier, name) for name in names}
+        return node._replace(
+            inner_opt_state=_skipped(node.inner_opt_state, earlier.inner_opt_state),
+            **jax.tree.map(lambda leaf: jnp.where(is_emptied, jnp.zeros_like(leaf), leaf), kept),
+        )
+
+    return _combined(inner_state, previous, _skipped, accumulation)
+
+
+def _combined(
+    inner_state: optax.OptState,
+    earlier: optax.OptState,
+    recurse: Callable[[Any, Any], Any],
+    accumulation: Callable[[Any, Any], Any],
+) -> optax.OptState:
+    """Floating point arrays of ``earlier`` and other arrays of ``inner_state``; special states as above."""
+
+    def is_whole(node: Any) -> bool:
+        return _rule.is_rate_state(node) or isinstance(node, optax.ScaleByLBFGSState)
+
+    def combine(node: Any, earlier: Any) -> Any:
+        if is_whole(node):
+            return earlier
+        if isinstance(node, _MULTI_STEPS):
+            return accumulation(node, earlier)
+        if isinstance(node, _INJECTED):
+            names = {"inner_state", "hyperparams_states"} & set(node._fields)
+            fields = {name: recurse(getattr(node, name), getattr(earlier, name)) for name in names}
+            return node._replace(**fields)
+        dtype = jnp.result_type(node)
+        is_number = jnp.issubdtype(dtype, jnp.inexact) or jnp.issubdtype(dtype, jnp.bool_)
+        return earlier if is_number else node
+
+    return jax.tree.map(
+        combine,
+        inner_state,
+        earlier,
+        is_leaf=lambda node: is_whole(node) or isinstance(node, (*_MULTI_STEPS, *_INJECTED)),
+    )

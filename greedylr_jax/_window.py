@@ -4,12 +4,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from greedylr_jax import _numerics
 
 LONGEST = 2**24  # maximum number of losses in a window: float32 counts exactly up to it
 NEAR = 3  # number of recent losses whose mean is compared with a threshold
 _ERRORS = 6.0  # standard errors between the mean and the threshold
+_OUTLIER = 10.0  # standard deviations above the mean to which a loss is clipped
+# Relative rounding error of a loss: four units in the last place of float32, in which most networks compute
+# their loss even under x64.
+_ROUNDING = 4 * float(np.finfo(np.float32).eps)
 
 
 class Window(NamedTuple):
@@ -62,10 +67,24 @@ def variance(window: Window) -> jax.Array:
 
 
 def mean_variance(window: Window) -> jax.Array:
-    """Squared standard error of the mean; 0 if fewer than two losses are finite."""
-    return variance(window) / jnp.maximum(window.finite, 1)
+    """Squared standard error of the mean, at least that of rounding."""
+    return jnp.maximum(variance(window) / jnp.maximum(window.finite, 1), _rounding_variance(window.mean))
 
 
-def rise_limit(mean: jax.Array, variance: jax.Array) -> jax.Array:
+def clip_outlier(window: Window, loss: jax.Array) -> jax.Array:
+    """Clips a finite loss to at most ten standard deviations above the mean of a window.
+
+    A window of fewer than two finite losses clips nothing.
+    """
+    deviation = jnp.sqrt(jnp.maximum(variance(window), _rounding_variance(window.mean)))
+    clipped = jnp.minimum(loss, window.mean + _OUTLIER * deviation)
+    return _numerics.where((window.finite > 1) & jnp.isfinite(loss), clipped, loss)
+
+
+def rise_threshold(mean: jax.Array, variance: jax.Array) -> jax.Array:
     """The threshold that the mean of :data:`NEAR` losses exceeds if the rise is significant."""
-    return mean + _ERRORS * jnp.sqrt(variance / NEAR)
+    return mean + _ERRORS * jnp.sqrt(jnp.maximum(variance / NEAR, _rounding_variance(mean)))
+
+
+def _rounding_variance(mean: jax.Array) -> jax.Array:
+    return (_ROUNDING * mean) ** 2

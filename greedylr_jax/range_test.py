@@ -39,6 +39,9 @@ def range_test(
 ) -> RangeTestResult:
     """Trains one step at each of many increasing learning rates and records the loss after each step.
 
+    A step whose update is not finite is skipped. Up to two losses in a row that are not finite, or above the
+    divergence threshold, are outliers, which the smoothed losses leave out.
+
     Args:
       loss_fn: from parameters and a batch to the scalar loss that is differentiated.
       params: initial parameters; not changed.
@@ -50,8 +53,8 @@ def range_test(
       ramp: ``"geometric"``: equal ratios of successive learning rates; ``"linear"``: equal differences.
       metric_fn: recorded in place of the loss: from parameters and a batch to a scalar for which lower is
         better (such as 1 - accuracy).
-      divergence: > 1: the test has diverged once the recorded loss exceeds its minimum so far by more than
-        this multiple of the decrease up to then. May be traced.
+      divergence: > 1: training has diverged once three recorded losses in a row exceed their minimum so far
+        by more than this multiple of the decrease up to then, or are not finite. May be traced.
 
     Returns:
       A :class:`RangeTestResult`, for :func:`suggest_best`, :func:`suggest_steepest` and
@@ -74,7 +77,11 @@ def range_test(
     """
     low = _checks.check_real("min_learning_rate", min_learning_rate, low=0.0, low_open=True, high_open=True)
     high = _checks.check_real("max_learning_rate", max_learning_rate, low=0.0, low_open=True, high_open=True)
-    _checks.check_order("min_learning_rate", low, "max_learning_rate", high)
+    if not _checks.is_traced(low) and not _checks.is_traced(high) and low >= high:
+        raise ValueError(
+            "min_learning_rate must be less than max_learning_rate, got "
+            f"min_learning_rate={low!r} and max_learning_rate={high!r}."
+        )
     divergence = _checks.check_real("divergence", divergence, low=1.0, low_open=True)
     _checks.check_choice("ramp", ramp, ("geometric", "linear"))
     steps = _checks.check_leading_axis("batches", batches, "steps", low=_MIN_STEPS)
@@ -88,11 +95,12 @@ def range_test(
         params, state = carry
         rate, batch, next_batch = inputs
         value, grads = jax.value_and_grad(loss_fn)(params, batch)
-        updates, state = optimizer.update(
+        updates, new_state = optimizer.update(
             grads, state, params, value=value, grad=grads, value_fn=lambda point: loss_fn(point, batch)
         )
-        params = optax.apply_updates(params, _numerics.scale_updates(updates, rate))
-        return (params, state), jnp.asarray(record(params, next_batch), rates.dtype)
+        new_params = optax.apply_updates(params, _numerics.scale_updates(updates, rate))
+        carry = _numerics.select(_is_finite(updates), (new_params, new_state), carry)
+        return carry, jnp.asarray(record(carry[0], next_batch), rates.dtype)
 
     # The first batch follows the last.
     following = jax.tree.map(lambda leaf: jnp.roll(jnp.asarray(leaf), -1, axis=0), batches)
@@ -100,33 +108,39 @@ def range_test(
     return RangeTestResult(rates, losses, _smooth(losses, jnp.asarray(divergence, losses.dtype)))
 
 
-_MIN_STEPS = 8
-
-
 def suggest_best(result: RangeTestResult) -> jax.Array:
-    """The rate after which the smoothed loss was least: the highest that still learns.
+    """The learning rate after which the smoothed loss was minimal.
+
+    If several tie, as with a metric that reaches its optimum, the highest of them. A training at a constant
+    learning rate is usually stable at a fraction of it.
 
     Args:
       result: of :func:`range_test`.
 
     Returns:
-      A scalar; NaN if the loss was never finite.
+      A scalar; NaN if no loss was finite, or all smoothed losses are equal.
 
     Examples:
       See :func:`range_test`.
     """
-    rate = result.learning_rates[jnp.argmin(result.smoothed)]
-    return jnp.where(jnp.isfinite(jnp.min(result.smoothed)), rate, jnp.nan)
+    minimum, maximum = jnp.min(result.smoothed), jnp.max(result.smoothed)
+    rate = result.learning_rates[_last_minimum(result.smoothed)]
+    return jnp.where(jnp.isfinite(minimum) & (minimum < maximum), rate, jnp.nan)
 
 
 def suggest_steepest(result: RangeTestResult) -> jax.Array:
-    """The rate at which the smoothed loss fell fastest, per step of the ramp: a safer choice.
+    """The learning rate at which the loss decreased fastest per step: a safer choice than
+    :func:`suggest_best`.
+
+    Differences of successive losses are mostly noise of the batches, so the slope at each step is that of a
+    line fitted to the smoothed losses around it, a sixth of all steps, and only steps before the minimum at
+    which their mean has decreased by 30% of the total decrease are considered.
 
     Args:
       result: of :func:`range_test`.
 
     Returns:
-      A scalar; NaN if the loss never fell.
+      A scalar; NaN if the loss never decreased.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -135,24 +149,64 @@ def suggest_steepest(result: RangeTestResult) -> jax.Array:
       >>> print(suggest_steepest(RangeTestResult(rates, losses, losses)))
       0.4
     """
-    slopes = jnp.gradient(jnp.where(jnp.isfinite(result.smoothed), result.smoothed, jnp.nan))
-    before_best = jnp.arange(len(slopes)) <= jnp.argmin(result.smoothed)
-    slopes = jnp.where(before_best & jnp.isfinite(slopes), slopes, jnp.inf)
-    rate = result.learning_rates[jnp.argmin(slopes)]
-    return jnp.where(jnp.min(slopes) < 0, rate, jnp.nan)
+    best = _last_minimum(result.smoothed)
+    means, slopes = _fit_lines(result.smoothed)
+    # Before the loss has decreased the steepest slope is noise.
+    candidates = jnp.isfinite(result.smoothed) & (jnp.arange(len(slopes)) <= best)
+    highest = jnp.max(means, where=candidates, initial=-jnp.inf)
+    decrease = highest - result.smoothed[best]
+    slopes = jnp.where(candidates & (means <= highest - _DECREASED * decrease), slopes, jnp.inf)
+    return jnp.where(jnp.min(slopes) < 0, result.learning_rates[jnp.argmin(slopes)], jnp.nan)
+
+
+_MIN_STEPS = 8
+_DIVERGED_STEPS = 3  # so many losses in a row above the threshold; fewer are outliers
+_DECREASED = 0.3  # share of its decrease after which the loss is considered decreasing
+
+
+def _is_finite(updates: optax.Updates) -> jax.Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(updates)]).all()
+
+
+def _last_minimum(losses: jax.Array) -> jax.Array:
+    return len(losses) - 1 - jnp.argmin(losses[::-1])
+
+
+def _fit_lines(losses: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and least-squares slope per step of the finite losses around each step, a sixth of all steps."""
+    half = max(1, len(losses) // 12)
+    offsets = jnp.arange(-half, half + 1, dtype=losses.dtype)
+    is_finite = jnp.isfinite(losses)
+
+    def window_sum(values: jax.Array, weights: jax.Array) -> jax.Array:
+        values = jnp.where(is_finite, values, 0)
+        return jnp.convolve(values, weights[::-1], mode="full")[half : half + len(losses)]
+
+    # The sums below cancel, so the common part of the losses is subtracted first.
+    common = jnp.mean(losses, where=is_finite)
+    count, first, second = (window_sum(jnp.ones_like(losses), offsets**power) for power in (0, 1, 2))
+    total, moment = (window_sum(losses - common, offsets**power) for power in (0, 1))
+    count = jnp.maximum(count, 1)
+    variation = second - first**2 / count  # 0 where a window has one loss
+    slopes = (moment - first * total / count) / jnp.where(variation > 0, variation, 1)
+    return common + total / count, jnp.where(variation > 0, slopes, 0)
 
 
 def _smooth(losses: jax.Array, divergence: jax.Array) -> jax.Array:
-    """A centred mean, which lags behind the rate by nothing, of what comes before the divergence."""
-    known = jnp.where(jnp.isfinite(losses), losses, jnp.inf)
-    least = jax.lax.cummin(known)
-    fall = jnp.max(jnp.where(jnp.isfinite(known[:_MIN_STEPS]), known[:_MIN_STEPS], -jnp.inf)) - least
-    # Until the loss has fallen by more than its own noise there is nothing to compare a rise with.
-    noise = jnp.std(known[:_MIN_STEPS])
-    diverged = jnp.cumsum(~(known <= least + divergence * jnp.maximum(fall, noise))) > 0
-    weights = jnp.where(diverged, 0, 1).astype(known.dtype)
+    """A centered running mean up to divergence, without outliers; infinite after divergence."""
+    is_finite = jnp.isfinite(losses)
+    initial = is_finite & (jnp.cumsum(is_finite) <= _MIN_STEPS)
+    initial = initial.at[jnp.argmax(jnp.where(initial, losses, -jnp.inf))].set(False)  # may be an outlier
+    minimum = jax.lax.cummin(jnp.where(is_finite, losses, jnp.inf))
+    decrease = jnp.max(losses, where=initial, initial=-jnp.inf) - minimum
+    # Until the loss has decreased by more than its own noise, a rise cannot be compared with the decrease.
+    noise = jnp.std(losses, where=initial)
+    is_bad = ~(losses <= minimum + divergence * jnp.maximum(decrease, noise))
+    padded = jnp.concatenate([is_bad, jnp.ones(_DIVERGED_STEPS - 1, bool)])
+    starts = jnp.stack([padded[shift : shift + len(losses)] for shift in range(_DIVERGED_STEPS)]).all(axis=0)
+    diverged = jnp.cumsum(starts) > 0
     width = max(1, len(losses) // 40) * 2 + 1
-    window = jnp.ones(width, known.dtype)
-    sums = jnp.convolve(jnp.where(diverged, 0, known), window, mode="same")
-    counts = jnp.convolve(weights, window, mode="same")
-    return jnp.where(diverged, jnp.inf, sums / jnp.maximum(counts, 1))
+    window = jnp.ones(width, losses.dtype)
+    sums = jnp.convolve(jnp.where(is_bad, 0, losses), window, mode="same")
+    counts = jnp.convolve(jnp.where(is_bad, 0, 1).astype(losses.dtype), window, mode="same")
+    return jnp.where(diverged | (counts == 0), jnp.inf, sums / jnp.maximum(counts, 1))

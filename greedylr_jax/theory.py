@@ -9,7 +9,7 @@ bounds the error on a convex objective for any rule whose learning rates stay be
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +126,7 @@ def local_smoothness(decay: ArrayLike = 0.9) -> optax.GradientTransformation:
 
     def init_fn(params: optax.Params) -> LocalSmoothnessState:
         dtype = _numerics.default_float_dtype()
-        unknown = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), params)
+        unknown = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan, dtype=jnp.result_type(leaf)), params)
         return LocalSmoothnessState(
             count=jnp.zeros((), jnp.int32),
             latest=jnp.full((), jnp.nan, dtype),
@@ -148,15 +148,19 @@ def local_smoothness(decay: ArrayLike = 0.9) -> optax.GradientTransformation:
         weight = jnp.where(state.count == 0, 1, 1 - jnp.asarray(decay, estimate.dtype))
         mean = jnp.where(state.count == 0, 0, state.mean)
         advanced = (
-            optax.safe_increment(state.count),
+            jnp.asarray(optax.safe_increment(state.count)),
             estimate,
             mean + weight * (estimate - mean),
             jnp.maximum(state.maximum, estimate),
         )
         unchanged = (state.count, state.latest, state.mean, state.maximum)
-        return updates, LocalSmoothnessState(*_numerics.select(known, advanced, unchanged), params, updates)
+        numbers = _numerics.select(known, advanced, unchanged)
+        # Gradients need not have the dtype of the parameters, which is that of the state.
+        previous_params = _numerics.like(params, state.previous_params)
+        previous_gradient = _numerics.like(updates, state.previous_gradient)
+        return updates, LocalSmoothnessState(*numbers, previous_params, previous_gradient)
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return optax.GradientTransformation(init_fn, cast(Any, update_fn))
 
 
 def optimal_factor(smoothness: ArrayLike) -> jax.Array:

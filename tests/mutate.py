@@ -40,7 +40,7 @@ TESTS = {
         f"{_OWN}/test_reading.py",
         f"{_OWN}/test_hypergradient.py",
         f"{_OWN}/test_flax.py",
-        f"{_OWN}/test_own_rates.py",
+        f"{_OWN}/test_rate_optimizers.py",
         f"{_OWN}/test_rollback.py",
         f"{_OWN}/test_wrappers.py",
         f"{_OWN}/test_devices.py",

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from greedylr_jax import _checks, _inner, _numerics, _observe, _rule, _snapshot
+from greedylr_jax import _checks, _forwarding, _inner, _numerics, _observe, _rule, _snapshot
 from greedylr_jax._window import LONGEST, Window, empty_window, mean_variance, observe
 from greedylr_jax.probing import _probe
 
@@ -58,6 +58,7 @@ class LRTunerState(NamedTuple):
     rate: _rule.RateState
     step: jax.Array  # shape=(), dtype=int32; steps so far, including those rolled back
     num_rollbacks: jax.Array  # shape=(), dtype=int32
+    num_skipped: jax.Array  # shape=(), dtype=int32; steps skipped because they were not finite
     window: Window
     progress: Progress
     change: RateChange
@@ -119,7 +120,10 @@ def lr_tuner(
       A :class:`greedylr_jax.GradientTransformationExtraLoss`; ``update`` needs ``params``, ``value`` and
       ``value_fn``. Rates and losses are float32 or wider. Under ``jax.vmap`` the probe runs at every step.
       A rollback is the update from the current parameters to the snapshot's; where one addition misses them
-      by rounding, up to three more steps follow, whose gradients are not used. Keep transformations of the
+      by rounding, further steps follow, whose gradients are not used. Parameters and floating point arrays of
+      the inner state are restored; counts (of schedules, of bias correction) and PRNG keys continue. With
+      ``rollback``, a step that makes any element of the parameters or moments infinite or NaN is skipped: the
+      updates are zero, and the moments keep their values. Keep transformations of the
       updates (weight decay, clipping) in ``inner`` and not behind it. Apply it to the full parameter tree,
       not inside ``optax.masked`` or ``optax.partition``.
 
@@ -161,7 +165,7 @@ def lr_tuner(
     initial_rate = _checks.check_real("learning_rate", learning_rate, low=0.0, low_open=True, high_open=True)
     _checks.check_order("min_learning_rate", settings.min_learning_rate, "learning_rate", initial_rate)
     _checks.check_order("learning_rate", initial_rate, "max_learning_rate", settings.max_learning_rate)
-    inner = optax.with_extra_args_support(inner)
+    inner = _forwarding.accept_extra_args(inner)
 
     def init_fn(params: optax.Params) -> LRTunerState:
         _inner.check_descends("lr_tuner", inner, params)
@@ -170,6 +174,7 @@ def lr_tuner(
             rate=_rule.RateState(_float(initial_rate)),
             step=jnp.zeros((), jnp.int32),
             num_rollbacks=jnp.zeros((), jnp.int32),
+            num_skipped=jnp.zeros((), jnp.int32),
             window=empty_window(),
             progress=_unknown_progress(),
             change=_no_change(initial_rate),
@@ -189,13 +194,11 @@ def lr_tuner(
         **extra_args: Any,
     ) -> tuple[optax.Updates, LRTunerState]:
         _probe.check_value_fn("lr_tuner", value_fn, params)
-        loss, observed = _observe.read_loss("lr_tuner", value, has_value, state.window.mean.dtype, axis_name)
-        extra_args |= {
-            "value": loss if value is None else value,
-            "value_fn": value_fn,
-            "has_value": has_value,
-        }
-        step, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        params = _snapshot.check_params("lr_tuner", params)
+        loss, has_value_now = _observe.read("lr_tuner", value, has_value, state.window.mean.dtype, axis_name)
+        observed = jnp.asarray(has_value_now)
+        extra_args |= {"value": loss if value is None else value, "has_value": has_value}
+        step, inner_state = inner.update(updates, state.inner_state, params, value_fn=value_fn, **extra_args)
 
         window = _numerics.select(observed, observe(state.window, loss), state.window)
         is_full = observed & (window.steps >= jnp.asarray(settings.recompute_every, loss.dtype))
@@ -217,7 +220,7 @@ def lr_tuner(
         steps = _numerics.scale_updates(step, learning_rate)
         if state.snapshot is None:
             return steps, advanced
-        return _roll_back(settings, state, advanced, window, steps, params, is_full=is_full, is_bad=is_bad)
+        return _roll_back(settings, state, advanced, state.snapshot, window, steps, params, is_full, is_bad)
 
     return _rule.GradientTransformationExtraLoss(init_fn, update_fn)
 
@@ -344,30 +347,24 @@ def _roll_back(
     settings: _Settings,
     state: LRTunerState,
     advanced: LRTunerState,
+    snapshot: _snapshot.Snapshot,
     window: Window,
     steps: optax.Updates,
     params: optax.Params,
-    *,
     is_full: jax.Array,
     is_bad: jax.Array,
 ) -> tuple[optax.Updates, LRTunerState]:
-    """Restores the snapshot after a bad change, and saves one before a new change.
+    """Restores the snapshot after a bad change, saves one before a new change, skips non-finite steps.
 
     ``advanced`` is the state after this step where there is no rollback; ``window`` are its losses.
     """
-    learning_rate = state.rate.learning_rate
+    learning_rate, states = state.rate.learning_rate, (advanced.inner_state, state.inner_state)
     has_changed = advanced.rate.learning_rate != learning_rate
     restoring = state.restore_steps_left > 0
-    steps, inner_state, snapshot, restores = _snapshot.save_or_restore(
-        _snapshot.drop_non_finite(steps, params, state.change.is_pending | has_changed),
-        advanced.inner_state,
-        state.snapshot,
-        params=params,
-        previous_inner_state=state.inner_state,
-        needed=is_bad | has_changed | restoring,
-        restore=is_bad,
-        restoring=restoring,
-        save=has_changed,
+    skip = _snapshot.is_not_finite(steps, params, *states, settings.axis_name)
+    actions = _snapshot.Actions(save=has_changed, skip=skip, restore=is_bad, restoring=restoring)
+    steps, inner_state, snapshot, restores = _snapshot.act(
+        actions, steps, states[0], snapshot, params, states[1], settings.axis_name
     )
     new_change = RateChange(
         is_pending=jnp.asarray(True),
@@ -379,15 +376,15 @@ def _roll_back(
     change = _numerics.select(has_changed, new_change, old_change)
     restored_change = state.change._replace(is_pending=jnp.asarray(False))
     starts = restores & ~restoring
-    left = jnp.where(starts, _snapshot.RESTORE_STEPS, state.restore_steps_left) - 1
     return steps, LRTunerState(
         rate=_numerics.select(restores, _rule.RateState(state.change.previous_rate), advanced.rate),
         step=advanced.step,
         num_rollbacks=state.num_rollbacks + starts.astype(jnp.int32),
+        num_skipped=state.num_skipped + (skip & ~restores).astype(jnp.int32),
         window=_numerics.select(restores, empty_window(), advanced.window),
         progress=_numerics.select(restores, state.change.progress, advanced.progress),
         change=_numerics.select(restores, restored_change, change),
-        restore_steps_left=jnp.where(restores, left, 0).astype(jnp.int32),
+        restore_steps_left=_snapshot.steps_left(restores, restoring, state.restore_steps_left),
         snapshot=snapshot,
         inner_state=inner_state,
     )

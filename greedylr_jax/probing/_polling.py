@@ -148,6 +148,7 @@ def factor_polling(
         if _checks.is_known_false(has_value):
             return _numerics.scale_updates(updates, state.rule.scale), state
         _probe.check_value_fn("factor_polling", value_fn, params)
+        assert params is not None and value_fn is not None
         rule = state.rule
         loss = jnp.full((), jnp.inf, rule.scale.dtype)
         if value is not None:

@@ -119,7 +119,7 @@ def test_the_packages_of_the_checkout_are_sent_to_the_workers(tmp_path):
     environment = cluster_module.runtime_env()
     names = []
     for module in environment["py_modules"]:
-        package = tmp_path / "package.zip"
+        package = tmp_path / f"{Path(module).name}.zip"
         packaging.create_package(module, package, True, True, environment["excludes"])
         names += zipfile.ZipFile(package).namelist()
     files = {name for name in names if not name.endswith("/")}

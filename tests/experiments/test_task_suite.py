@@ -120,7 +120,8 @@ def test_five_steps_of_a_task_are_finite(name):
 @pytest.mark.parametrize("name", SUITE_TASKS)
 def test_adamw_learns_a_task(name):
     task = make_task(name)
-    (losses, _), (before, after), _ = train(task, 400, 3 * task.learning_rates["adamw"][1])
+    rate = (10 if name.endswith("completion") else 3) * task.learning_rates["adamw"][1]
+    (losses, _), (before, after), _ = train(task, 400, rate)
     if task.measure == "accuracy":
         assert np.mean(losses[-20:]) < 0.85 * np.mean(losses[:3])
     elif task.measure == "loss":
@@ -208,14 +209,17 @@ def test_an_episode_has_no_reward_after_its_end():
 
 def test_a_pole_that_nobody_pushes_keeps_its_energy():
     """M v^2 / 2 + m l v w cos(angle) + 2 m l^2 w^2 / 3 + m g l cos(angle), angle 0 upright."""
-    state, energies = jnp.array([0.0, 0.0, 2.0, 0.0]), []
-    for _ in range(400):
-        state = control._move_cart(state, jnp.int32(1), 0.005)
-        _, speed, angle, turning = np.asarray(state, float)
-        kinetic = 0.5 * 1.1 * speed**2 + 0.1 * 0.5 * speed * turning * np.cos(angle)
-        kinetic += 0.5 * 0.1 * 0.25 * 4 / 3 * turning**2
-        energies.append(kinetic + 0.1 * 9.8 * 0.5 * np.cos(angle))
-    assert np.ptp(energies) < 0.02 and abs(np.mean(energies) - 0.49 * np.cos(2.0)) < 0.01
+
+    def step(state, _):
+        state = control._move_cart(state, jnp.int32(1), 0.002)
+        return state, state
+
+    _, states = jax.lax.scan(step, jnp.array([0.0, 0.0, 2.0, 8.0]), length=1000)
+    _, speed, angle, turning = np.asarray(states, float).T
+    kinetic = 0.5 * 1.1 * speed**2 + 0.1 * 0.5 * speed * turning * np.cos(angle)
+    kinetic += 0.5 * 0.1 * 0.25 * 4 / 3 * turning**2
+    energy = kinetic + 0.1 * 9.8 * 0.5 * np.cos(angle)
+    assert np.ptp(angle) > 6 and np.ptp(energy) < 0.02
 
 
 def test_a_pendulum_that_stands_costs_nothing_and_one_that_hangs_the_most():

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from optax import contrib
 
 import greedylr_jax
 from greedylr_jax import assert_controls_learning_rate, greedy_lr, greedy_lr_schedule
@@ -55,6 +56,7 @@ def test_chain_has_the_state_of_the_right_order():
     chex.assert_trees_all_equal_structs(chained.init(PARAMS), RIGHT_ORDER.init(PARAMS))
 
 
+@pytest.mark.filterwarnings("ignore::greedylr_jax.MisplacedRuleWarning")
 def test_plain_optax_order_would_not_control_the_rate():
     """With Adam the two orders differ: in the wrong one the rule has hardly any effect."""
     expected, _ = trajectory(RIGHT_ORDER)
@@ -90,24 +92,42 @@ def test_chain_rejects_what_is_no_transformation(argument):
 
 
 SCHEDULE = greedy_lr_schedule(1e-3, min_learning_rate=1e-4, max_learning_rate=1e-2)
-IN_CONTROL = SAME_AS_RIGHT_ORDER | {
-    "right order": RIGHT_ORDER,
-    "schedule": optax.inject_hyperparams(optax.adamw)(learning_rate=SCHEDULE),
-    "schedule in a chain": optax.chain(
-        optax.clip_by_global_norm(1.0), optax.inject_hyperparams(optax.adamw)(learning_rate=SCHEDULE)
-    ),
-    "before plain SGD": optax.chain(greedy_lr(), optax.sgd(0.1)),
-    "after momentum": optax.chain(optax.sgd(0.1, momentum=0.9), greedy_lr()),
-    "multi steps": optax.MultiSteps(RIGHT_ORDER, 3),
-    "multi steps as a transformation": optax.MultiSteps(RIGHT_ORDER, 3).gradient_transformation(),
-    "masked": optax.chain(optax.adamw(1e-3), optax.masked(greedy_lr(), {"w": True, "b": False})),
-    "partition": optax.partition(
-        {"w": RIGHT_ORDER, "b": optax.chain(optax.sgd(0.1), greedy_lr())}, {"w": "w", "b": "b"}
-    ),
-    "after a warmup schedule": optax.chain(
-        optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 1e-3, 10, 100)), greedy_lr()
-    ),
+WRAPPED = {  # wrappers with iterates of their own, around a chain of an optimizer and a rule
+    "schedule_free": lambda inner: contrib.schedule_free(inner, 0.1),
+    "schedule_free with b1=0.5": lambda inner: contrib.schedule_free(inner, 0.1, b1=0.5),
+    "mechanize": contrib.mechanize,
+    "with_rollback": greedylr_jax.with_rollback,
+    "lr_tuner": lambda inner: greedylr_jax.lr_tuner(inner, 0.1, explore_steps=3, recompute_every=3),
 }
+IN_CONTROL = (
+    SAME_AS_RIGHT_ORDER
+    | {
+        f"inside {name}, {kind}": wrap(optax.chain(inner, greedy_lr()))
+        for name, wrap in WRAPPED.items()
+        for kind, inner in {"sgd": optax.sgd(1.0), "adam": optax.adam(1.0)}.items()
+    }
+    | {
+        "right order": RIGHT_ORDER,
+        "schedule": optax.inject_hyperparams(optax.adamw)(learning_rate=SCHEDULE),
+        "schedule in a chain": optax.chain(
+            optax.clip_by_global_norm(1.0), optax.inject_hyperparams(optax.adamw)(learning_rate=SCHEDULE)
+        ),
+        "before plain SGD": optax.chain(greedy_lr(), optax.sgd(0.1)),
+        "after momentum": optax.chain(optax.sgd(0.1, momentum=0.9), greedy_lr()),
+        "multi steps": optax.MultiSteps(RIGHT_ORDER, 3),
+        "multi steps as a transformation": optax.MultiSteps(RIGHT_ORDER, 3).gradient_transformation(),
+        "masked": optax.chain(optax.adamw(1e-3), optax.masked(greedy_lr(), {"w": True, "b": False})),
+        "partition": optax.partition(
+            {"w": RIGHT_ORDER, "b": optax.chain(optax.sgd(0.1), greedy_lr())}, {"w": "w", "b": "b"}
+        ),
+        "after a warmup schedule": optax.chain(
+            optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 1e-3, 10, 100)), greedy_lr()
+        ),
+        "after prodigy": optax.chain(contrib.prodigy(), greedy_lr()),
+        "after dog": optax.chain(contrib.dog(), greedy_lr()),
+        "hybrid": optax.chain(greedylr_jax.hypergradient(optax.sgd(1.0), 0.1, 1e-3), greedy_lr()),
+    }
+)
 NOT_IN_CONTROL = {
     "before Adam": optax.chain(greedy_lr(), optax.adamw(1e-3)),
     "before momentum": optax.chain(greedy_lr(), optax.sgd(0.1, momentum=0.9)),
@@ -122,7 +142,46 @@ NOT_IN_CONTROL = {
     "wrong hyperparameter": optax.inject_hyperparams(optax.adamw)(
         learning_rate=1e-3, eps=greedy_lr_schedule(1e-8, min_learning_rate=1e-9, max_learning_rate=1e-7)
     ),
+} | {
+    f"inside {name}, before {kind}": wrap(optax.chain(greedy_lr(), inner))
+    for name, wrap in WRAPPED.items()
+    for kind, inner in {"momentum": optax.sgd(1.0, momentum=0.9), "adam": optax.adam(1.0)}.items()
 }
+MUST_NOT_BE_SCALED = {name: wrap(optax.sgd(1.0)) for name, wrap in WRAPPED.items()} | {
+    "sam": contrib.sam(optax.sgd(0.1), optax.chain(contrib.normalize(), optax.sgd(0.05))),
+    "lookahead": optax.lookahead(optax.sgd(0.1), 3, 0.5),
+    "cocob": contrib.cocob(),
+    "madgrad": contrib.madgrad(0.1),
+    "schedule_free in a chain": optax.chain(optax.clip(1.0), contrib.schedule_free(optax.sgd(0.1), 0.1)),
+    "schedule_free in a partition": optax.partition(
+        {"w": contrib.schedule_free(optax.sgd(0.1), 0.1), "b": optax.sgd(0.1)}, {"w": "w", "b": "b"}
+    ),
+}
+
+
+def params_for(name):
+    return optax.LookaheadParams.init_synced(PARAMS) if name == "lookahead" else PARAMS
+
+
+@pytest.mark.parametrize("name", MUST_NOT_BE_SCALED)
+def test_a_rule_after_an_optimizer_that_must_not_be_scaled_is_an_error(name):
+    tx = optax.chain(MUST_NOT_BE_SCALED[name], greedy_lr())
+    with pytest.raises(AssertionError, match=r"opt_state\[1\] .* must not be scaled. Put the rule inside"):
+        assert_controls_learning_rate(tx, params_for(name))
+
+
+@pytest.mark.parametrize("name", MUST_NOT_BE_SCALED)
+def test_chain_refuses_to_scale_an_optimizer_that_must_not_be_scaled(name):
+    tx = greedylr_jax.chain(greedy_lr(), MUST_NOT_BE_SCALED[name])
+    with pytest.raises(ValueError, match=r"must not be scaled. Put the rule inside"):
+        tx.init(params_for(name))
+    greedylr_jax.chain(optax.clip(1.0), MUST_NOT_BE_SCALED[name]).init(params_for(name))  # without a rule
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_control_inside_wrappers_is_seen_with_bfloat16_parameters(name):
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
+    assert_controls_learning_rate(WRAPPED[name](optax.chain(optax.sgd(1.0), greedy_lr())), params)
 
 
 @pytest.mark.parametrize("name", IN_CONTROL)
@@ -134,6 +193,10 @@ def test_a_rule_in_control_passes(name):
 def test_a_rule_that_is_not_in_control_is_an_error_with_the_right_order(name):
     with pytest.raises(AssertionError, match=r"opt_state.*Put it after the optimizer.*greedylr_jax.chain"):
         assert_controls_learning_rate(NOT_IN_CONTROL[name], PARAMS)
+
+
+def test_control_is_seen_with_python_numbers_as_parameters():
+    assert_controls_learning_rate(optax.chain(optax.sgd(0.1), greedy_lr()), {"a": 1.0, "b": 2.0})
 
 
 def test_a_transformation_without_a_rule_is_an_error():

@@ -62,7 +62,8 @@ def test_a_resumed_run_is_bit_identical(name, cuts, tmp_path):
     tx, values = optax.with_extra_args_support(OPTIMIZERS[name]), losses(60)
     run = make_run(tx)
     whole = run(PARAMS, tx.init(PARAMS), values)
-    assert whole[2][0] != whole[2][-1]  # the rate moves
+    moving = {key for key in whole[2][0] if key.split("/")[-1].startswith(("scale", "learning_rate"))}
+    assert any(len({float(read[key]) for read in whole[2]}) > 1 for key in moving)
     with ocp.StandardCheckpointer() as checkpointer:
         for cut in cuts:  # with every=2 in the middle of a pair of losses, and between two
             params, state, _ = run(PARAMS, tx.init(PARAMS), values[:cut])

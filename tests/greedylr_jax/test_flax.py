@@ -72,6 +72,32 @@ def test_an_nnx_optimizer_trains_as_plain_optax_does(case, adapter):
 
 
 @every_rule
+@pytest.mark.parametrize("adapter", ["transformation", "schedule"])
+def test_readers_give_plain_arrays_for_an_nnx_optimizer(case, adapter):
+    nnx_optimizer = nnx.Optimizer(nnx.Linear(3, 1, rngs=nnx.Rngs(0)), optimizer(case, adapter), wrt=nnx.Param)
+    state = nnx_optimizer.opt_state
+    read = {
+        "get_scale": greedylr_jax.get_scale(state),
+        "get_learning_rate": greedylr_jax.get_learning_rate(state, BASE_RATE),
+    } | greedylr_jax.metrics(state)
+    for name, value in read.items():
+        assert type(value) is type(jnp.ones(())), name
+        assert f"{float(value):.3f}" == f"{value:.3f}", name
+
+
+@pytest.mark.parametrize("granularity", ["global", "parameter"])
+def test_the_rates_of_an_optimizer_with_its_own_are_plain_arrays(granularity):
+    tx = greedylr_jax.hypergradient(optax.sgd(1.0), 0.125, 1e-3, granularity=granularity)
+    nnx_optimizer = nnx.Optimizer(nnx.Linear(3, 1, rngs=nnx.Rngs(0)), tx, wrt=nnx.Param)
+    rates = jax.tree.leaves(greedylr_jax.get_learning_rate(nnx_optimizer.opt_state))
+    assert len(rates) == (1 if granularity == "global" else 2)
+    for rate in rates:
+        assert type(rate) is type(jnp.ones(()))
+    if granularity == "global":
+        assert f"{greedylr_jax.get_learning_rate(nnx_optimizer.opt_state):.3f}" == "0.125"
+
+
+@every_rule
 def test_a_linen_train_state_trains_as_plain_optax_does(case):
     model = nn.Dense(1)
     params = model.init(jax.random.key(0), X)["params"]
@@ -94,6 +120,7 @@ def test_a_linen_train_state_trains_as_plain_optax_does(case):
         state = step(state)
         rates.append(float(greedylr_jax.get_learning_rate(state.opt_state, BASE_RATE)))
     assert rates == expected_rates
+    assert len(set(rates)) > 1
     assert state.step == 12 and state.tx is tx
     chex.assert_trees_all_close(state.params, expected, rtol=1e-6)
 

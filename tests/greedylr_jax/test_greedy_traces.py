@@ -76,11 +76,15 @@ def steps_to_compare(trace):
     return len(trace["metrics"])
 
 
+# With a negative loss first, the departure leaves no step to compare.
+COMPARABLE = [trace for trace in TRACES if steps_to_compare(trace) > 0]
+
+
 def assert_equal_counts(history, trace, steps):
     for theirs, ours in COUNTS.items():
         got = getattr(history, ours)[:steps]
         np.testing.assert_array_equal(got, trace[theirs][:steps], err_msg=f"{trace['id']} {ours}")
-    if "reset_start" in trace:
+    if trace["algorithm"] == "reference":
         np.testing.assert_array_equal(history.reset_countdown[:steps], trace["reset_start"][:steps])
 
 
@@ -88,7 +92,10 @@ def test_the_fixtures_cover_both_algorithms_resets_and_the_departure():
     fixtures = [trace for trace in TRACES if not trace["full"]]
     assert {trace["algorithm"] for trace in fixtures} == {"reference", "paper"}
     assert any(trace["resets"] for trace in fixtures)
-    assert any(steps_to_compare(trace) < len(trace["metrics"]) for trace in fixtures)
+    steps = np.array([steps_to_compare(trace) for trace in fixtures])
+    lengths = np.array([len(trace["metrics"]) for trace in fixtures])
+    assert ((steps > 0) & (steps < lengths)).sum() == 2
+    assert (steps == 0).sum() == 3
 
 
 def in_bounds(trace):
@@ -121,9 +128,14 @@ def test_known_settings_equal_the_trace_bit_for_bit(trace):
 
 
 def group_by_program(traces):
-    """Traces that can share one compilation: same static settings and optional resets."""
+    """Traces that can share one compilation: same static settings and optional resets.
+
+    Without those of the published implementation that start out of bounds, from where their rate drifts back.
+    """
     groups = defaultdict(list)
     for trace in traces:
+        if trace["algorithm"] == "reference" and not in_bounds(trace):
+            continue
         key = (*static_settings(trace).items(), tuple(numeric_settings(trace)), trace["full"])
         groups[key].append(trace)
     return list(groups.values())
@@ -132,7 +144,7 @@ def group_by_program(traces):
 def run_group(traces):
     """The histories of traces that share a program, under one vmap.
 
-    Initial rates are traced, too, and so may lie outside their bounds, as the source allows.
+    Initial rates are traced, too, and so may lie outside their bounds, as Algorithm 1 allows.
     """
     length = max(len(trace["metrics"]) for trace in traces)
     padded = [np.pad(trace["metrics"], (0, length - len(trace["metrics"]))) for trace in traces]
@@ -163,7 +175,7 @@ def test_float32_runs_equal_the_traces_bit_for_bit(traces):
         assert_equal_bits(history, trace)
 
 
-@pytest.mark.parametrize("traces", with_slow_full_set(TRACES))
+@pytest.mark.parametrize("traces", with_slow_full_set(COMPARABLE))
 def test_float64_runs_equal_the_traces_to_1e_12(traces):
     with jax.enable_x64(True):
         histories = run_group(traces)

@@ -1,4 +1,4 @@
-"""Hypergradient descent: recorded runs, granularities, modes, bounds, and the readers."""
+"""Hypergradient descent: reference runs, granularities, modes, bounds, and the readers."""
 
 import chex
 import jax
@@ -31,8 +31,8 @@ def heavy_ball(momentum, dampening):
     return optax.GradientTransformation(init, update)
 
 
-def adam_as_recorded(b1, b2, eps):
-    """Adam as the recorded runs have it: eps is added to the root before bias correction."""
+def reference_adam(b1, b2, eps):
+    """Adam of the reference runs: eps is added to the root before bias correction."""
 
     def init(params):
         return jnp.zeros((), jnp.int32), optax.tree.zeros_like(params), optax.tree.zeros_like(params)
@@ -53,7 +53,7 @@ def adam_as_recorded(b1, b2, eps):
 def inner_of(trace):
     config = trace["config"]
     if trace["algorithm"] == "adam_hd":
-        return adam_as_recorded(*config["betas"], config["eps"])
+        return reference_adam(*config["betas"], config["eps"])
     if trace["algorithm"] == "sgd_hd_per_parameter" or not config["momentum"]:
         return optax.sgd(1.0)
     if config["nesterov"]:
@@ -100,7 +100,7 @@ def run_trace(trace, inner):
     [*FIXTURES, *(pytest.param(trace, marks=pytest.mark.slow) for trace in FULL)],
     ids=lambda trace: f"{trace['algorithm']}-{trace['id'][-4:]}",
 )
-def test_recorded_runs_to_1e_8(trace):
+def test_reference_runs_to_1e_8(trace):
     with jax.enable_x64(True):
         x, loss, rates = run_trace(trace, inner_of(trace))
     np.testing.assert_allclose(rates, np.array(trace["lr"]), rtol=1e-8, atol=1e-17)
@@ -111,7 +111,7 @@ def test_recorded_runs_to_1e_8(trace):
 @pytest.mark.parametrize(
     "trace", [trace for trace in FIXTURES if trace["algorithm"] == "adam_hd"], ids=lambda trace: trace["id"]
 )
-def test_optax_adam_follows_the_recorded_runs_to_1e_5(trace):
+def test_reference_runs_of_adam_with_that_of_optax_to_1e_5(trace):
     """Optax adds eps after bias correction."""
     config = trace["config"]
     with jax.enable_x64(True):
@@ -119,6 +119,11 @@ def test_optax_adam_follows_the_recorded_runs_to_1e_5(trace):
         _, loss, rates = run_trace(trace, inner)
     np.testing.assert_allclose(rates, np.array(trace["lr"]), rtol=1e-5, atol=1e-12)
     np.testing.assert_allclose(loss, trace["loss"], rtol=1e-5, atol=1e-6)
+
+
+def test_the_fixtures_cover_all_algorithms():
+    algorithms = {trace["algorithm"] for trace in FIXTURES}
+    assert algorithms == {"sgd_hd", "sgdn_hd", "adam_hd", "sgd_hd_per_parameter"}
 
 
 PARAMS = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([[0.5]])}
@@ -175,16 +180,16 @@ def test_element_rates_by_hand():
 @pytest.mark.parametrize("granularity", ["global", "group", "parameter"])
 @pytest.mark.parametrize("mode", ["additive", "multiplicative"])
 class TestEveryKind:
-    """What holds for every granularity and mode."""
+    """Properties of every granularity and mode."""
 
     @staticmethod
-    def make(mode, granularity, **options):
+    def make(mode, granularity, momentum=0.9, **options):
         labels = {"a": "first", "b": "second"} if granularity == "group" else None
         rates = {"learning_rate": 0.1, "hyper_learning_rate": 0.05}
         arguments = rates | dict(mode=mode, granularity=granularity, param_labels=labels) | options
-        return hypergradient(optax.sgd(1.0, momentum=0.9), **arguments)
+        return hypergradient(optax.sgd(1.0, momentum=momentum), **arguments)
 
-    def test_scaling_the_gradients_changes_nothing_in_multiplicative_mode(self, mode, granularity):
+    def test_multiplicative_mode_does_not_depend_on_the_scale_of_the_gradients(self, mode, granularity):
         tx = self.make(mode, granularity)
         plain, scaled = (self.rates_after(tx, factor) for factor in (1.0, 2.0**10))
         if mode == "multiplicative":
@@ -199,9 +204,10 @@ class TestEveryKind:
             _, state = tx.update(jax.tree.map(lambda leaf: factor * leaf, grads), state, PARAMS)
         return state.rate
 
-    def test_rates_stay_within_bounds_and_survive_bad_gradients(self, mode, granularity):
-        tx = self.make(mode, granularity, min_learning_rate=0.09, max_learning_rate=0.11)
-        state = tx.init(PARAMS)
+    def test_rates_stay_within_bounds_and_ignore_gradients_that_are_not_finite(self, mode, granularity):
+        bounds = {"min_learning_rate": 0.09, "max_learning_rate": 0.11}
+        tx = self.make(mode, granularity, momentum=None, **bounds)  # momentum would stay NaN
+        state, seen = tx.init(PARAMS), []
         update = jax.jit(tx.update)
         for step in range(30):
             sign = -1.0 if step < 15 else 1.0
@@ -212,8 +218,10 @@ class TestEveryKind:
             _, state = update(grads, state, PARAMS)
             for rate in jax.tree.leaves(state.rate):
                 assert (rate >= 0.09 - 1e-6).all() and (rate <= 0.11 + 1e-6).all()
+                seen.extend(np.ravel(rate))
             if step % 7 == 3:
                 chex.assert_trees_all_equal(state.rate, before.rate)
+        np.testing.assert_allclose([min(seen), max(seen)], [0.09, 0.11], rtol=1e-6)
 
     def test_rates_are_float32_and_steps_keep_bfloat16(self, mode, granularity):
         tx = self.make(mode, granularity)
@@ -224,15 +232,19 @@ class TestEveryKind:
         chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
         assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(after.rate))
 
-    def test_nothing_moves_between_host_and_device_and_state_may_be_donated(self, mode, granularity):
+    def test_a_step_transfers_nothing_and_its_state_can_be_donated(self, mode, granularity):
         tx = self.make(mode, granularity)
-        state = tx.init(PARAMS)
+        state, expected, plain = tx.init(PARAMS), tx.init(PARAMS), jax.jit(tx.update)
         with jax.transfer_guard("disallow"):
             step = jax.jit(tx.update, donate_argnums=1)
             for _ in range(3):
+                before = state
                 _, state = step(GRADS[0], state, PARAMS)
+                _, expected = plain(GRADS[0], expected, PARAMS)
+                assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+        chex.assert_trees_all_equal(state, expected)
 
-    def test_it_descends_inside_common_wrappers(self, mode, granularity):
+    def test_the_loss_decreases_inside_common_wrappers(self, mode, granularity):
         tx = self.make(mode, granularity, learning_rate=0.02, hyper_learning_rate=1e-4)
         for wrap in (
             lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
@@ -264,7 +276,7 @@ def test_hyperparameters_may_be_traced():
     np.testing.assert_allclose(jax.vmap(final_rate)(betas, rates), rates + betas * 0.5, rtol=1e-6)
 
 
-def test_the_hybrid_multiplies_both():
+def test_combined_with_greedy_lr_the_learning_rates_are_multiplied():
     rule = greedylr_jax.greedy_lr(0.5, 0, window=None)
     tx = optax.chain(hypergradient(optax.sgd(1.0), 0.1, 0.01), rule)
     state = tx.init(PARAMS)
@@ -289,7 +301,7 @@ def test_integer_leaves_have_no_learning_rate():
 
 
 @pytest.mark.parametrize("granularity", ["global", "parameter"])
-def test_a_tree_without_leaves_keeps_its_rate(granularity):
+def test_the_rate_of_a_tree_without_leaves_does_not_change(granularity):
     tx = hypergradient(optax.sgd(1.0), 0.1, 0.01, granularity=granularity)
     state = tx.init({})
     updates, after = tx.update({}, state, {})
@@ -317,7 +329,176 @@ def test_a_tree_without_leaves_keeps_its_rate(granularity):
         ({"granularity": "parameter", "learning_rate": {"a": 0.1}}, "pytree like the parameters"),
     ],
 )
-def test_wrong_arguments_are_named(options, message):
+def test_invalid_arguments_raise(options, message):
     arguments = {"learning_rate": 0.1, "hyper_learning_rate": 0.01} | options
     with pytest.raises(ValueError, match=message):
         hypergradient(optax.sgd(1.0), **arguments).init(PARAMS)
+
+
+LABELS = {"a": "first", "b": "second"}
+GRANULARITIES = ("global", "group", "parameter")
+
+
+def make(granularity, inner=None, **options):
+    inner = optax.sgd(1.0, momentum=0.9) if inner is None else inner
+    arguments = {"param_labels": LABELS} if granularity == "group" else {}
+    arguments = {"learning_rate": 0.05, "hyper_learning_rate": 1e-2} | arguments | options
+    return hypergradient(inner, granularity=granularity, **arguments)
+
+
+def final_rates(tx, params, curvature):
+    """The learning rates after ten steps on a quadratic."""
+
+    def body(carry, _):
+        params, state = carry
+        grads = jax.tree.map(jnp.multiply, curvature, params)
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (_, state), _ = jax.lax.scan(body, (params, tx.init(params)), length=10)
+    return state.rate.learning_rate
+
+
+@pytest.mark.parametrize("layout", ["sharded", "replicated", "mixed", "two axes"])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("mode", ["additive", "multiplicative"])
+def test_under_shard_map_learning_rates_equal_those_of_one_device(layout, granularity, mode):
+    spec = jax.sharding.PartitionSpec
+    axes = ("x", "y") if layout == "two axes" else "x"
+    specs = {"a": spec() if layout == "replicated" else spec(axes)}
+    specs["b"] = spec(axes) if layout in ("sharded", "two axes") else spec()
+    params = {"a": jnp.linspace(1.0, 2.0, 8), "b": jnp.ones(8)}
+    curvature = {"a": jnp.linspace(0.1, 2.0, 8), "b": jnp.linspace(0.0, 1.0, 8)}
+    expected = final_rates(make(granularity, mode=mode), params, curvature)
+
+    def run(params, curvature):
+        return final_rates(make(granularity, mode=mode, axis_name=axes), params, curvature)
+
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    out_specs = specs if granularity == "parameter" else spec()
+    for check_vma in (True, False):
+        if not check_vma and layout in ("replicated", "mixed"):
+            continue  # the types of the arrays do not tell which leaves are replicated
+        mapped = jax.shard_map(
+            run, mesh=mesh, in_specs=(specs, specs), out_specs=out_specs, check_vma=check_vma
+        )
+        chex.assert_trees_all_close(jax.jit(mapped)(params, curvature), expected, rtol=1e-5)
+
+
+def test_without_an_axis_name_devices_with_sharded_parameters_would_disagree():
+    spec = jax.sharding.PartitionSpec("x")
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    mapped = jax.shard_map(
+        lambda *args: final_rates(make("global"), *args)[None],
+        mesh=mesh,
+        in_specs=(spec, spec),
+        out_specs=spec,
+        check_vma=False,
+    )
+    params = {"a": jnp.linspace(1.0, 2.0, 8), "b": jnp.ones(8)}
+    curvature = {"a": jnp.linspace(0.1, 2.0, 8), "b": jnp.linspace(0.0, 1.0, 8)}
+    rates = jax.jit(mapped)(params, curvature)
+    assert len(set(np.asarray(rates).tolist())) > 1
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("rate", ["number", "tree"])
+def test_state_has_the_sharding_of_the_parameters_on_an_explicit_mesh(granularity, rate):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x", "y"))
+        params = {"a": jax.device_put(jnp.ones((8, 4)), sharding), "b": jnp.ones(3)}
+        options = {}
+        if rate == "tree" and granularity != "global":
+            tree = {"group": {"first": 0.1, "second": 0.2}, "parameter": {"a": jnp.full(4, 0.1), "b": 0.2}}
+            options["learning_rate"] = tree[granularity]
+        tx = make(granularity, optax.adam(1.0), **options)
+        state = tx.init(params)
+        chex.assert_trees_all_equal(
+            jax.tree.map(jax.typeof, jax.jit(tx.init)(params)), jax.tree.map(jax.typeof, state)
+        )
+        for _ in range(2):
+            updates, new_state = jax.jit(tx.update)(params, state, params)
+            assert jax.tree.map(jax.typeof, new_state) == jax.tree.map(jax.typeof, state)
+            assert jax.tree.map(jax.typeof, updates) == jax.tree.map(jax.typeof, params)
+            state = new_state
+        if granularity == "parameter":
+            assert jax.typeof(state.rate.learning_rate["a"]).sharding.spec == sharding.spec
+
+
+class Labels(dict):
+    """A pytree of labels that is callable, as a module in which strings take the place of arrays."""
+
+    def __call__(self, x):
+        raise TypeError("not a function of parameters")
+
+
+jax.tree_util.register_pytree_with_keys(
+    Labels,
+    lambda tree: ([(jax.tree_util.DictKey(key), tree[key]) for key in sorted(tree)], tuple(sorted(tree))),
+    lambda keys, values: Labels(zip(keys, values, strict=True)),
+)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "labels"),
+    [
+        (dict, LABELS),
+        (dict, lambda params: LABELS),
+        (dict, jax.tree_util.Partial(lambda params: LABELS)),
+        (dict, jax.tree_util.Partial(lambda second, params: {"a": "first", "b": second}, "second")),
+        (Labels, Labels(LABELS)),
+    ],
+    ids=["tree", "function", "partial", "partial with a label", "callable tree"],
+)
+def test_labels_may_be_a_tree_or_a_function_also_if_it_is_a_callable_tree(wrap, labels):
+    tx = make("group", param_labels=labels)
+    params = wrap(PARAMS)
+    state = jax.jit(tx.init)(params)
+    assert set(state.rate.learning_rate) == {"first", "second"}
+    _, state = jax.jit(tx.update)(wrap(GRADS[0]), state, params)
+    _, state = jax.jit(tx.update)(wrap(GRADS[1]), state, params)
+    np.testing.assert_allclose(get_learning_rate(state, group="first"), 0.05 + 0.01 * 2.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "options"),
+    [
+        ("global", {}),
+        ("group", {}),
+        ("group", {"learning_rate": {"first": 0.1, "second": 0.2}}),
+        ("group", {"learning_rate": {"first": 0.1, "second": 0.2}, "param_labels": lambda params: LABELS}),
+        ("parameter", {}),
+    ],
+)
+def test_map_params_distinguishes_parameters_and_other_numbers(granularity, options):
+    tx = make(granularity, **options)
+    state = tx.init(PARAMS)
+    mapped = optax.tree.map_params(tx, lambda _: "params", state, transform_non_params=lambda _: "other")
+    assert jax.tree.structure(mapped) == jax.tree.structure(state)
+    expected = "params" if granularity == "parameter" else "other"
+    assert set(jax.tree.leaves(mapped.rate)) == {expected}
+    assert set(jax.tree.leaves((mapped.previous_update, mapped.inner_state))) == {"params"}
+
+
+def test_map_params_with_a_label_function_treats_the_rates_as_one():
+    tx = make("group", param_labels=lambda params: LABELS)
+    state = tx.init(PARAMS)
+    chex.assert_trees_all_equal(optax.tree.map_params(tx, lambda leaf: leaf, state), state)
+    mapped = optax.tree.map_params(tx, lambda _: "params", state, transform_non_params=lambda _: "other")
+    assert mapped.rate.learning_rate == "other"  # a prefix of the state, as shardings may be
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_parameters_and_gradients_may_be_python_numbers(granularity):
+    tx = make(granularity)
+    state = tx.init({"a": 1.0, "b": 2.0})
+    for _ in range(2):
+        _, new_state = tx.update({"a": 1.0, "b": -0.5}, state, {"a": 1.0, "b": 2.0})
+        chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+        state = new_state
+    arrays = make(granularity)
+    expected = arrays.init({"a": jnp.ones(()), "b": jnp.full((), 2.0)})
+    for _ in range(2):
+        _, expected = arrays.update({"a": jnp.ones(()), "b": jnp.full((), -0.5)}, expected)
+    chex.assert_trees_all_equal(state, expected)

@@ -18,7 +18,7 @@ from tests.greedylr_jax.rules import crossed
 PARAMS = {"w": jnp.linspace(1.0, 3.0, 6).reshape(3, 2), "b": jnp.array([2.0, 1.5])}
 LABELS = {"w": "first", "b": "second"}
 ONLY_W = {"w": True, "b": False}
-STEPS = 60
+STEPS = 60  # of which auto_lr takes half to search, and then may restore the initial parameters
 
 
 class InnerCase(NamedTuple):
@@ -156,7 +156,8 @@ def test_a_rule_lowers_the_loss_or_rejects_the_inner_optimizer(name, rule):
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), PARAMS)
     if descends:
         losses = RULES[rule](make(), params)
-        assert losses[-1] < 0.999 * losses[0]
+        assert (losses.min() if rule == "auto_lr" else losses[-1]) < 0.999 * losses[0]
+        assert losses[-1] <= losses[0]
     else:
         with pytest.raises(ValueError, match="points along the gradient"):
             RULES[rule](make(), params)

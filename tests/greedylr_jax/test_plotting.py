@@ -1,4 +1,4 @@
-"""The picture of a run: what is on it, not how it looks."""
+"""The contents of the figure of a training run."""
 
 import io
 
@@ -27,7 +27,7 @@ def labels(figure):
 
 
 @pytest.mark.parametrize("resets", [{"reset_at_min": 1}, {"reset_after": 20}])
-def test_raises_cuts_and_resets_are_counted(resets):
+def test_increases_decreases_and_resets_are_counted(resets):
     values = losses(200)
     history = recorded(greedylr_jax.greedy_lr(0.5, 1, window=None, **resets), values)
     scale, best = np.asarray(history["scale"]), np.asarray(history["best_value"])
@@ -54,7 +54,7 @@ def test_it_draws_something(tmp_path):
     assert [axes.get_yscale() for axes in figure.axes] == ["log", "log"]
 
 
-def test_bad_losses_leave_gaps_and_negative_ones_a_linear_axis():
+def test_losses_that_are_not_finite_leave_gaps_and_negative_losses_a_linear_axis():
     figure = plot_history(np.array([1.0, np.nan, -1.0, np.inf]), np.ones(4), smooth=2)
     raw = figure.axes[0].lines[0].get_ydata()
     np.testing.assert_array_equal(np.isnan(raw), [False, True, False, True])
@@ -71,6 +71,6 @@ def test_bad_losses_leave_gaps_and_negative_ones_a_linear_axis():
         ((np.ones(3), np.ones(3)), {"smooth": 0}, "smooth must be an integer >= 1, got 0"),
     ],
 )
-def test_wrong_arguments_are_named(arguments, options, message):
+def test_invalid_arguments_raise(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         plot_history(*arguments, **options)

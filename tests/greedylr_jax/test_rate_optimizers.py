@@ -1,5 +1,8 @@
-"""Optimizers that keep their own rates: in wrappers, dtypes, x64, mapped, on devices, with bad losses."""
+"""Optimizers with their own learning rate: wrappers, dtypes, x64, vmap, devices, and bad losses."""
 
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import optax
 import pytest
 
 import greedylr_jax
+from greedylr_jax.theory import local_smoothness
 from tests.greedylr_jax.rules import RATE_OPTIMIZERS, crossed
 
 TARGET = {"w": jnp.linspace(-1.0, 2.0, 6), "b": jnp.array([0.5, -0.5])}
@@ -23,13 +27,15 @@ def loss_fn(params, noise=0.0):
 
 
 def rates(state):
-    """Everything that the readers give of the rate."""
+    """All learning rates and scales that the readers return."""
     read = greedylr_jax.metrics(state)
-    return {key: value for key, value in read.items() if "learning_rate" in key or "scale" in key}
+    found = {key: value for key, value in read.items() if "learning_rate" in key or "scale" in key}
+    assert found
+    return found
 
 
 def train(tx, start=START, noise=0.1, bad_steps=()):
-    if not isinstance(tx, optax.MultiSteps):  # which takes them without being of a type that says so
+    if not isinstance(tx, optax.MultiSteps):  # it accepts them, but is not of that type
         tx = optax.with_extra_args_support(tx)
 
     def body(carry, inputs):
@@ -57,7 +63,7 @@ def bare():
     return {name: train(tx) for name, tx in RATE_OPTIMIZERS.items()}
 
 
-# Wrappers that hand everything on, so that nothing changes.
+# Wrappers that do not change the updates of the optimizer inside.
 TRANSPARENT = {
     "named_chain": lambda tx: optax.named_chain(("optimizer", tx)),
     "clipping before it": lambda tx: greedylr_jax.chain(optax.clip_by_global_norm(1e9), tx),
@@ -69,7 +75,7 @@ KEY_PREFIX = {"named_chain": "optimizer/"}
 
 
 @pytest.mark.parametrize(("name", "wrapper"), crossed(RATE_OPTIMIZERS, TRANSPARENT))
-def test_a_wrapper_that_hands_all_on_changes_nothing(name, wrapper, bare):
+def test_a_transparent_wrapper_does_not_change_the_run(name, wrapper, bare):
     params, _, history = train(TRANSPARENT[wrapper](RATE_OPTIMIZERS[name]))
     expected_params, _, expected = bare[name]
     for key, values in expected.items():
@@ -78,26 +84,31 @@ def test_a_wrapper_that_hands_all_on_changes_nothing(name, wrapper, bare):
 
 
 @pytest.mark.parametrize("name", RATE_OPTIMIZERS)
-def test_the_rate_moves_and_the_loss_falls(name, bare):
+def test_the_learning_rate_changes_and_the_loss_decreases(name, bare):
     params, _, history = bare[name]
     assert any(np.ptp(values) > 0 for values in history.values())
     assert loss_fn(params) < REMAINING.get(name, 0.3) * loss_fn(START)
 
 
 @pytest.mark.parametrize("name", [name for name in RATE_OPTIMIZERS if name.startswith("hypergradient")])
-def test_hypergradient_works_on_a_part_of_the_parameters(name):
+def test_hypergradient_trains_a_part_of_the_parameters(name):
+    """The rest of the updates, the gradients of "b", is set to zero."""
+    only_w = {"w": True, "b": False}
     tx = optax.with_extra_args_support(RATE_OPTIMIZERS[name])
-    if "group" not in name:  # its labels are those of all parameters
-        params, _, _ = train(optax.masked(tx, {"w": True, "b": False}))
-        assert np.abs(params["w"] - TARGET["w"]).max() < 0.5
+    rest = optax.masked(optax.set_to_zero(), {"w": False, "b": True})
+    params, _, history = train(optax.chain(optax.masked(tx, only_w), rest))
+    assert np.abs(params["w"] - TARGET["w"]).max() < 0.5
+    np.testing.assert_array_equal(params["b"], START["b"])
+    assert any(np.ptp(values) > 0 for values in history.values())
 
 
 @pytest.mark.parametrize("name", PROBING)
-def test_accumulation_shows_a_probing_rule_its_last_micro_batch(name):
+def test_with_gradient_accumulation_a_probing_rule_evaluates_the_last_micro_batch(name):
     params, _, history = train(greedylr_jax.multi_steps(RATE_OPTIMIZERS[name], 2))
     assert loss_fn(params) < 0.7 * loss_fn(START)
     for values in history.values():
-        np.testing.assert_array_equal(values[1:-1:2], values[2::2])  # moves only with an update
+        assert np.ptp(values) > 0
+        np.testing.assert_array_equal(values[1:-1:2], values[2::2])  # changes only with an update
 
 
 @pytest.mark.parametrize("name", RATE_OPTIMIZERS)
@@ -108,9 +119,11 @@ def test_rates_and_averages_stay_wide_beside_bfloat16_parameters(name):
     assert all(values.dtype == jnp.float32 for values in history.values())
     wide = [
         leaf
-        for leaf in jax.tree.leaves(state)
-        if leaf.shape == () and jnp.issubdtype(leaf.dtype, jnp.floating)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+        if (leaf.shape == () or "learning_rate" in jax.tree_util.keystr(path))
+        and jnp.issubdtype(leaf.dtype, jnp.floating)
     ]
+    assert wide
     assert all(leaf.dtype == jnp.float32 for leaf in wide)
     assert loss_fn(params) < REMAINING.get(name, 0.3) * loss_fn(START)
 
@@ -118,15 +131,66 @@ def test_rates_and_averages_stay_wide_beside_bfloat16_parameters(name):
 @pytest.mark.parametrize("name", RATE_OPTIMIZERS)
 def test_with_64_bits_rates_are_float64(name):
     with jax.enable_x64(True):
-        # A zeroth-order part of the state must not stay at 32 bits either.
+        # This includes the losses and averages in the state.
         start = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), START)
         params, _, history = train(RATE_OPTIMIZERS[name], start)
     assert all(values.dtype == jnp.float64 for values in history.values())
     assert all(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(params))
 
 
+DTYPES = ["float16", "bfloat16", "float32", "float64", "complex64"]
+SGD_RULES = {
+    **{
+        f"hypergradient-{mode}-{granularity}": greedylr_jax.hypergradient(
+            optax.sgd(1.0),
+            0.1,
+            0.0,
+            mode=mode,
+            granularity=granularity,
+            param_labels={"w": "weights", "b": "bias"} if granularity == "group" else None,
+        )
+        for mode in ("additive", "multiplicative")
+        for granularity in ("global", "group", "parameter")
+    },
+    "factor_polling": optax.chain(optax.sgd(0.1), greedylr_jax.factor_polling((1.0,))),
+    "local_smoothness": optax.chain(local_smoothness(), optax.sgd(0.1)),
+}
+
+
+def quadratic_run(tx, dtype, gradient_dtype):
+    """Parameters and updates of three steps in one scan, with gradients of another dtype."""
+    tx = optax.with_extra_args_support(tx)
+    start = jax.tree.map(lambda leaf: (leaf + 1).astype(dtype), START)
+
+    def body(carry, _):
+        params, state = carry
+        grads = jax.tree.map(lambda leaf: jnp.real(leaf).astype(gradient_dtype), params)
+        if gradient_dtype == "complex64":
+            grads = jax.tree.map(lambda leaf: leaf * (1 + 0.5j), grads)
+        updates, state = tx.update(grads, state, params, value=1.0, value_fn=lambda params: 1.0)
+        return (optax.apply_updates(params, updates), state), updates
+
+    (params, _), updates = jax.lax.scan(body, (start, tx.init(start)), length=3)
+    return params, updates
+
+
+@pytest.mark.filterwarnings("ignore:Casting from complex")
+@pytest.mark.parametrize("gradient_dtype", DTYPES)
+@pytest.mark.parametrize("name", SGD_RULES)
+def test_gradients_may_have_another_dtype_than_the_parameters(name, gradient_dtype):
+    """At a constant learning rate, updates have dtypes and values of plain SGD."""
+    with jax.enable_x64(True):
+        for dtype in DTYPES:
+            run = functools.partial(quadratic_run, dtype=dtype, gradient_dtype=gradient_dtype)
+            expected = jax.eval_shape(functools.partial(run, optax.sgd(0.1)))
+            assert jax.eval_shape(functools.partial(run, SGD_RULES[name])) == expected
+        run = functools.partial(quadratic_run, dtype="float32", gradient_dtype=gradient_dtype)
+        got, expected = jax.jit(lambda: (run(SGD_RULES[name]), run(optax.sgd(0.1))))()
+    chex.assert_trees_all_close(got, expected, rtol=1e-2)
+
+
 @pytest.mark.parametrize("name", RATE_OPTIMIZERS)
-def test_steps_with_bad_losses_poison_nothing(name):
+def test_losses_that_are_not_finite_do_not_propagate(name):
     params, _, history = train(RATE_OPTIMIZERS[name], bad_steps=(0, 1, 7, 8, 20, 41))
     for leaf in jax.tree.leaves((params, history)):
         assert np.isfinite(leaf).all()
@@ -134,7 +198,7 @@ def test_steps_with_bad_losses_poison_nothing(name):
 
 
 @pytest.mark.parametrize("name", RATE_OPTIMIZERS)
-def test_a_step_moves_nothing_between_host_and_device_and_gives_its_buffers_back(name):
+def test_a_step_transfers_nothing_and_its_buffers_can_be_donated(name):
     tx = optax.with_extra_args_support(RATE_OPTIMIZERS[name])
 
     def step(params, state):
@@ -154,7 +218,7 @@ def test_a_step_moves_nothing_between_host_and_device_and_gives_its_buffers_back
 
 
 @pytest.mark.parametrize("name", RATE_OPTIMIZERS)
-def test_mapped_runs_equal_single_ones(name, bare):
+def test_mapped_runs_equal_single_ones(name):
     tx = optax.with_extra_args_support(RATE_OPTIMIZERS[name])
 
     def run(scale):
@@ -171,6 +235,7 @@ def test_mapped_runs_equal_single_ones(name, bare):
     mapped = jax.jit(jax.vmap(run))(scales)
     for index, scale in enumerate(scales):
         single = jax.jit(run)(scale)
+        assert any(np.ptp(values) > 0 for values in single.values())
         for key, values in single.items():
             np.testing.assert_allclose(mapped[key][index], values, rtol=2e-4)
 
@@ -185,7 +250,9 @@ def test_mapped_runs_equal_single_ones(name, bare):
         ({"value": "high"}, TypeError, "value must be a real scalar loss"),
     ],
 )
-def test_a_call_without_what_a_probing_rule_needs_shows_the_right_one(name, arguments, error, message):
+def test_an_incomplete_call_of_a_probing_rule_raises_an_error_with_the_right_call(
+    name, arguments, error, message
+):
     tx = RATE_OPTIMIZERS[name]
     call = {"params": START, "value": 1.0, "value_fn": loss_fn} | arguments
     with pytest.raises(error, match=message) as caught:
@@ -194,8 +261,8 @@ def test_a_call_without_what_a_probing_rule_needs_shows_the_right_one(name, argu
 
 
 @pytest.mark.parametrize("name", ["lr_tuner-fit", "lr_tuner-taylor", "factor_polling"])
-def test_under_shard_map_all_devices_decide_alike(name):
-    """Each device has its own part of the data; rates must be those of one device with all of it."""
+def test_under_shard_map_all_devices_take_the_same_decisions(name):
+    """Each device has a part of the data; learning rates equal those of one device with all of it."""
     settings = {"explore_steps": 99, "recompute_every": 2}
     make = {
         "lr_tuner-fit": lambda **axis: greedylr_jax.lr_tuner(optax.sgd(1.0), 0.01, **settings, **axis),

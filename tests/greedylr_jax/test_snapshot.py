@@ -7,54 +7,137 @@ import optax
 import pytest
 
 import greedylr_jax
-from greedylr_jax import _snapshot
+from greedylr_jax import _rule, _snapshot
 
 NO, YES = jnp.asarray(False), jnp.asarray(True)
 
 
-def test_restoring_is_exact_to_the_last_bit():
+def actions(**given):
+    return _snapshot.Actions(**({"save": NO, "skip": NO, "restore": NO, "restoring": NO} | given))
+
+
+DTYPES = {
+    "float32 and bfloat16": ((jnp.float32, jnp.bfloat16), (jnp.float32, jnp.bfloat16)),
+    "narrow updates": ((jnp.float32, jnp.float32), (jnp.bfloat16, jnp.float16)),
+    "wide updates": ((jnp.bfloat16, jnp.float16), (jnp.float32, jnp.float32)),
+}
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_restoring_is_exact_to_the_last_bit(dtypes):
     rng = np.random.default_rng(0)
-    saved = {"w": jnp.asarray(rng.standard_normal(1000), jnp.float32), "b": jnp.ones(3, jnp.bfloat16)}
-    params = jax.tree.map(lambda x: (x * 1e6 + 7).astype(x.dtype), saved)
+    own, of_updates = DTYPES[dtypes]
+    saved = {"w": jnp.asarray(rng.standard_normal(1000), own[0]), "b": jnp.ones(3, own[1])}
+    params = jax.tree.map(lambda x: (x * 1e4 + 7).astype(x.dtype), saved)
+    zeros = {name: jnp.zeros_like(saved[name], dtype) for name, dtype in zip("wb", of_updates, strict=True)}
     snapshot = _snapshot.take_snapshot(saved, (jnp.float32(0),))
     restoring, steps = NO, 0
     for step in range(_snapshot.RESTORE_STEPS + 1):
-        updates, inner_state, snapshot, restoring = _snapshot.save_or_restore(
-            jax.tree.map(jnp.zeros_like, saved),
+        updates, inner_state, snapshot, restoring = _snapshot.act(
+            actions(restore=jnp.asarray(step == 0), restoring=restoring),
+            zeros,
             (jnp.float32(3),),
             snapshot,
-            params=params,
-            previous_inner_state=(jnp.float32(3),),
-            needed=YES,
-            restore=jnp.asarray(step == 0),
-            restoring=restoring,
-            save=NO,
+            params,
+            (jnp.float32(2),),
         )
         if not restoring:
             break
         steps += 1
         assert inner_state == (0,)
-        params = jax.tree.map(lambda p, u: p + u, params, updates)
-    assert steps > 1 and not restoring and _snapshot.are_equal(params, saved)
+        assert updates["w"].dtype == of_updates[0] and updates["b"].dtype == of_updates[1]
+        params = optax.apply_updates(params, updates)
+    assert steps and not restoring and _snapshot.are_equal(params, saved)
 
 
-@pytest.mark.parametrize("needed", [NO, YES])
-def test_a_snapshot_is_saved_only_if_needed(needed):
-    updates, inner_state, snapshot, restores = _snapshot.save_or_restore(
-        jnp.array([jnp.inf]),
+@pytest.mark.parametrize("save", [NO, YES])
+def test_a_snapshot_is_saved_from_before_the_step(save):
+    updates, inner_state, snapshot, restores = _snapshot.act(
+        actions(save=save),
+        jnp.array([0.5]),
         (jnp.float32(3),),
         _snapshot.take_snapshot(jnp.zeros(1), (jnp.float32(1),)),
-        params=jnp.ones(1),
-        previous_inner_state=(jnp.float32(2),),
-        needed=needed,
-        restore=NO,
-        restoring=NO,
-        save=YES,
+        jnp.ones(1),
+        (jnp.float32(2),),
     )
     assert inner_state == (3,) and not restores
-    assert updates[0] == (0 if needed else jnp.inf)
-    assert snapshot.params[0] == (1 if needed else 0)
-    assert _snapshot.restored_inner_state(snapshot, inner_state) == ((2,) if needed else (1,))
+    assert updates[0] == 0.5
+    assert snapshot.params[0] == (1 if save else 0)
+    assert _snapshot.restored_inner_state(snapshot, inner_state) == ((2,) if save else (1,))
+
+
+def _state(number):
+    """An optimizer state all of whose numbers are ``number``, or have it in them."""
+    full = lambda tree: jax.tree.map(lambda leaf: jnp.full_like(leaf, number), tree)  # noqa: E731
+    params = {"w": jnp.ones(3)}
+    rule = greedylr_jax.greedy_lr().init(params)
+    return {
+        "adam": full(optax.scale_by_adam().init(params)),
+        "rule": full(rule),
+        "rate": full(_rule.RateState(jnp.float32(1))),
+        "lbfgs": full(optax.scale_by_lbfgs().init(params)),
+        "injected": full(optax.inject_hyperparams(optax.sgd)(optax.constant_schedule(1.0)).init(params)),
+        "MultiSteps": full(optax.MultiSteps(optax.scale_by_adam(), 9).init(params)),
+        "multi_steps": full(greedylr_jax.multi_steps(optax.scale_by_adam(), 9).init(params)),
+        "noise": optax.add_noise(0.1, 0.5, jax.random.key(number)).init(params),
+    }
+
+
+@pytest.mark.parametrize("action", ["restore", "skip"])
+def test_floating_point_arrays_go_to_earlier_values_and_counts_continue(action):
+    """The snapshot's numbers are 1, those before the step 2, those after it 3."""
+    params = {"w": jnp.ones(3)}
+    saved, before, after = map(_state, (1, 2, 3))
+    updates, state, _, restores = _snapshot.act(
+        actions(**{action: YES}), params, after, _snapshot.take_snapshot(params, saved), params, before
+    )
+    assert restores == (action == "restore")
+    assert not updates["w"].any()
+    earlier = 1 if action == "restore" else 2
+    accumulated = 0 if action == "restore" else 2
+    assert state["adam"].count == 3 and (state["adam"].mu["w"] == earlier).all()
+    for name in ("rule", "rate", "lbfgs"):
+        assert all((leaf == earlier).all() for leaf in jax.tree.leaves(state[name]))
+    assert state["injected"].hyperparams["learning_rate"] == 3 and state["injected"].count == 3
+    for name in ("MultiSteps", "multi_steps"):
+        node = state[name]
+        assert node.mini_step == node.gradient_step == node.inner_opt_state.count == 3
+        assert (node.acc_grads["w"] == accumulated).all()
+        assert (node.inner_opt_state.mu["w"] == earlier).all()
+    assert state["multi_steps"].value_sum == state["multi_steps"].value_count == accumulated
+    assert state["noise"].rng_key == after["noise"].rng_key and state["noise"].count == after["noise"].count
+
+
+@pytest.mark.parametrize("name", ["MultiSteps", "multi_steps"])
+def test_skipping_the_last_micro_batch_empties_the_accumulator(name):
+    params, before, after = {"w": jnp.ones(3)}, _state(2)[name], _state(3)[name]
+    after = after._replace(mini_step=jnp.int32(0))
+    _, state, _, _ = _snapshot.act(
+        actions(skip=YES), params, after, _snapshot.take_snapshot(params, before), params, before
+    )
+    assert state.mini_step == 0 and state.gradient_step == 3 and not state.acc_grads["w"].any()
+
+
+@pytest.mark.parametrize("where", ["nothing", "update", "sum", "moment", "was infinite", "rule"])
+def test_what_counts_as_not_finite(where):
+    params = {"w": jnp.array([1.0, 3e38]), "mask": jnp.array([-jnp.inf, 0.0])}
+    moments = jax.tree.map(jnp.zeros_like, params)
+    rule = greedylr_jax.greedy_lr(window=None).init(params)
+    before = after = (moments, rule._replace(rule=rule.rule._replace(best_value=jnp.float32(1))))
+    updates = jax.tree.map(jnp.zeros_like, params)
+    if where == "update":
+        updates["w"] = updates["w"].at[0].set(jnp.nan)
+    if where == "sum":
+        updates["w"] = updates["w"].at[1].set(3e38)
+    infinite = moments | {"w": jnp.array([jnp.inf, 0.0])}
+    if where in ("moment", "was infinite"):
+        after = (infinite, after[1])
+    if where == "was infinite":
+        before = after
+    if where == "rule":
+        after = (moments, rule)  # whose best value is infinite
+    expected = where in ("update", "sum", "moment")
+    assert _snapshot.is_not_finite(updates, params, after, before) == expected
 
 
 PARAMS = {"w": jnp.linspace(-1.0, 1.0, 5), "b": jnp.ones(2)}
@@ -96,19 +179,21 @@ def _found(state, name):
     return optax.tree.get(state, name, filtering=lambda path, value: isinstance(value, jax.Array))
 
 
-def _rule():
+def _greedy():
     return greedylr_jax.greedy_lr(factor=0.5, patience=0, window=None)
 
 
 @pytest.mark.parametrize("wrapper", [name for name in WRAPPERS if name != "auto_lr"])  # has its own scale
 def test_readers_give_the_numbers_of_the_acting_rule(wrapper):
     """After three losses the scale is 2 * 2 / 2, whereas that of a snapshot is still 1, 2 or 4."""
-    state = _steps(WRAPPERS[wrapper](optax.chain(optax.sgd(1.0), _rule())))
-    assert greedylr_jax.get_scale(state) == 2.0
-    assert _found(state, "scale") == 2.0
+    state = _steps(WRAPPERS[wrapper](optax.chain(optax.sgd(1.0), _greedy())))
+    # auto_lr restarts its inner optimizer during its search, and has a rule of its own in its state.
+    scale = 2.0 if wrapper != "auto_lr" else state.inner_state[1].rule.scale
+    assert greedylr_jax.get_scale(state) == scale
+    assert wrapper == "auto_lr" or _found(state, "scale") == scale
     read = greedylr_jax.metrics(state)
-    assert [value for name, value in read.items() if name.split("/")[-1] == "scale"] == [2.0]
-    if not optax.tree.get_all_with_path(state, "learning_rate"):
+    assert [value for name, value in read.items() if name.split("/")[-1] == "scale"] == [scale]
+    if "tuner" not in wrapper and wrapper != "auto_lr":
         assert greedylr_jax.get_learning_rate(state, base_learning_rate=0.25) == 0.5
 
 
@@ -123,7 +208,7 @@ def test_readers_give_the_rate_of_an_optimizer_with_its_own(wrapper):
 @pytest.mark.parametrize("wrapper", [name for name in WRAPPERS if "tuner" not in name and name != "auto_lr"])
 def test_readers_give_the_rate_of_the_acting_schedule(wrapper):
     schedule = greedylr_jax.greedy_lr_schedule(
-        0.25, min_value=0.025, max_value=2.5, factor=0.5, patience=0, window=None
+        0.25, min_learning_rate=0.025, max_learning_rate=2.5, factor=0.5, patience=0, window=None
     )
     state = _steps(WRAPPERS[wrapper](optax.inject_hyperparams(optax.sgd)(learning_rate=schedule)))
     assert greedylr_jax.get_learning_rate(state) == 0.5

@@ -109,7 +109,7 @@ def test_the_listed_packages_are_those_of_the_library():
 
 @pytest.mark.slow
 def test_the_wheel_holds_one_top_level_package(tmp_path):
-    source = tmp_path / "source"  # a copy, as a build leaves files behind that the next one would include
+    source = tmp_path / "source"  # a copy: files of a build would be part of the next one
     for folder in ("greedylr_jax", "experiments"):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):

@@ -1,4 +1,4 @@
-"""Smoothness estimates against known Hessians, and the convergence bound against real descent."""
+"""Smoothness estimates against known Hessians, and the convergence bound against gradient descent."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def test_smoothness_is_the_largest_absolute_eigenvalue(eigenvalues):
     np.testing.assert_allclose(estimate, np.abs(eigenvalues).max(), rtol=1e-3)
 
 
-def test_smoothness_of_a_network_is_that_of_its_full_hessian():
+def test_smoothness_of_a_network_matches_its_full_hessian():
     x = jax.random.normal(jax.random.key(0), (32, 4))
 
     def loss_fn(params):
@@ -65,7 +65,7 @@ def test_local_smoothness_is_the_quotient_of_differences_and_its_running_mean():
     assert (states[3].latest, states[3].mean, states[3].maximum) == (6.0, 4.0, 6.0)
 
 
-def test_local_smoothness_leaves_out_gradients_that_are_not_finite():
+def test_local_smoothness_ignores_gradients_that_are_not_finite():
     params = [jnp.float32(step) for step in range(5)]
     gradients = [jnp.float32(value) for value in (0.0, 2.0, np.nan, 4.0, 7.0)]
     states = run_local_smoothness(gradients, params)
@@ -116,14 +116,14 @@ def test_the_bound_holds_on_random_quadratics_with_any_rates(eigenvalues, start,
         initial_distance=np.linalg.norm(start),
         strong_convexity=eigenvalues.min() if use_strong else 0.0,
     )
-    # A rate of 1/L goes to the optimum in one step, but for the rounding; least numbers have few digits.
+    # A learning rate of 1/L reaches the optimum in one step up to rounding, which is coarse for subnormals.
     rounding = eigenvalues.max() * np.sum((1e-14 * start) ** 2) + np.finfo(np.float64).tiny
     assert (descend(eigenvalues, start, rates) <= bound * (1 + 1e-9) + rounding).all()
 
 
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 1000), patience=st.integers(0, 5))
-def test_the_bound_holds_for_greedy_lr_and_its_lowest_rate_bounds_it_beforehand(seed, patience):
+def test_the_bound_holds_for_greedy_lr_and_its_minimum_rate_gives_one_in_advance(seed, patience):
     generator = np.random.default_rng(seed)
     eigenvalues = generator.uniform(0.01, 5.0, 6)
     start, rate = generator.standard_normal(6), 0.3 / eigenvalues.max()
@@ -147,7 +147,7 @@ def test_the_bound_holds_for_greedy_lr_and_its_lowest_rate_bounds_it_beforehand(
 
 
 def test_the_bound_is_tight_within_a_factor_on_a_flat_function():
-    """Rates far below 1/L on the quadratic whose steps all matter: no bound could be much lower."""
+    """Learning rates far below 1/L on a quadratic of low curvature, where the loss decreases slowly."""
     steps = 50
     rates = np.full(steps, 1.0)
     curvature = 1 / (2 * steps)
@@ -157,6 +157,6 @@ def test_the_bound_is_tight_within_a_factor_on_a_flat_function():
 
 
 @pytest.mark.parametrize("rates", [[0.0], [1.0], [np.nan], [-0.1, 0.1], 0.5])
-def test_rates_without_a_bound_are_an_error(rates):
+def test_learning_rates_out_of_range_raise(rates):
     with pytest.raises(ValueError, match=r"learning_rates must be .* in \(0, 1\)"):
         convergence_bound(rates, smoothness=2.0, initial_distance=1.0)

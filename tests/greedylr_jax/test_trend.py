@@ -3,7 +3,9 @@
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -16,12 +18,14 @@ def model(losses, *, window=20, raise_factor=1.3, accelerated_factor=2.0, cut_fa
           decay=0.5, significance=2.0, low=1e-4, high=5.0):  # fmt: skip
     """The rule with lists of losses as windows."""
     scale, exponent, rose, speed = 1.0, 1.0, False, 0.0
+    pause, next_pause = 0, 1
     current, recent, baseline = [], [], None
     result = []
     for loss in losses:
         factor, better, worse = 1.0, False, False
-        current.append(loss)
+        current.append(loss if baseline is None else clipped(loss, baseline))
         recent.append(loss)
+        is_test = not math.isfinite(loss) or len(recent) >= window
         if not math.isfinite(loss):
             worse, factor = True, cut_factor
             current, recent, baseline = [], [], None
@@ -31,33 +35,46 @@ def model(losses, *, window=20, raise_factor=1.3, accelerated_factor=2.0, cut_fa
                 better, worse = rise < -bound, rise > bound
                 factor = drift
                 if better:
-                    assume(
-                        not math.isclose(-rise / distance, 0.7 * speed)
-                    )  # rounding would change the decision
-                    factor = (
-                        accelerated_factor if speed > 0 and -rise / distance >= 0.7 * speed else raise_factor
-                    )
-                    speed = -rise / distance
-                elif worse:
-                    factor = cut_factor
-                factor **= exponent
+                    new_speed = -rise / distance
+                    assume(not math.isclose(new_speed, 0.7 * speed))  # rounding would change the decision
+                    keeps_speed = speed > 0 and new_speed >= 0.7 * speed
+                    factor = accelerated_factor if keeps_speed else raise_factor
+                    speed = new_speed if pause == 0 else speed
+                factor = cut_factor ** max(exponent, 1 / 2) if worse else factor**exponent
+                if pause > 0 and not worse:
+                    factor = 1.0
             if baseline is None or better or worse:
                 baseline, current = recent, []
             elif len(current) >= 2 * len(baseline):
                 baseline, current = current, []
             recent = []
+        if is_test:
+            pause = max(pause - 1, 0)
         if worse:
             speed = 0.0
-            exponent = max(exponent * decay, 1 / 8) if rose else exponent
+        if worse and rose:
+            exponent = max(exponent * decay, 1 / 8)
+            pause, next_pause = next_pause, 2 * next_pause
         rose = factor > 1 if factor != 1 else rose
         scale = min(max(scale * factor, low), high)
         result.append(scale)
     return result
 
 
+ROUNDING = 4 * 2.0**-23
+
+
+def clipped(loss, baseline):
+    """The loss, if finite at most ten standard deviations above the mean of the baseline."""
+    mean = np.mean(baseline)
+    bound = mean + 10 * max(np.std(baseline, ddof=1), ROUNDING * abs(mean))
+    return min(loss, bound) if math.isfinite(loss) else loss
+
+
 def compare(baseline, current, significance):
     """The rise of the mean, its significance bound, and the steps between the middles of the windows."""
-    errors = (np.var(part, ddof=1) / len(part) for part in (baseline, current))
+    parts = (baseline, current)
+    errors = (max(np.var(part, ddof=1) / len(part), (ROUNDING * np.mean(part)) ** 2) for part in parts)
     rise = np.mean(current) - np.mean(baseline)
     return rise, significance * math.sqrt(sum(errors)), (len(baseline) + len(current)) / 2
 
@@ -107,9 +124,9 @@ def test_an_increase_that_keeps_the_speed_of_the_loss_accelerates_the_next_one()
     np.testing.assert_allclose(factors_of(tx, [5, 4, 3.1, 2.6], 1e-3), [1.3, 2.0, 1.3], rtol=1e-5)
     # The same after an accelerated increase: 0.03 per step is four fifths of the previous 0.0375.
     np.testing.assert_allclose(factors_of(tx, [5, 4, 3.25, 2.65, 2.3], 1e-3), [1.3, 2.0, 2.0, 1.3], rtol=1e-5)
-    # A cut resets the speed.
+    # A cut resets the speed, and pauses the increases for one test.
     np.testing.assert_allclose(
-        factors_of(trend_lr(decay=1.0), [5, 4, 5, 4, 3], 1e-3), [1.3, 0.49, 1.3, 2.0], rtol=1e-5
+        factors_of(trend_lr(decay=1.0), [5, 4, 5, 4, 3, 2], 1e-3), [1.3, 0.49, 1.0, 1.3, 2.0], rtol=1e-5
     )
 
 
@@ -120,18 +137,67 @@ def test_a_change_below_the_noise_of_twenty_losses_is_detected_in_more():
     assert scales(trend_lr(drift=1.0), slow.astype("f4"))[-1] > 1.3
 
 
-def test_without_a_significant_change_the_rate_drifts_and_cuts_after_increases_shrink_all_factors():
-    got = factors_of(trend_lr(max_scale=100.0), [1, 1, 2, 2, 3, 4, 4], 1e-3)
-    # The first and the second cut follow an increase, the third follows a cut.
-    expected = [1.1, 0.49, 1.1**0.5, 0.49**0.5, 0.49**0.25, 1.1**0.25]
-    np.testing.assert_allclose(got, expected, rtol=1e-5)
+def test_without_a_significant_change_the_rate_drifts():
+    np.testing.assert_allclose(factors_of(trend_lr(), [1, 1, 1], 1e-3), 1.1, rtol=1e-5)
     constant = scales(trend_lr(drift=1.0), noisy([1, 1, 1, 1]))
     np.testing.assert_allclose(constant, 1)
 
 
+def test_cuts_after_increases_shrink_all_factors_and_pause_the_increases():
+    got = factors_of(trend_lr(max_scale=100.0), [1, 1, 2, 2, 2, 3, 3, 3, 3, 4, 5], 1e-3)
+    # Pauses of one and two tests. The last cut follows a cut.
+    expected = [1.1, 0.49, 1, 1.1**0.5, 0.49**0.5, 1, 1, 1.1**0.25, 0.49**0.5, 0.49**0.5]
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
 def test_the_step_exponent_has_a_minimum():
-    got = factors_of(trend_lr(decay=0.0, max_scale=100.0), [1, 1, 2, 2, 3], 1e-3)
-    np.testing.assert_allclose(got, [1.1, 0.49, 1.1**0.125, 0.49**0.125], rtol=1e-5)
+    got = factors_of(trend_lr(decay=0.0, max_scale=100.0), [1, 1, 2, 2, 2, 3], 1e-3)
+    np.testing.assert_allclose(got, [1.1, 0.49, 1, 1.1**0.125, 0.49**0.5], rtol=1e-5)
+
+
+def ulps(base, count, seed=0):
+    """A constant loss with rounding errors of up to two units in the last place."""
+    steps = np.random.default_rng(seed).integers(-2, 3, count)
+    return (np.float32(base) * (1 + steps * np.finfo(np.float32).eps)).astype(np.float32)
+
+
+@pytest.mark.parametrize("base", [1e-6, 1.0, -3.0, 1e6])
+def test_rounding_errors_of_a_constant_loss_are_not_a_trend(base):
+    constant = np.full(100, base, np.float32)
+    step = np.nextafter(constant, np.float32(np.inf))
+    assert (scales(trend_lr(drift=1.0), np.concatenate([constant, step, ulps(base, 200)])) == 1).all()
+    # A change of a thousandth is significant.
+    changed = constant + np.float32(abs(base) * 1e-3)
+    np.testing.assert_allclose(scales(trend_lr(drift=1.0), np.append(constant, changed))[-1], 0.49, rtol=1e-5)
+
+
+@pytest.mark.parametrize("outlier", [10.0, 1e3, 1e20])
+def test_one_outlier_decides_nothing_and_hides_nothing(outlier):
+    losses = noisy([1, 1, 1, 1], noise=0.01)
+    losses[45] = outlier
+    assert (scales(trend_lr(drift=1.0), losses) == 1).all()
+    rising = np.concatenate([losses, noisy([1.2], noise=0.01, seed=1)])
+    np.testing.assert_allclose(scales(trend_lr(drift=1.0), rising)[-1], 0.49, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rate", [3e-4, 1e-3])
+def test_gradient_descent_on_rosenbrock_converges(rate):
+    """Without pauses the rate returns to the largest stable one again and again, and the loss ends at 0.5."""
+    tx = optax.chain(optax.sgd(rate), trend_lr())
+
+    def loss_fn(params):
+        x, y = params
+        return (1 - x) ** 2 + 100 * (y - x**2) ** 2
+
+    def body(carry, _):
+        params, state = carry
+        loss, grads = jax.value_and_grad(loss_fn)(params)
+        updates, state = tx.update(grads, state, value=loss)
+        return (optax.apply_updates(params, updates), state), loss
+
+    start = (jnp.zeros(()), jnp.zeros(()))
+    _, losses = jax.jit(lambda start: jax.lax.scan(body, (start, tx.init(start)), length=10_000))(start)
+    assert losses[-200:].max() < 1e-4
 
 
 def test_a_divergence_cuts_at_once_and_clears_the_baseline():
@@ -164,6 +230,7 @@ def test_numbers_may_be_traced():
         return scan_scales(trend_lr(window=window, raise_factor=factor), losses)[-1]
 
     got = jax.jit(jax.vmap(run))(windows, factors)
+    assert got[0] != got[1]
     for index in range(2):
         alone = scales(trend_lr(window=int(windows[index]), raise_factor=float(factors[index])), losses)[-1]
         np.testing.assert_allclose(got[index], alone, rtol=1e-6)

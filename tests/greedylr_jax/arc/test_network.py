@@ -58,7 +58,9 @@ def test_the_published_keras_file_holds_the_same_arrays():
 
 def test_weights_survive_a_file(weights, tmp_path):
     save_file(weights, tmp_path / "w.safetensors")
-    for name, array in load_weights(tmp_path / "w.safetensors").items():
+    loaded = load_weights(tmp_path / "w.safetensors")
+    assert loaded.keys() == weights.keys()
+    for name, array in loaded.items():
         np.testing.assert_array_equal(array, weights[name])
 
 

@@ -1,4 +1,4 @@
-"""Factor polling against Algorithm 1 in plain Python, and what it does with candidates that diverge."""
+"""Factor polling against Algorithm 1 in plain Python, and with candidates that diverge."""
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +15,17 @@ FACTORS = (4.0, 2.0, 1.0, 0.5, 0.25)
 
 
 def distance(params):
-    """How far the parameters are along the updates: the loss as a function of the step is then a choice."""
+    """Distance of the parameters along the updates, of which the tests define the loss as a function."""
     return (1.0 - params["w"][0]) / 0.5
 
 
-def voted_factor(losses, sharpness, normalize, factors=FACTORS):
+def expected_factor(losses, sharpness, normalize, factors=FACTORS):
     """Algorithm 1, lines 7 to 11."""
     losses, factors = np.asarray(losses, float), np.asarray(factors)
-    votes = np.isfinite(losses)
-    if not votes.any():
+    valid = np.isfinite(losses)
+    if not valid.any():
         return factors.min()
-    losses, factors = losses[votes], factors[votes]
+    losses, factors = losses[valid], factors[valid]
     if normalize == "minmax" and np.ptp(losses) > 0:
         losses = (losses - losses.min()) / np.ptp(losses)
     if normalize == "standard" and losses.std() > 0:
@@ -60,19 +60,19 @@ LOSSES = [
 
 
 @pytest.mark.parametrize("normalize", ["minmax", "standard", "none"])
-def test_the_scale_is_multiplied_by_the_voted_factor(normalize):
+def test_the_scale_is_multiplied_by_the_weighted_mean_of_the_factors(normalize):
     poll_many = jax.jit(
         jax.vmap(lambda losses, sharpness: poll(losses, sharpness=sharpness, normalize=normalize))
     )
     for sharpness in (0.0, 1.0, 7.5):
         updates, states = poll_many(jnp.array(LOSSES), jnp.full(len(LOSSES), sharpness))
-        expected = [voted_factor(losses, sharpness, normalize) for losses in LOSSES]
+        expected = [expected_factor(losses, sharpness, normalize) for losses in LOSSES]
         np.testing.assert_allclose(states.rule.scale, expected, rtol=1e-5)
         for name, update in UPDATES.items():
             np.testing.assert_allclose(updates[name], np.outer(expected, update), rtol=1e-5)
 
 
-def test_if_all_candidates_diverge_the_smallest_factor_is_taken_and_the_step_is_not():
+def test_if_all_candidates_diverge_the_minimum_factor_is_used_and_the_update_is_zero():
     updates, state = poll([np.nan] * 5)
     assert get_scale(state) == 0.25
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(updates))
@@ -81,7 +81,7 @@ def test_if_all_candidates_diverge_the_smallest_factor_is_taken_and_the_step_is_
     np.testing.assert_array_equal(updates["w"], 0.25 * UPDATES["w"])
 
 
-def test_a_declined_step_is_polled_again_and_others_wait():
+def test_after_a_declined_step_the_next_one_polls_again():
     tx = factor_polling(FACTORS, every=3)
     state = tx.init(PARAMS)
     scales = []
@@ -93,7 +93,7 @@ def test_a_declined_step_is_polled_again_and_others_wait():
     assert scales == [0.25, 0.0625, 0.0625, 0.0625, 0.0625, 0.015625]
 
 
-def test_a_candidate_far_above_the_first_loss_has_no_vote():
+def test_a_candidate_far_above_the_first_loss_is_ignored():
     tx = factor_polling((2.0, 1.0, 0.5), sharpness=0.0, divergence=1.5)
 
     def scale_after(value, losses, state):
@@ -108,23 +108,23 @@ def test_a_candidate_far_above_the_first_loss_has_no_vote():
 
     state = scale_after(2.0, jnp.array([1.0, 2.9, 3.1]), tx.init(PARAMS))
     np.testing.assert_allclose(get_scale(state), np.sqrt(0.5), rtol=1e-6)  # 3.1 > 1.5 * 2.0
-    # Later losses are lower; what counts is the first one.
+    # The reference is the first loss, not a lower one after it.
     again = scale_after(0.1, jnp.array([1.0, 2.9, 2.9]), state)
     np.testing.assert_allclose(get_scale(again), np.sqrt(0.5), rtol=1e-6)
-    # From a place that is worse than the start there must be a way on.
-    lost = scale_after(100.0, jnp.array([90.0, 120.0, 151.0]), state)
-    np.testing.assert_allclose(get_scale(lost), np.sqrt(0.5) * np.sqrt(0.5), rtol=1e-6)
+    # If the current loss is higher, it is the reference.
+    higher = scale_after(100.0, jnp.array([90.0, 120.0, 151.0]), state)
+    np.testing.assert_allclose(get_scale(higher), np.sqrt(0.5) * np.sqrt(0.5), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("losses", "bound"), [([9.0, 1.0], 1.5), ([1.0, 9.0], 0.75)])
-def test_the_scale_stays_in_its_bounds(losses, bound):
+def test_the_scale_stays_within_its_bounds(losses, bound):
     settings = dict(factors=(0.1, 10.0), min_scale=0.75, max_scale=1.5)
     updates, state = poll(losses, **settings)
     assert get_scale(state) == np.float32(bound)
     np.testing.assert_allclose(updates["w"], bound * UPDATES["w"], rtol=1e-6)
 
 
-def test_polls_only_every_so_many_steps_and_not_without_an_observation():
+def test_it_polls_every_few_steps_and_only_with_an_observation():
     calls = []
 
     def value_fn(params):
@@ -152,10 +152,11 @@ def test_factors_may_be_traced():
 
     many = jnp.array([[2.0, 1.0, 0.5], [8.0, 1.0, 0.125]])
     got = jax.jit(jax.vmap(scale))(many, jnp.array([1.0, 30.0]))
+    assert got[0] != got[1]
     np.testing.assert_allclose(got, [scale(many[0], 1.0), scale(list(many[1]), 30.0)], rtol=1e-6)
 
 
-def test_in_a_chain_it_acts_on_the_step_wherever_it_stands():
+def test_in_any_position_of_a_chain_it_scales_the_step():
     def loss_fn(params):
         return jnp.sum((params["w"] - 3.0) ** 2) + jnp.sum(params["b"] ** 2)
 
@@ -189,6 +190,6 @@ def test_in_a_chain_it_acts_on_the_step_wherever_it_stands():
         ({"divergence": 0.5}, "divergence must be a number in .1, inf.*got 0.5"),
     ],
 )
-def test_bad_arguments_are_named(arguments, message):
+def test_invalid_arguments_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         factor_polling(**arguments)

@@ -36,7 +36,7 @@ def test_taylor_coefficients_are_the_derivatives(t):
 
 
 @pytest.mark.parametrize("num_samples", [3, 4, 5, 9])
-def test_a_parabola_is_fitted_exactly_and_more_by_least_squares(num_samples):
+def test_a_parabola_is_fitted_exactly_and_other_losses_by_least_squares(num_samples):
     t = np.linspace(-0.3, 0.3, num_samples)
     exact = _probe.fit_parabola(jnp.asarray(7 + 2 * t + 5 * t**2, jnp.float32), jnp.float32(0.3))
     np.testing.assert_allclose(exact, [7, 2, 5], rtol=2e-5)
@@ -70,6 +70,6 @@ def test_a_superbatch_needs_the_memory_of_one_batch():
 @pytest.mark.parametrize(
     "batches", [{}, {"x": jnp.ones((3, 2)), "y": jnp.ones(4)}, jnp.float32(1), jnp.ones((0, 2))]
 )
-def test_a_superbatch_of_nothing_or_of_unequal_batches_is_an_error(batches):
+def test_a_superbatch_without_batches_or_with_unequal_axes_raises(batches):
     with pytest.raises(ValueError, match="batches must hold arrays with one leading axis"):
         superbatch_loss(lambda params, batch: 0.0, batches)
