@@ -48,17 +48,6 @@ OPTIMIZERS = {
 SLOW = ("arc", "lr_tuner", "auto_lr")  # they take seconds to compile
 
 
-def optimizers(slow=SLOW, fails=None):
-    """The optimizers as parameters of a test; ``fails`` gives the reasons of those known to fail."""
-
-    def marks(name):
-        reason = (fails or {}).get(name)
-        is_slow = [pytest.mark.slow] if name.startswith(slow) else []
-        return is_slow + ([pytest.mark.xfail(strict=True, reason=reason)] if reason else [])
-
-    return [pytest.param(name, marks=marks(name)) for name in OPTIMIZERS]
-
-
 def step(tx, loss_fn, params, state):
     loss, grads = jax.value_and_grad(loss_fn)(params)
     if not isinstance(tx, optax.MultiSteps):  # it takes extra arguments, but its type does not show it
@@ -125,14 +114,6 @@ def test_converges(name, problem):
     assert losses[-1] <= 1.001 * baseline[-1]
 
 
-# Reasons of known failures.
-MAP_PARAMS = {"hypergradient-group": "labels do not fit the placeholder that map_params gives for parameters"}
-SHARDED = {
-    **MAP_PARAMS,
-    "hypergradient-parameter": "the initial learning rates do not have the sharding of the parameters",
-}
-
-
 def types(tree):
     return jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), tree)
 
@@ -151,13 +132,13 @@ def test_updates_have_the_dtype_of_the_parameters_and_the_state_keeps_its_types(
         assert types(after) == types(state)
 
 
-@pytest.mark.parametrize("name", optimizers(slow=()))
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_init_of_shapes_gives_the_shapes_of_the_state(name):
     tx = OPTIMIZERS[name]()
     assert types(jax.eval_shape(tx.init, START)) == types(tx.init(START))
 
 
-@pytest.mark.parametrize("name", optimizers(slow=(), fails=MAP_PARAMS))
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_map_params_maps_what_is_like_the_parameters_and_nothing_else(name):
     tx = OPTIMIZERS[name]()
     state = tx.init(START)
@@ -173,7 +154,7 @@ def test_map_params_maps_what_is_like_the_parameters_and_nothing_else(name):
     assert types(added) == types(state)
 
 
-@pytest.mark.parametrize("name", optimizers(slow=(), fails=SHARDED))
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_states_are_sharded_like_the_parameters_on_an_explicit_mesh(name):
     mesh = jax.make_mesh((8,), ("shard",), axis_types=(jax.sharding.AxisType.Explicit,))
     specs = {"w": P("shard"), "b": P()}
