@@ -3,8 +3,8 @@
 Each mutant (made by mutmut 2: a changed number, operator, name or default) runs the tests of its file in a
 copy of the project. A mutant that passes all tests survives: either a test is missing, or the mutant is
 equivalent to the original, like those listed here. A file takes half an hour: one process imports JAX and
-forks for every mutant, and compiled programs are cached. Requires ``pip install "mutmut<3"`` and a system with
-``fork``.
+forks for every mutant, and compiled programs are cached. Requires ``pip install "mutmut<3"`` and a system
+with ``fork``.
 """
 
 import argparse
