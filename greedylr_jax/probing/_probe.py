@@ -199,8 +199,8 @@ def _loss(value_fn: ValueFn, params: optax.Params) -> jax.Array:
     return jnp.asarray(value_fn(params), _numerics.default_float_dtype())
 
 
-def check_value_fn(rule_name: str, value_fn: Any, params: Any) -> None:
-    """Raises an error that shows the right call if ``value_fn`` or ``params`` is missing."""
+def check_value_fn(rule_name: str, value_fn: Any, params: Any) -> ValueFn:
+    """Returns ``value_fn``, or raises an error that shows the right call if it or ``params`` is missing."""
     right_call = "tx.update(grads, opt_state, params, value=loss, value_fn=lambda p: loss_fn(p, batch))"
     if not callable(value_fn):
         raise TypeError(
@@ -209,3 +209,4 @@ def check_value_fn(rule_name: str, value_fn: Any, params: Any) -> None:
         )
     if params is None:
         raise TypeError(f"{rule_name} needs the parameters: call {right_call}.")
+    return value_fn
