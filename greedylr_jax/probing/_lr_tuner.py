@@ -23,7 +23,7 @@ The paper leaves some details open. In this implementation:
 """
 
 from collections.abc import Callable, Hashable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -208,7 +208,7 @@ def lr_tuner(
             state,
             window,
             is_full & ~is_bad & jnp.isfinite(loss),
-            lambda rate: _propose(settings, rate, params, step, loss, value_fn),
+            lambda rate: _propose(settings, rate, params, step, loss, cast(_probe.ValueFn, value_fn)),
         )
         advanced = state._replace(
             rate=_rule.RateState(learning_rate),
