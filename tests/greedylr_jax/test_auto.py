@@ -66,8 +66,8 @@ def test_the_search_always_begins_from_the_initial_parameters_and_a_fresh_optimi
     start = regression()[1]
     fresh = optax.adam(1.0).init(start)
     # Each return is over where a step follows whose rate differs from that before.
-    settles, trials = np.asarray(states.settles), np.asarray(states.search.trial)
-    arrivals = [i for i in range(1, STEPS) if settles[i - 1] > 0 and settles[i] == 0]
+    steps_left, trials = np.asarray(states.restore_steps_left), np.asarray(states.search.trial)
+    arrivals = [i for i in range(1, STEPS) if steps_left[i - 1] > 0 and steps_left[i] == 0]
     assert len(arrivals) == trials[-1] + 2  # after the ramp, and after each trial
     for arrival in arrivals:
         for name, value in start.items():
@@ -99,8 +99,8 @@ def test_after_the_search_the_trend_rule_acts_and_the_rate_falls_to_zero_at_the_
     params, states, losses = history
     rates = np.asarray(states.rate.learning_rate)
     found, edge = float(states.search.found[-1]), float(states.search.edge[-1])
-    stages, settles = np.asarray(states.search.stage), np.asarray(states.settles)
-    first = np.flatnonzero((stages == _search.FOUND) & (settles == 0))[0]
+    stages, steps_left = np.asarray(states.search.stage), np.asarray(states.restore_steps_left)
+    first = np.flatnonzero((stages == _search.FOUND) & (steps_left == 0))[0]
     highest = max(min(30 * found, 0.4 * edge), found) / (0.5 * found)
     pulls, seen = pulls_before_each_step(params), []
     tx, scale, scales, limited = greedylr_jax.trend_lr(max_scale=highest, drift=1.0), 1.0, [], 0
@@ -259,7 +259,7 @@ def test_a_training_that_is_lost_goes_back_to_its_best_parameters_and_is_slower(
     assert returns[-1] == 1 and returns[238] == 0 and returns[239] == 1
     saved = jax.tree.map(lambda leaf: leaf[239], states.snapshot.params)
     assert (saved["w"] != regression()[1]["w"]).any()  # not the initial ones
-    arrival = 240 + int(np.argmin(np.asarray(states.settles)[240:]))
+    arrival = 240 + int(np.argmin(np.asarray(states.restore_steps_left)[240:]))
     assert arrival < 240 + _snapshot.RESTORE_STEPS
     np.testing.assert_array_equal(seen["w"][arrival], saved["w"])
     assert states.trend.scale[239] < 0.5 * states.trend.scale[219]
@@ -303,7 +303,7 @@ def test_numbers_out_of_range_are_refused(arguments, message):
 def test_the_parameters_and_the_loss_are_asked_for():
     tx = auto_lr(optax.sgd(1.0))
     state = tx.init(jnp.ones(2))
-    with pytest.raises(TypeError, match="needs the parameters"):
+    with pytest.raises(TypeError, match="requires `params`"):
         tx.update(jnp.ones(2), state, value=1.0)
     with pytest.raises(TypeError, match="value=loss"):
         tx.update(jnp.ones(2), state, jnp.ones(2))
