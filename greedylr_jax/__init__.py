@@ -30,6 +30,7 @@ from greedylr_jax._reading import (
     set_learning_rate,
     set_scale,
 )
+from greedylr_jax._relative import ScaleToParametersState, scale_to_parameters
 from greedylr_jax._rollback import RollbackState, with_rollback
 from greedylr_jax._rule import (
     GradientTransformationExtraLoss,
@@ -70,6 +71,7 @@ __all__ = [
     "RuleSchedule",
     "RuleScheduleState",
     "RuleState",
+    "ScaleToParametersState",
     "TrendState",
     "arc",
     "assert_controls_learning_rate",
@@ -90,6 +92,7 @@ __all__ = [
     "probing",
     "range_test",
     "scale_by_rule",
+    "scale_to_parameters",
     "schedule_by_rule",
     "schedules",
     "set_learning_rate",

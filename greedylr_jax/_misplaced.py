@@ -79,7 +79,7 @@ class _Level(NamedTuple):
         return self._replace(params=jax.tree.map(_shape_of, self.params), states=[])
 
 
-def watch(
+def with_check(
     init: Callable[..., Any], update: Callable[..., Any]
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The functions of a rule's transformation, with a check of its position at the first update."""

@@ -335,7 +335,7 @@ def set_learning_rate(
     Examples:
       >>> import jax.numpy as jnp, optax
       >>> from greedylr_jax import get_learning_rate, greedy_lr_schedule, set_learning_rate
-      >>> schedule = greedy_lr_schedule(1e-3, min_value=1e-4, max_value=1e-1)
+      >>> schedule = greedy_lr_schedule(1e-3, min_learning_rate=1e-4, max_learning_rate=0.1)
       >>> state = optax.inject_hyperparams(optax.adamw)(learning_rate=schedule).init(jnp.ones(2))
       >>> print(get_learning_rate(set_learning_rate(state, 0.01)))
       0.01

@@ -143,7 +143,7 @@ class ScaleByRule(GradientTransformationExtraLoss):
     """
 
     def __new__(cls, init: Callable[..., Any], update: Callable[..., Any]) -> Self:
-        return super().__new__(cls, *_misplaced.watch(init, update))
+        return super().__new__(cls, *_misplaced.with_check(init, update))
 
 
 def scale_by_rule(
@@ -201,7 +201,7 @@ class RuleSchedule:
 
     Examples:
       >>> import greedylr_jax
-      >>> schedule = greedylr_jax.greedy_lr_schedule(0.5, min_value=0.1, max_value=1.0)
+      >>> schedule = greedylr_jax.greedy_lr_schedule(0.5, min_learning_rate=0.1, max_learning_rate=1.0)
       >>> isinstance(schedule, greedylr_jax.RuleSchedule)
       True
       >>> print(schedule(schedule.init()))

@@ -2,9 +2,7 @@
 
 All variants are the same training step with AdamW, bare or followed by one rule, timed in random order. A
 step of 100 parameters under ``lax.scan`` shows any overhead; networks show how much of it remains at a
-realistic size. With an accelerator, a language model of 124 million parameters is added. XLA counts the body
-of a loop whether or not it runs: the loop of ``auto_lr`` runs only during the search and while restoring, and
-on networks its step time is measured after the search.
+realistic size. With an accelerator, a language model of 124 million parameters is added.
 """
 
 import itertools
@@ -25,8 +23,7 @@ from experiments.bench import language_model, perceptron
 from experiments.reporting.tables import print_table
 from experiments.timing import interleaved_medians
 from experiments.training.store import write_atomically
-from greedylr_jax import AutoState, auto_lr, greedy_lr, hypergradient, trend_lr
-from greedylr_jax._search import FOUND
+from greedylr_jax import auto_lr, greedy_lr, hypergradient, trend_lr
 
 BARE = "bare"
 RATE = 1e-3
@@ -38,7 +35,7 @@ VARIANTS: dict[str, Callable[[], optax.GradientTransformationExtraArgs]] = {
     "greedy_lr, paper": lambda: _followed_by(greedy_lr(algorithm="paper")),
     "trend_lr": lambda: _followed_by(trend_lr()),
     "hypergradient": lambda: hypergradient(optax.adamw(1.0), RATE, 0.02, mode="multiplicative"),
-    "auto_lr": lambda: auto_lr(optax.adamw(1.0), RATE, ramp_steps=30, trial_steps=10),
+    "auto_lr": lambda: auto_lr(optax.adamw(1.0), total_steps=100_000),
 }
 
 
@@ -211,9 +208,6 @@ def _compile(
 
 def _repetition(compiled: Any, params: Any, state: Any, batch: Any, steps: int) -> Callable[[], Any]:
     """A function that trains a few steps, and continues from its previous call."""
-    if isinstance(state, AutoState):  # measure the cost after the search
-        search = state.search._replace(stage=jnp.int32(FOUND), found=jnp.float32(RATE))
-        state = state._replace(search=search)
     carry = [jax.tree.map(jnp.array, params), jax.tree.map(jnp.array, state)]
 
     def run() -> Any:

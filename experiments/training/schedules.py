@@ -297,9 +297,9 @@ _ENTRIES: tuple[Schedule, ...] = (
     ),
     RateOptimizer(
         name="auto",
-        source="greedylr_jax.auto_lr",
+        source="greedylr_jax.auto_lr; it has no initial rate, so its runs are equal at all of them",
         look=Look(palette.BLACK),
-        optimizer=lambda optimizer, rate, steps: greedylr_jax.auto_lr(optimizer, rate, total_steps=steps),
+        optimizer=lambda optimizer, rate, steps: greedylr_jax.auto_lr(optimizer, total_steps=max(10, steps)),
     ),
     RateOptimizer(
         name="polling-3",

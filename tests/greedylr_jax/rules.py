@@ -125,7 +125,7 @@ RATE_OPTIMIZERS = {
     "lr_tuner-taylor": greedylr_jax.lr_tuner(
         optax.adam(1.0), 0.01, explore_steps=20, recompute_every=3, method="taylor", rollback=False
     ),
-    "auto_lr": greedylr_jax.auto_lr(optax.sgd(1.0), 0.01, ramp_steps=30),
+    "auto_lr": greedylr_jax.auto_lr(optax.sgd(1.0)),
     "with_rollback": greedylr_jax.with_rollback(
         greedylr_jax.hypergradient(optax.sgd(1.0, momentum=0.9), 0.01, 1e-3), window=5, patience=5
     ),

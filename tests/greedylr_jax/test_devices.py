@@ -34,6 +34,7 @@ def mesh():
 
 def assert_same(got, expected):
     assert got[1] == expected[1]
+    assert got[0].keys() == expected[0].keys()
     for name, leaf in got[0].items():
         np.testing.assert_allclose(leaf, expected[0][name], rtol=1e-4, atol=1e-5)
 

@@ -88,6 +88,7 @@ def test_a_traced_window_is_refused():
 def test_hyperparameters_may_be_any_kind_of_scalar(number):
     patience = jnp.int32(2)
     expected = scales(greedy_lr(0.5, 2, window=2, cooldown=1), losses())
+    assert np.ptp(expected) > 0
     got = scales(greedy_lr(number, patience, window=np.int64(2), cooldown=np.int8(1)), losses())
     np.testing.assert_array_equal(got, expected)
 
@@ -233,6 +234,7 @@ def test_negating_losses_and_flipping_the_mode_changes_nothing(settings):
     for threshold_mode in ("abs", "rel"):
         options = dict(factor=0.5, patience=1, threshold=1 / 16, threshold_mode=threshold_mode) | settings
         expected = scales(greedy_lr(mode="min", **options), losses(200))
+        assert np.ptp(expected) > 0
         got = scales(greedy_lr(mode="max", **options), -losses(200))
         np.testing.assert_array_equal(got, expected)
 
@@ -241,6 +243,7 @@ def test_negating_losses_and_flipping_the_mode_changes_nothing(settings):
 def test_scaling_losses_changes_nothing_with_a_relative_threshold(settings):
     options = dict(factor=0.5, patience=1, threshold=1 / 16, threshold_mode="rel") | settings
     expected = scales(greedy_lr(**options), losses(200))
+    assert np.ptp(expected) > 0
     for power in (-40, 3, 60):
         np.testing.assert_array_equal(scales(greedy_lr(**options), losses(200) * 2.0**power), expected)
 
@@ -249,6 +252,7 @@ def test_scaling_losses_changes_nothing_with_a_relative_threshold(settings):
 def test_shifting_losses_changes_nothing_with_an_absolute_threshold(settings):
     options = dict(factor=0.5, patience=1, threshold=1 / 16) | settings
     expected = scales(greedy_lr(**options), losses(200))
+    assert np.ptp(expected) > 0
     np.testing.assert_array_equal(scales(greedy_lr(**options), losses(200) + 1024), expected)
 
 

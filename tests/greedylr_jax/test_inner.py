@@ -145,7 +145,7 @@ RULES = {
     "hypergradient-multiplicative-parameter": hypergradient("multiplicative", "parameter"),
     "lr_tuner-fit": lr_tuner("fit"),
     "lr_tuner-taylor": lr_tuner("taylor"),
-    "auto_lr": functools.partial(train, lambda inner: greedylr_jax.auto_lr(inner, 1e-3, ramp_steps=30)),
+    "auto_lr": functools.partial(train, greedylr_jax.auto_lr),
     "range_test": record_range_test,
 }
 

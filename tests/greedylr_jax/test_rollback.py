@@ -104,6 +104,8 @@ def test_a_non_finite_loss_restores_the_best_window_at_a_lower_rate(name):
     np.testing.assert_allclose(rate, 0.25 * min(saved_rate, last_rate), rtol=1e-6)
     # All other floating point numbers are restored to the last bit.
     chex.assert_trees_all_equal(floats_but_rates(restored), floats_but_rates(saved_state))
+    before = floats_but_rates(history[10][1])
+    assert any((a != b).any() for a, b in zip(before, floats_but_rates(saved_state), strict=True))
     for leaf in floats_but_rates(later_state):
         assert np.isfinite(leaf).all()
 

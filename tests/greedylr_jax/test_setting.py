@@ -74,12 +74,12 @@ def test_the_next_step_uses_the_scale_and_the_rule_continues_from_it(case, adapt
 @every_adapter
 def test_the_next_step_uses_the_learning_rate(case, adapter):
     step, state = after(with_rule(case, adapter), VALUES[:1])
-    changed = set_learning_rate(state, 0.25, None if adapter == "schedule" else BASE_RATE)
-    assert get_learning_rate(changed, BASE_RATE) == 0.25
+    changed = set_learning_rate(state, 0.5, None if adapter == "schedule" else BASE_RATE)
+    assert get_learning_rate(changed, BASE_RATE) == 0.5
     if adapter == "schedule":
-        assert changed.hyperparams["learning_rate"] == 0.25
+        assert changed.hyperparams["learning_rate"] == 0.5
     updates, _ = step(changed, 0.0, False)
-    chex.assert_trees_all_close(updates, jax.tree.map(lambda g: -0.25 * g, GRADS), rtol=1e-6)
+    chex.assert_trees_all_close(updates, jax.tree.map(lambda g: -0.5 * g, GRADS), rtol=1e-6)
 
 
 _IGNORED = pytest.mark.xfail(strict=True, reason="auto_lr selects its rate whatever its state says")

@@ -230,6 +230,7 @@ def test_numbers_may_be_traced():
         return scan_scales(trend_lr(window=window, raise_factor=factor), losses)[-1]
 
     got = jax.jit(jax.vmap(run))(windows, factors)
+    assert got[0] != got[1]
     for index in range(2):
         alone = scales(trend_lr(window=int(windows[index]), raise_factor=float(factors[index])), losses)[-1]
         np.testing.assert_allclose(got[index], alone, rtol=1e-6)

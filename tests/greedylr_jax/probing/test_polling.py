@@ -152,6 +152,7 @@ def test_factors_may_be_traced():
 
     many = jnp.array([[2.0, 1.0, 0.5], [8.0, 1.0, 0.125]])
     got = jax.jit(jax.vmap(scale))(many, jnp.array([1.0, 30.0]))
+    assert got[0] != got[1]
     np.testing.assert_allclose(got, [scale(many[0], 1.0), scale(list(many[1]), 30.0)], rtol=1e-6)
 
 
