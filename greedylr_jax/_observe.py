@@ -115,18 +115,6 @@ def given(**extra_args: Any) -> dict[str, Any]:
     return {name: argument for name, argument in extra_args.items() if argument is not None}
 
 
-def read_loss(
-    rule_name: str,
-    value: ArrayLike | None,
-    has_value: ArrayLike | None,
-    dtype: Any,
-    axis_name: Hashable | None,
-) -> tuple[jax.Array, jax.Array]:
-    """:func:`read`, as a pair of arrays."""
-    loss, has_value = read(rule_name, value, has_value, dtype, axis_name)
-    return loss, jnp.asarray(has_value)
-
-
 def _check_has_value(rule_name: str, has_value: ArrayLike | None) -> np.bool_ | jax.Array:
     if has_value is None:
         return np.bool_(True)
