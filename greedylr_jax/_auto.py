@@ -22,7 +22,6 @@ _WARM_UP = 0.3  # share of the steps; "Relative step and warm-up"
 _FREE_RELATIVE_STEP = 0.02  # without total_steps; "Unknown number of steps"
 _DECAY_STEPS = 200.0  # without total_steps: steps after which s has fallen to 1/2; the same table
 _MIN_STEPS = 10  # of a training: 3 steps of warm-up
-_SAMPLE_SIZE = 2**14  # elements that the size of a leaf is estimated from; "Cost"
 
 
 class AutoState(NamedTuple):
@@ -83,7 +82,6 @@ def auto_lr(
     inner = optax.with_extra_args_support(inner)
     relative: Any = _relative.scale_to_parameters(
         lambda step: _relative_step(step, total_steps),
-        sample_size=_SAMPLE_SIZE,
         shard_axis_name=shard_axis_name,
     )
 

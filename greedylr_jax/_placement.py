@@ -10,7 +10,7 @@ import optax
 from jax.typing import ArrayLike
 from optax import contrib
 
-from greedylr_jax import _auto, _numerics, _observe, _reading, _rollback, _rule
+from greedylr_jax import _numerics, _observe, _reading, _rollback, _rule
 from greedylr_jax._misplaced import MisplacedRuleWarning
 from greedylr_jax.probing import LRTunerState
 
@@ -27,7 +27,6 @@ _OTHERS = (
     contrib.SAMState,
     contrib.COCOBState,
     contrib.MadgradState,
-    _auto.AutoState,
     _rollback.RollbackState,
     LRTunerState,
 )

@@ -56,7 +56,7 @@ def _find_rates(opt_state: optax.OptState) -> list[Found]:
         if isinstance(rates, dict) and all(_is_scalar(value) for value in rates.values()):
             for label, value in rates.items():
                 name = "/".join(filter(None, (found.group, label)))
-                split.append(Found(name, found.path, _rule.RateState(value), label))
+                split.append(Found(name, found.path, type(found.state)(value), label))
         else:
             split.append(found)
     return split
@@ -330,7 +330,8 @@ def set_learning_rate(
 
     Raises:
       ValueError: if ``learning_rate`` is out of its range, if there is no rule, more than one that matches
-        ``group``, no base rate, or a base rate for each element.
+        ``group``, no base rate, or a base rate for each element; or if the optimizer computes its rate anew
+        at each step (:func:`greedylr_jax.auto_lr`, :func:`greedylr_jax.scale_to_parameters`).
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -347,7 +348,14 @@ def set_learning_rate(
             "learning_rate", learning_rate, low=0.0, low_open=True, high_open=True
         )
     if not rules and rates:
-        return _replace_rate(opt_state, _only(rates, group, "learning rates"), learning_rate)
+        found = _only(rates, group, "learning rates")
+        if isinstance(found.state, _rule.ComputedRateState):
+            raise ValueError(
+                "the learning rate of this optimizer cannot be set, because it is computed anew at each step "
+                "(auto_lr, scale_to_parameters). Scale its updates with a rule, as in "
+                "optax.chain(auto_lr(optax.adamw(1.0)), greedy_lr()), and use greedylr_jax.set_scale."
+            )
+        return _replace_rate(opt_state, found, learning_rate)
     found = _only(rules, group, "learning-rate rules")
     if isinstance(found.state, _rule.RuleScheduleState):
         return _replace_rate(opt_state, found, learning_rate)

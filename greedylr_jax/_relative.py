@@ -22,7 +22,7 @@ _ZERO_RMS = 0.1  # assumed of parameters that are all zero, in their unit: a lay
 class ScaleToParametersState(NamedTuple):
     """State of :func:`scale_to_parameters`."""
 
-    rate: _rule.RateState  # multiplier of the last update that was not zero; with labels one for each
+    rate: _rule.ComputedRateState  # multiplier of the last update that was not zero; with labels one for each
     step: jax.Array  # shape=(), dtype=int32; number of updates
     squares: jax.Array  # shape=(leaves,), dtype=float; sum of squares of each initial parameter
 
@@ -31,7 +31,6 @@ def scale_to_parameters(
     relative_step: ArrayLike | optax.Schedule,
     *,
     param_labels: Any | Callable[[optax.Params], Any] = None,
-    sample_size: int | None = None,
     shard_axis_name: Hashable | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scales the updates to a root mean square of ``relative_step`` times that of the initial parameters.
@@ -52,8 +51,6 @@ def scale_to_parameters(
       param_labels: None: one root mean square over all parameters. Otherwise one for each label: a pytree of
         strings with the structure of the parameters or a prefix of it, or a function from the parameters to
         one, as in ``optax.partition``.
-      sample_size: None: root mean squares are exact. Otherwise they are estimated from about this many
-        elements, evenly spaced, of each leaf that has more, which avoids a pass over the updates.
       shard_axis_name: mapped axis, or axes, over which the *parameters* are sharded inside ``jax.shard_map``;
         sums of squares are summed over it in ``init`` and ``update``. None where every device has all
         parameters, as in data-parallel training.
@@ -80,8 +77,6 @@ def scale_to_parameters(
     Source: this project; a global form of the trust ratio of Y. You et al., "Large Batch Optimization for
     Deep Learning: Training BERT in 76 minutes", 2020.
     """
-    if sample_size is not None:
-        sample_size = _checks.check_static_integer("sample_size", sample_size, low=1)
     if not callable(relative_step):
         relative_step = _checks.check_real("relative_step", relative_step, low=0.0, high_open=True)
 
@@ -89,10 +84,8 @@ def scale_to_parameters(
         names = sorted(set(_labels(param_labels, params)))
         zero = jnp.zeros((), _numerics.default_float_dtype())
         rates = zero if param_labels is None else {name: jnp.array(zero) for name in names}
-        squares = jnp.array(
-            _sums_of_squares(jax.tree.leaves(params), sample_size, shard_axis_name), zero.dtype
-        )
-        return ScaleToParametersState(_rule.RateState(rates), jnp.zeros((), jnp.int32), squares)
+        squares = jnp.array(_sums_of_squares(jax.tree.leaves(params), shard_axis_name), zero.dtype)
+        return ScaleToParametersState(_rule.ComputedRateState(rates), jnp.zeros((), jnp.int32), squares)
 
     def update_fn(
         updates: optax.Updates,
@@ -104,7 +97,7 @@ def scale_to_parameters(
         target = relative_step(state.step) if callable(relative_step) else relative_step
         labels = _labels(param_labels, updates)
         leaves, structure = jax.tree.flatten(updates)
-        squares = _sums_of_squares(leaves, sample_size, shard_axis_name)
+        squares = _sums_of_squares(leaves, shard_axis_name)
         sizes = [np.size(leaf) for leaf in leaves]
         old = {_ALL: state.rate.learning_rate} if param_labels is None else state.rate.learning_rate
         rates = {}
@@ -115,7 +108,7 @@ def scale_to_parameters(
             rate = _numerics.where(jnp.isfinite(norm), wanted, 0)
             rates[name] = _numerics.where(norm == 0, last, rate) if members else last
         scaled = [_scale(leaf, rates[label]) for leaf, label in zip(leaves, labels, strict=True)]
-        rate = _rule.RateState(rates[_ALL] if param_labels is None else rates)
+        rate = _rule.ComputedRateState(rates[_ALL] if param_labels is None else rates)
         step = jnp.minimum(state.step, _checks.INT32_MAX - 1) + 1
         return structure.unflatten(scaled), ScaleToParametersState(rate, step, state.squares)
 
@@ -135,23 +128,17 @@ def _labels(param_labels: Any, params: optax.Params) -> list[str]:
     )
 
 
-def _sums_of_squares(
-    leaves: list[Any], sample_size: int | None, axis_name: Hashable | None
-) -> list[jax.Array]:
+def _sums_of_squares(leaves: list[Any], axis_name: Hashable | None) -> list[jax.Array]:
     """The sum of squares of each leaf; 0 of leaves that hold no numbers to train."""
     dtype = _numerics.default_float_dtype()
 
     def total(leaf: Any) -> jax.Array:
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             return jnp.zeros((), dtype)
-        leaf, weight = jnp.asarray(leaf), 1.0
-        if sample_size is not None and leaf.size > sample_size:
-            stride = -(-leaf.size // sample_size) | 1  # odd: does not stay within a few columns of a matrix
-            size, leaf = leaf.size, leaf.ravel()[::stride]
-            weight = size / leaf.size
+        leaf = jnp.asarray(leaf)
         wide = leaf.astype(jnp.promote_types(leaf.dtype, dtype))
         squares = (wide * jnp.conj(wide)).real if jnp.iscomplexobj(wide) else wide * wide
-        return jnp.sum(squares).astype(dtype) * jnp.asarray(weight, dtype)
+        return jnp.sum(squares).astype(dtype)
 
     sums = [total(leaf) for leaf in leaves]
     return sums if axis_name is None else jax.lax.psum(sums, axis_name)
@@ -180,4 +167,4 @@ def _scale(leaf: Any, rate: jax.Array) -> jax.Array:
     scaled = _numerics.scale_leaf(leaf, rate)
     if not jnp.issubdtype(scaled.dtype, jnp.inexact):
         return scaled
-    return jax.lax.select(jnp.broadcast_to(rate != 0, scaled.shape), scaled, jnp.zeros_like(scaled))
+    return jnp.where(rate != 0, scaled, jnp.zeros_like(scaled))

@@ -86,6 +86,12 @@ class RateState(NamedTuple):
     learning_rate: Any  # a float scalar, a dict from group labels to such, or a pytree like the params
 
 
+class ComputedRateState(RateState):
+    """Learning rates that an optimizer computes anew at each step: they can be read, but not set."""
+
+    __slots__ = ()
+
+
 def is_rate_state(node: Any) -> bool:
     """Whether a node of an optimizer state holds a rule's scale, or learning rates."""
     return isinstance(node, (RuleState, RuleScheduleState, RateState))
@@ -96,7 +102,8 @@ def map_rates(change: Callable[..., jax.Array], node: Any, *others: Any) -> Any:
 
     Args:
       change: maps the scale or rate, and those of ``others``, to the new one.
-      node: any node of an optimizer state; nodes without a scale or rate are returned as they are.
+      node: any node of an optimizer state; nodes without a scale or rate, or whose rates are computed at each
+        step, are returned as they are.
       *others: nodes of the same structure.
     """
     if isinstance(node, RuleScheduleState):
@@ -105,7 +112,7 @@ def map_rates(change: Callable[..., jax.Array], node: Any, *others: Any) -> Any:
     if isinstance(node, RuleState):
         scale = change(node.rule.scale, *(other.rule.scale for other in others))
         return node._replace(rule=node.rule._replace(scale=scale))
-    if isinstance(node, RateState):
+    if isinstance(node, RateState) and not isinstance(node, ComputedRateState):
         rates = (other.learning_rate for other in others)
         return RateState(jax.tree.map(change, node.learning_rate, *rates))
     return node

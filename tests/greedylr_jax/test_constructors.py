@@ -38,6 +38,7 @@ CONSTRUCTORS = {
     "lr_tuner": lambda: greedylr_jax.lr_tuner(optax.sgd(1.0), 0.1, explore_steps=2, recompute_every=2),
     "multi_steps": lambda: greedylr_jax.multi_steps(optax.sgd(0.1), 2),
     "scale_by_rule": lambda: SCALE_RULES[-1].transformation(every=2),
+    "scale_to_parameters": lambda: optax.chain(optax.sgd(1.0), greedylr_jax.scale_to_parameters(0.01)),
     "schedule_by_rule": SCALE_RULES[-1].schedule,
     "schedules.epoch_step_schedule": lambda: schedules.epoch_step_schedule(0.1, [1, 2], 10),
     "schedules.knee_schedule": lambda: schedules.knee_schedule(0.1, explore_steps=5, total_steps=10),
@@ -79,13 +80,7 @@ def use(made) -> None:
         assert np.isfinite(made(3))
 
 
-_COMPUTES = pytest.mark.xfail(strict=True, reason="auto_lr computes its phases with JAX")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=_COMPUTES if "total_steps" in name else []) for name in CONSTRUCTORS],
-)
+@pytest.mark.parametrize("name", CONSTRUCTORS)
 def test_a_constructor_makes_no_arrays_of_a_trace(name):
     made = []
     jaxpr = jax.make_jaxpr(lambda: (made.append(CONSTRUCTORS[name]()), ())[1])()

@@ -82,12 +82,7 @@ def test_the_next_step_uses_the_learning_rate(case, adapter):
     chex.assert_trees_all_close(updates, jax.tree.map(lambda g: -0.5 * g, GRADS), rtol=1e-6)
 
 
-_IGNORED = pytest.mark.xfail(strict=True, reason="auto_lr selects its rate whatever its state says")
-WITH_RATE = [
-    pytest.param(name, marks=_IGNORED if name == "auto_lr" else [])
-    for name in RATE_OPTIMIZERS
-    if name != "factor_polling"
-]
+WITH_RATE = [name for name in RATE_OPTIMIZERS if name not in ("factor_polling", "auto_lr")]
 
 
 @pytest.mark.parametrize("name", WITH_RATE)
@@ -103,6 +98,16 @@ def test_an_optimizer_with_its_own_rate_continues_from_the_rate(name):
         before, now = (get_learning_rate(each, group=group) for each in (expected, got))
         chex.assert_trees_all_close(now, jax.tree.map(lambda rate: 2 * rate, before), rtol=1e-5)
     chex.assert_trees_all_close(moved, jax.tree.map(lambda update: 2 * update, updates), rtol=1e-4)
+
+
+def test_a_rate_that_is_computed_at_each_step_cannot_be_set_but_scaled():
+    with pytest.raises(ValueError, match="cannot be set, because it is computed anew at each step"):
+        set_learning_rate(RATE_OPTIMIZERS["auto_lr"].init(PARAMS), 0.02)
+    step, state = after(optax.chain(RATE_OPTIMIZERS["auto_lr"], greedy_lr()), [])
+    updates, expected = step(state, jnp.float32(5.0), True)
+    halved, got = step(set_scale(state, 0.5), jnp.float32(5.0), True)
+    chex.assert_trees_all_close(halved, jax.tree.map(lambda update: 0.5 * update, updates))
+    chex.assert_trees_all_close(get_learning_rate(got), 0.5 * get_learning_rate(expected))
 
 
 def test_factor_polling_continues_from_the_scale():
