@@ -43,7 +43,7 @@ def coverage(session: nox.Session) -> None:
 
 @nox.session(python="3.11")
 def mutation(session: nox.Session) -> None:
-    """Run mutation testing of ``_greedy.py`` and ``_rule.py`` (about an hour), see ``tests/mutate.py``."""
+    """Run mutation testing (about an hour), see ``tests/mutate.py``."""
     session.install("-e", ".[test]", "mutmut<3")
-    for file in session.posargs or ("greedy", "base"):
+    for file in session.posargs or ("greedy", "ring", "rule"):
         session.run("python", "-m", "tests.mutate", file)

@@ -380,7 +380,8 @@ def _initial_state(settings: _Settings, scale: jax.Array) -> GreedyLRState:
 
 def _reset(settings: _Settings, state: GreedyLRState) -> GreedyLRState:
     """The initial state, after the same decision."""
-    initial = _initial_state(settings, state.initial_scale)
+    scale = jnp.clip(state.initial_scale, settings.min_scale, settings.max_scale)
+    initial = _initial_state(settings, scale)
     return initial._replace(decision=state.decision, history=_ring.clear(state.history))
 
 
@@ -477,12 +478,14 @@ def _reference_step(settings: _Settings, state: GreedyLRState, value: jax.Array)
     is_better = is_finite & _improves(settings, state, mean)
     decision = _decide(settings, state, is_better, is_holding)
     increase, decrease = decision == INCREASE, decision == DECREASE
-    raised = jnp.minimum(state.scale * _inverse(settings.factor), settings.max_scale)
-    lowered = jnp.maximum(state.scale * settings.factor, settings.min_scale)
+    # A restored state may have been saved with other bounds.
+    current = jnp.clip(state.scale, settings.min_scale, settings.max_scale)
+    raised = jnp.minimum(current * _inverse(settings.factor), settings.max_scale)
+    lowered = jnp.maximum(current * settings.factor, settings.min_scale)
     if not _is_zero(settings.eps):
-        raised = _numerics.where(raised - state.scale > settings.eps, raised, state.scale)
-        lowered = _numerics.where(state.scale - lowered > settings.eps, lowered, state.scale)
-    scale = _numerics.where(increase, raised, _numerics.where(decrease, lowered, state.scale))
+        raised = _numerics.where(raised - current > settings.eps, raised, current)
+        lowered = _numerics.where(current - lowered > settings.eps, lowered, current)
+    scale = _numerics.where(increase, raised, _numerics.where(decrease, lowered, current))
 
     stepped = state._replace(
         scale=scale,
@@ -510,8 +513,7 @@ def _reference_step(settings: _Settings, state: GreedyLRState, value: jax.Array)
     if settings.reset_after is not None:
         is_due = stepped.num_observations > settings.reset_after
         stepped = _numerics.select(is_due, _reset(settings, stepped), stepped)
-    # A restored state may have been saved with other bounds.
-    return stepped._replace(scale=jnp.clip(stepped.scale, settings.min_scale, settings.max_scale))
+    return stepped
 
 
 def _paper_step(settings: _Settings, state: GreedyLRState, value: jax.Array) -> GreedyLRState:

@@ -1,10 +1,10 @@
-"""Mutation testing of the two files that all rules rest on: ``python -m tests.mutate greedy`` (or ``base``).
+"""Mutation testing of the files that all rules rest on: ``python -m tests.mutate greedy|ring|rule``.
 
-Each mutant (mutmut 2 makes them: a number, an operator, a name, a default changed) runs the tests of its
-file, in a copy of the project. One that passes all of them has survived: either a test is missing, or it does
-the same as the original, as those listed here do. Half an hour for each file, as one process imports JAX and
-forks for every mutant, and compiled programs are kept. It needs ``pip install "mutmut<3"``, and a system that
-forks.
+Each mutant (made by mutmut 2: a changed number, operator, name or default) runs the tests of its file in a
+copy of the project. A mutant that passes all tests survives: either a test is missing, or the mutant is
+equivalent to the original, like those listed here. A file takes half an hour: one process imports JAX and
+forks for every mutant, and compiled programs are cached. Requires ``pip install "mutmut<3"`` and a system
+with ``fork``.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 _OWN = "tests/greedylr_jax"
-# What finds most comes first, as the first failure ends a run.
+# The tests that find most mutants come first, as the first failure ends a run.
 TESTS = {
     "greedy": (
         f"{_OWN}/test_greedy_traces.py",
@@ -29,10 +29,12 @@ TESTS = {
         "greedylr_jax/_greedy.py",
         f"{_OWN}/test_adapters.py",
         f"{_OWN}/test_greedy_model.py",
+        f"{_OWN}/test_constructors.py",
         f"{_OWN}/test_wrappers.py",
         f"{_OWN}/test_adversarial.py",
     ),
-    "base": (
+    "ring": (f"{_OWN}/test_ring.py", f"{_OWN}/test_greedy.py", f"{_OWN}/test_greedy_model.py"),
+    "rule": (
         f"{_OWN}/test_adapters.py",
         f"{_OWN}/test_chain.py",
         f"{_OWN}/test_greedy.py",
@@ -46,31 +48,23 @@ TESTS = {
         f"{_OWN}/test_devices.py",
     ),
 }
-# Mutated lines that mean the same, and why.
-_BOUND = "bound = known * base.where(known <= 0, 1 + settings.threshold, 1 - settings.threshold)"
+# Mutated lines that are equivalent to the original, and why.
+_BOUND = "bound = known * _numerics.where(known <= 0, 1 + settings.threshold, 1 - settings.threshold)"
 _COUNTDOWN = "1 if settings.reset_at_min is None else settings.reset_at_min"
-_SHORT = "values.size > 3 * _BLOCK:  # would be a long program"
-_TERMS = "how a sum is divided changes no result that is exact"
+_SHORT = "numbers.size > 3 * _BLOCK:  # unrolling would make a long program"
+_TERMS = "the order of additions does not change an exact sum"
 EQUIVALENT = {
-    f"reset_countdown=jnp.array({_COUNTDOWN}, jnp.int32),": "nothing reads it where there are no resets",
-    "known = base.where(jnp.isfinite(best), best, 1)": "its bound is replaced where the best is infinite",
+    f"reset_countdown=jnp.array({_COUNTDOWN}, jnp.int32),": "never read without resets",
+    "known = _numerics.where(jnp.isfinite(best), best, 1)": "its bound is replaced if the best is infinite",
     _BOUND: "zero times either is zero",
-    "_BLOCK = 9  # losses of the window whose sum is kept": _TERMS,
+    "_BLOCK = 9  # values per block sum": _TERMS,
     f"if {_SHORT.replace('>', '>=')}": _TERMS,
     f"if {_SHORT.replace('3 *', '4 *')}": _TERMS,
     f"if {_SHORT.replace('*', '/')}": _TERMS,
-    "history_sums=jnp.zeros((settings.window // _BLOCK or 2,), dtype),": "without a block nothing reads it",
-    'RuleStateT = TypeVar("XXRuleStateTXX")': "for type checkers only",
-    "RuleStateT = None": "for type checkers only",
-    "if answer is None or answer > 0:": "a direction of zeros turned around is zeros",
-    "one, zero = jnp.ones(2), jnp.zeros(1)": "the first number of the answer is the same",
-    "one, zero = jnp.ones(1), jnp.zeros(2)": "the first number of the answer is the same",
-    "return None if _checks.is_traced(answer) else float(answer[1])": "beyond its end JAX gives the last",
-    "wide = None": "JAX then takes its default dtype, which is that of every scale",
-    "value = 1.0": "where there is no loss any number does",
-    "decides_each_step = None": "the mean of one loss is the loss; only more is computed",
+    "block_sums=jnp.zeros((size // _BLOCK or 2,), dtype),": "never read without a block",
+    "decides_each_step = None": "the mean of one loss is the loss",
 }
-_LIMIT = 900  # seconds of one mutant, above which it counts as found
+_LIMIT = 900  # seconds after which a mutant counts as found
 
 
 def mutants(source: str, name: str) -> list[str]:
@@ -90,7 +84,7 @@ def changed(source: str, mutant: str) -> str:
 
 
 def copy_project(folder: Path) -> None:
-    """What the tests of the library need."""
+    """Copies the library and its tests."""
     for name in ("greedylr_jax", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
@@ -129,11 +123,11 @@ def main() -> None:
         sys.path.insert(0, name)
         sys.dont_write_bytecode = True  # a stale one would hide a mutant
         for module in [each for each in sys.modules if each.split(".")[0] == "tests"]:
-            del sys.modules[module]  # those of the copy are to be imported
+            del sys.modules[module]  # so that those of the copy are imported
         for module in ("flax.nnx", "hypothesis.strategies", "jax.numpy", "optax.contrib"):
             importlib.import_module(module)  # once for all forks
 
-        target, tests = folder / "greedylr_jax" / f"{arguments.file}.py", TESTS[arguments.file]
+        target, tests = folder / "greedylr_jax" / f"_{arguments.file}.py", TESTS[arguments.file]
         source, log = target.read_text(), folder / "log.txt"
         if not survives(tests, log):
             raise SystemExit(f"The tests fail without any mutation:\n{log.read_text()[-2000:]}")

@@ -193,7 +193,7 @@ def lr_tuner(
         has_value: ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, LRTunerState]:
-        _probe.check_value_fn("lr_tuner", value_fn, params)
+        loss_fn = _probe.check_value_fn("lr_tuner", value_fn, params)
         params = _snapshot.check_params("lr_tuner", params)
         loss, has_value_now = _observe.read("lr_tuner", value, has_value, state.window.mean.dtype, axis_name)
         observed = jnp.asarray(has_value_now)
@@ -208,7 +208,7 @@ def lr_tuner(
             state,
             window,
             is_full & ~is_bad & jnp.isfinite(loss),
-            lambda rate: _propose(settings, rate, params, step, loss, value_fn),
+            lambda rate: _propose(settings, rate, params, step, loss, loss_fn),
         )
         advanced = state._replace(
             rate=_rule.RateState(learning_rate),

@@ -199,13 +199,14 @@ def _loss(value_fn: ValueFn, params: optax.Params) -> jax.Array:
     return jnp.asarray(value_fn(params), _numerics.default_float_dtype())
 
 
-def check_value_fn(rule_name: str, value_fn: Any, params: Any) -> None:
-    """Raises an error that shows the right call if ``value_fn`` or ``params`` is missing."""
+def check_value_fn(rule_name: str, value_fn: ValueFn | None, params: Any) -> ValueFn:
+    """Returns ``value_fn``, or raises an error that shows the right call if it or ``params`` is missing."""
     right_call = "tx.update(grads, opt_state, params, value=loss, value_fn=lambda p: loss_fn(p, batch))"
-    if not callable(value_fn):
+    if value_fn is None or not callable(value_fn):
         raise TypeError(
             f"{rule_name} evaluates the loss along the step, so it needs the loss as a function of the "
             f"parameters: call {right_call}, got value_fn={value_fn!r}."
         )
     if params is None:
         raise TypeError(f"{rule_name} needs the parameters: call {right_call}.")
+    return value_fn

@@ -7,8 +7,8 @@ import pytest
 from greedylr_jax import greedy_lr, greedy_lr_schedule, trend_lr, trend_lr_schedule
 
 RESUMABLE = {
-    "greedy-reference": (greedy_lr, greedy_lr_schedule, dict(cooldown=3, patience=0, reset_at_min=2)),
-    "greedy-eps": (greedy_lr, greedy_lr_schedule, dict(eps=1e-3, patience=0)),
+    "greedy-reference": (greedy_lr, greedy_lr_schedule, dict(cooldown=3, patience=1, reset_at_min=2)),
+    "greedy-eps": (greedy_lr, greedy_lr_schedule, dict(eps=1e-3, patience=1)),
     "greedy-paper": (greedy_lr, greedy_lr_schedule, dict(algorithm="paper", reset_after=5)),
     "trend": (trend_lr, trend_lr_schedule, {}),
 }

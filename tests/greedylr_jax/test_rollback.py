@@ -209,10 +209,10 @@ def test_the_first_snapshot_needs_a_loss_significantly_below_the_initial_one(los
     assert state.monitor.is_initial != saved
 
 
-def test_constant_losses_that_rise_by_an_ulp_are_not_bad():
+def test_constant_losses_that_rise_by_less_than_5_percent_are_not_bad():
     tx = greedylr_jax.with_rollback(optax.sgd(0.0), window=2, patience=3)
     constant = [2.0, 2.0, 1.0, 1.0]
-    assert feed(tx, [*constant, *[1.0 + 1e-6] * 50])[1].num_rollbacks == 0
+    assert feed(tx, [*constant, *[1.04] * 50])[1].num_rollbacks == 0
     assert feed(tx, [*constant, *[1.06] * 3])[1].num_rollbacks == 1
 
 
