@@ -5,6 +5,7 @@ network. Relative to the size of the parameters it is a dimensionless number, wh
 networks.
 """
 
+import math
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, cast
 
@@ -52,8 +53,8 @@ def scale_to_parameters(
       param_labels: None: one root mean square over all parameters. Otherwise one for each label: a pytree of
         strings with the structure of the parameters or a prefix of it, or a function from the parameters to
         one, as in ``optax.partition``.
-      sample_size: None: root mean squares are exact. Otherwise they are estimated from about this many
-        elements, evenly spaced, of each leaf that has more, which avoids a pass over the updates.
+      sample_size: None: root mean squares are exact. Otherwise they are estimated from at most this many
+        elements, evenly spaced, of each leaf, which avoids a pass over the updates.
       shard_axis_name: mapped axis, or axes, over which the *parameters* are sharded inside ``jax.shard_map``;
         sums of squares are summed over it in ``init`` and ``update``. None where every device has all
         parameters, as in data-parallel training.
@@ -144,17 +145,31 @@ def _sums_of_squares(
     def total(leaf: Any) -> jax.Array:
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             return jnp.zeros((), dtype)
-        leaf, weight = jnp.asarray(leaf), 1.0
-        if sample_size is not None and leaf.size > sample_size:
-            stride = -(-leaf.size // sample_size) | 1  # odd: does not stay within a few columns of a matrix
-            size, leaf = leaf.size, leaf.ravel()[::stride]
-            weight = size / leaf.size
+        leaf = jnp.asarray(leaf)
+        size = leaf.size
+        # With explicit sharding JAX cannot slice the axes that are sharded.
+        if sample_size is not None and not any(jax.typeof(leaf).sharding.spec):
+            leaf = jax.lax.slice(leaf, (0,) * leaf.ndim, leaf.shape, _strides(leaf.shape, sample_size))
+        weight = size / max(leaf.size, 1)
         wide = leaf.astype(jnp.promote_types(leaf.dtype, dtype))
         squares = (wide * jnp.conj(wide)).real if jnp.iscomplexobj(wide) else wide * wide
         return jnp.sum(squares).astype(dtype) * jnp.asarray(weight, dtype)
 
     sums = [total(leaf) for leaf in leaves]
     return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+
+
+def _strides(shape: tuple[int, ...], sample_size: int) -> list[int]:
+    """Strides of a slice with at most ``sample_size`` elements; no reshape, as leaves may be sharded."""
+    strides = [1] * len(shape)
+
+    def lengths() -> list[int]:
+        return [-(-length // stride) for length, stride in zip(shape, strides, strict=True)]
+
+    while math.prod(lengths()) > sample_size:
+        axis = int(np.argmax(lengths()))
+        strides[axis] = 2 * strides[axis] + 1  # odd: does not follow patterns whose period is a power of two
+    return strides
 
 
 def _norms(
@@ -180,4 +195,4 @@ def _scale(leaf: Any, rate: jax.Array) -> jax.Array:
     scaled = _numerics.scale_leaf(leaf, rate)
     if not jnp.issubdtype(scaled.dtype, jnp.inexact):
         return scaled
-    return jax.lax.select(jnp.broadcast_to(rate != 0, scaled.shape), scaled, jnp.zeros_like(scaled))
+    return jax.lax.select(rate != 0, scaled, jnp.zeros_like(scaled))

@@ -139,6 +139,21 @@ def test_sharded_parameters_are_measured_as_a_whole():
         np.testing.assert_allclose(sharded[name], expected[name], rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto])
+def test_large_sharded_leaves_are_not_gathered(kind):
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("a", "b"))
+    with jax.set_mesh(mesh):
+        params = jax.device_put(jnp.ones((512, 256)), sharding)
+        tx = scale_to_parameters(0.02, sample_size=4096)
+        state = tx.init(params)
+        updates, _ = jax.jit(tx.update)(params, state)
+        text = jax.jit(tx.update).lower(params, state).compile().as_text()
+    assert updates.sharding.spec == sharding.spec
+    assert "all-gather(" not in text
+    np.testing.assert_allclose(updates, 0.02, rtol=1e-5)
+
+
 def test_sizes_of_large_leaves_may_be_estimated():
     rng = np.random.default_rng(0)
     params = {"w": jnp.asarray(rng.standard_normal((300, 512)), jnp.float32), "b": jnp.ones(512)}
