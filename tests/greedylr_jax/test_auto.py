@@ -19,18 +19,24 @@ INNERS = {
 
 
 def regression(loss_unit=1.0, params_unit=1.0):
-    """Noisy linear regression in batches of 16: loss function, initial parameters, batches."""
+    """Noisy linear regression in batches of 16: loss function, initial parameters, batches.
+
+    The units are part of the batches, so that one program computes with all of them. Programs that differ in
+    constants may differ in their order of additions.
+    """
     rng = np.random.default_rng(1)
     inputs = rng.standard_normal((STEPS, 16, 5)).astype(np.float32)
     targets = inputs @ np.arange(-2.0, 3.0, dtype=np.float32)
     targets += 0.5 * rng.standard_normal((STEPS, 16)).astype(np.float32)
 
     def loss_fn(params, batch):
+        inputs, targets, loss_unit, params_unit = batch
         weights, bias = params["w"] / params_unit, params["b"] / params_unit
-        return loss_unit * jnp.mean((batch[0] @ weights + bias - batch[1]) ** 2)
+        return loss_unit * jnp.mean((inputs @ weights + bias - targets) ** 2)
 
     start = {"w": jnp.array([-1.0, -2.0, 1.0, 0.0, 3.0]) * params_unit, "b": jnp.zeros(())}
-    return loss_fn, start, (inputs, targets)
+    units = (np.full(STEPS, unit, np.float32) for unit in (loss_unit, params_unit))
+    return loss_fn, start, (inputs, targets, *units)
 
 
 def train(tx, loss_fn, params, batches):
@@ -43,7 +49,11 @@ def train(tx, loss_fn, params, batches):
         params = optax.apply_updates(params, updates)
         return (params, state), (params, state, loss)
 
-    return jax.jit(lambda params: jax.lax.scan(body, (params, tx.init(params)), batches)[1])(params)
+    @jax.jit
+    def run(params, batches):
+        return jax.lax.scan(body, (params, tx.init(params)), batches)[1]
+
+    return run(params, batches)
 
 
 @pytest.fixture(scope="module")
