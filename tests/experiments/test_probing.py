@@ -29,6 +29,7 @@ def task(request):
     return make_task(request.param)
 
 
+@pytest.mark.slow
 def test_work_and_memory_of_probing_stay_within_limits():
     """Three passes instead of five, six for exact derivatives, one gradient and one copy for all factors."""
     rows = {row.name: row for row in bench.cost_rows(repeats=0)}

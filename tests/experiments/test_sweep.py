@@ -53,7 +53,7 @@ def test_mnist1d_equals_the_published_set_and_keeps_the_random_state(tmp_path):
         assert {r.tobytes(): int(y) for r, y in zip(built["signal"], built["label"], strict=True)} == rows
 
 
-FAST = ("LRTuner", "polling", "auto")  # with and without a superbatch and a rate of its own
+FAST = ("LRTuner",)  # with a superbatch and a learning rate of its own
 
 
 @pytest.mark.parametrize(
@@ -81,6 +81,7 @@ def test_an_optimizer_with_its_own_rate_trains_as_in_plain_optax(task, name):
     assert np.ptp(got.rate) > 0
 
 
+@pytest.mark.slow
 def test_validation_losses_of_every_other_held_out_example_reach_arc(task, tmp_path):
     steps, evaluations, seed = 24, 8, 5
     # A network whose decisions depend on the validation losses.

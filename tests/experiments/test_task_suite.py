@@ -27,10 +27,7 @@ NAMES = [*SUITE_TASKS, *sorted({entry.task for entry in SUITE.values()} - SUITE_
 # They compile quickly.
 QUICK = {
     "matrix-completion",
-    "mnist1d-loss-1e6",
     "digits-bfloat16",
-    "graph-blocks",
-    "modular-multiplication",
     "cancer-logistic",
 }
 BOUNDS = {"accuracy": (0, 1), "return": (-3, 1), "loss": (0, np.inf)}
@@ -330,6 +327,7 @@ def test_factors_of_the_entries_fit_them_without_error():
     assert np.isfinite(dense).sum() == 75  # each entry once
 
 
+@pytest.mark.slow
 def test_a_held_out_image_is_normalised_by_training_images_alone():
     task = batch_norm.make("digits-batch-norm")
     params = task.init(jax.random.key(0))

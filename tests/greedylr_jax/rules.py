@@ -92,6 +92,13 @@ def rule_parameters() -> list:
     ]
 
 
+def mostly_slow(names: Iterable[str], *fast: str) -> list:
+    """The names as parameters of a test, which are slow except for those in ``fast``."""
+    names = list(names)
+    assert set(fast) <= set(names)
+    return [pytest.param(name, marks=[] if name in fast else pytest.mark.slow) for name in names]
+
+
 def crossed(rows: Iterable[str], columns: Iterable[str]) -> list:
     """All pairs as parameters of a test; those off the diagonal are slow, each is in some that are not."""
     rows, columns = list(rows), list(columns)

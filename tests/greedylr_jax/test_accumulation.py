@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import greedylr_jax
+from tests.greedylr_jax.rules import mostly_slow
 
 PARAMS = {"w": jnp.linspace(-1.0, 1.0, 4), "b": jnp.ones(2)}
 
@@ -40,7 +41,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_slow(CASES, "every 3", "schedule", "skip"))
 def test_multi_steps_equals_optax(case):
     settings = CASES[case]
     bad = (1, 5) if case == "skip" else ()

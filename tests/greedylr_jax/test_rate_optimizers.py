@@ -175,8 +175,7 @@ def quadratic_run(tx, dtype, gradient_dtype):
 
 
 @pytest.mark.filterwarnings("ignore:Casting from complex")
-@pytest.mark.parametrize("gradient_dtype", DTYPES)
-@pytest.mark.parametrize("name", SGD_RULES)
+@pytest.mark.parametrize(("name", "gradient_dtype"), crossed(SGD_RULES, DTYPES))
 def test_gradients_may_have_another_dtype_than_the_parameters(name, gradient_dtype):
     """At a constant learning rate, updates have dtypes and values of plain SGD."""
     with jax.enable_x64(True):

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import greedylr_jax
+from tests.greedylr_jax.rules import mostly_slow
 
 REAL = ("float16", "bfloat16", "float32")
 PAIRS = [*itertools.product(REAL, REAL), ("complex64", "complex64")]
@@ -59,12 +60,12 @@ def check(wrapper, pairs):
         assert losses[-1] < 0.5 * losses[0], (own, of_gradients)
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("wrapper", mostly_slow(WRAPPERS, "with_rollback and a rule", "lr_tuner"))
 def test_parameters_and_gradients_may_have_any_dtypes(wrapper):
     check(wrapper, PAIRS)
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("wrapper", mostly_slow(WRAPPERS, "with_rollback and a rule", "lr_tuner"))
 def test_parameters_and_gradients_may_have_64_bits(wrapper):
     with jax.enable_x64(True):
         check(wrapper, WIDE_PAIRS)
