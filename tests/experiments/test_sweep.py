@@ -38,6 +38,7 @@ def task():
     return make_task("digits-mlp")
 
 
+@pytest.mark.slow
 def test_mnist1d_equals_the_published_set_and_keeps_the_random_state(tmp_path):
     np.random.seed(3)  # noqa: NPY002
     before = np.random.get_state()[1].copy()  # noqa: NPY002
@@ -175,6 +176,7 @@ def run_interrupted(job, monkeypatch):
     assert not (job.out / "runs.parquet").exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_study_ends_as_an_uninterrupted_one(small_study, tmp_path, monkeypatch):
     console = Console(record=True, width=100)
     whole_job, cut_job = (Job("initial-rate", "quick", tmp_path / name, console) for name in ("whole", "cut"))

@@ -266,6 +266,7 @@ def test_ppo_uses_each_collection_for_its_epochs():
     assert not np.array_equal(np.sort(used[32].ravel()), np.sort(used[0].ravel()))
 
 
+@pytest.mark.slow
 def test_an_engine_trains_with_batches_that_depend_on_the_parameters():
     task = make_task("cart-pole-dqn")
     (result,) = Engine(task, "adamw", Settings(5)).train(make_specs(["constant"], [1e-3], [0]))

@@ -9,6 +9,7 @@ import pytest
 
 import greedylr_jax
 from greedylr_jax import get_learning_rate, hypergradient, metrics
+from tests.greedylr_jax.rules import mostly_slow
 from tests.reference_data import read_fixtures, read_full
 
 FIXTURES = read_fixtures("hypergradient_traces.json")
@@ -361,7 +362,7 @@ def final_rates(tx, params, curvature):
 
 @pytest.mark.parametrize("layout", ["sharded", "replicated", "mixed", "two axes"])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("mode", ["additive", "multiplicative"])
+@pytest.mark.parametrize("mode", mostly_slow(["additive", "multiplicative"], "additive"))
 def test_under_shard_map_learning_rates_equal_those_of_one_device(layout, granularity, mode):
     spec = jax.sharding.PartitionSpec
     axes = ("x", "y") if layout == "two axes" else "x"

@@ -69,6 +69,7 @@ def test_every_tenth_training_run_is_held_out():
         make_samples(rows(9))
 
 
+@pytest.mark.slow
 def test_candidates_learn_and_differ():
     learned, held_out = make_samples(rows())
     # Three candidates on eight devices: the last ones are padded with copies.
