@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from greedylr_jax import _checks, _inner, _numerics, _observe, _relative
+from greedylr_jax import _checks, _forwarding, _inner, _numerics, _relative
 
 # Chosen on the development tasks, see the tables in docs/auto.md.
 _RELATIVE_STEP = 0.03  # rms(update) / rms(initial parameters) at s = 1; "Relative step and warm-up"
@@ -79,7 +79,7 @@ def auto_lr(
     """
     if total_steps is not None:
         total_steps = _checks.check_integer("total_steps", total_steps, low=_MIN_STEPS)
-    inner = optax.with_extra_args_support(inner)
+    inner = _forwarding.accept_extra_args(inner)
     relative: Any = _relative.scale_to_parameters(
         lambda step: _relative_step(step, total_steps),
         shard_axis_name=shard_axis_name,
@@ -92,9 +92,7 @@ def auto_lr(
     def update_fn(
         updates: optax.Updates, state: AutoState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, AutoState]:
-        updates, inner_state = inner.update(
-            updates, state.inner_state, params, **_observe.given(**extra_args)
-        )
+        updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         updates, relative_state = relative.update(updates, state.relative)
         return updates, AutoState(relative_state, inner_state)
 

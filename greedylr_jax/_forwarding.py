@@ -1,4 +1,4 @@
-"""Passing the extra arguments of ``update`` on to a wrapped transformation."""
+"""Passing the extra arguments of ``update`` on to a transformation."""
 
 import functools
 import inspect
@@ -36,6 +36,12 @@ def accept_extra_args(inner: optax.GradientTransformation) -> optax.GradientTran
         return inner.update(updates, state, params, **given)
 
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+
+
+def bind_extra_args(tx: optax.GradientTransformation, **extra_args: Any) -> optax.GradientTransformation:
+    """The same transformation, whose ``update`` gets those of these extra arguments that it accepts."""
+    update = functools.partial(accept_extra_args(tx).update, **extra_args)
+    return optax.GradientTransformation(tx.init, update)
 
 
 def _ignoring(value_fn: Callable[..., Any], names: list[str]) -> Callable[..., Any]:

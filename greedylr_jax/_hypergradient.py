@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from greedylr_jax import _checks, _deprecated, _inner, _numerics, _rule
+from greedylr_jax import _checks, _deprecated, _forwarding, _inner, _numerics, _rule
 
 
 class HypergradientState(NamedTuple):
@@ -110,7 +110,7 @@ def hypergradient(
             f"param_labels must be given if and only if granularity='group', got "
             f"granularity={granularity!r} and param_labels={param_labels!r}."
         )
-    wrapped = optax.with_extra_args_support(inner)
+    wrapped = _forwarding.accept_extra_args(inner)
 
     def init_fn(params: optax.Params) -> HypergradientState:
         _inner.check_descends("hypergradient", wrapped, params)

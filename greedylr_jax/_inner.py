@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from greedylr_jax import _checks
+from greedylr_jax import _checks, _forwarding
 
 _MAX_STEPS = 10_000  # then a leaf that has not moved counts as frozen
 _MAX_SIZE = 2**16  # elements in total up to which the check may use the parameters' own shapes
@@ -51,7 +51,7 @@ def check_descends(name: str, inner: optax.GradientTransformation, params: optax
     for stand_in in _stand_ins(params):
         try:
             with _eager_on_host():
-                uphill = _uphill_leaf(optax.with_extra_args_support(inner), stand_in)
+                uphill = _uphill_leaf(_forwarding.accept_extra_args(inner), stand_in)
         except Exception as error:  # of any type: it comes from the code of inner
             failure = error
             continue

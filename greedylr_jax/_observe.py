@@ -4,15 +4,12 @@ Every rule and wrapper reads ``value``, ``has_value`` and ``axis_name`` with :fu
 of ``every`` losses with :func:`accumulate`.
 """
 
-import functools
-import inspect
 from collections.abc import Hashable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.typing import ArrayLike
 
 from greedylr_jax import _checks, _numerics
@@ -106,15 +103,6 @@ def any_device(condition: jax.Array, axis_name: Hashable | None) -> jax.Array:
     return condition if axis_name is None else jax.lax.pmax(condition.astype(jnp.int32), axis_name) > 0
 
 
-def given(**extra_args: Any) -> dict[str, Any]:
-    """The extra arguments that are not None.
-
-    Wrappers hand these to the transformation inside: a line search passes every argument that it gets on to
-    ``value_fn``, which fails on those that it does not know.
-    """
-    return {name: argument for name, argument in extra_args.items() if argument is not None}
-
-
 def _check_has_value(rule_name: str, has_value: ArrayLike | None) -> np.bool_ | jax.Array:
     if has_value is None:
         return np.bool_(True)
@@ -151,15 +139,3 @@ def check_loss(rule_name: str, value: ArrayLike | None, name: str = "value") -> 
             f"{rule_name}: {name} must be a real scalar loss, as in {right_call}, got dtype {array.dtype}."
         )
     return array
-
-
-def bind_extra_args(tx: optax.GradientTransformation, **extra_args: Any) -> optax.GradientTransformation:
-    """The same transformation, whose ``update`` gets these extra arguments if it accepts any.
-
-    Its signature decides instead of its type: ``optax.MultiSteps`` accepts them, but is not a
-    ``GradientTransformationExtraArgs``.
-    """
-    parameters = inspect.signature(tx.update).parameters.values()
-    accepts_them = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    update = functools.partial(tx.update, **extra_args) if accepts_them else tx.update
-    return optax.GradientTransformation(tx.init, update)

@@ -10,7 +10,7 @@ import optax
 from jax.typing import ArrayLike
 from optax import contrib
 
-from greedylr_jax import _numerics, _observe, _reading, _rollback, _rule
+from greedylr_jax import _forwarding, _numerics, _reading, _rollback, _rule
 from greedylr_jax._misplaced import MisplacedRuleWarning
 from greedylr_jax.probing import LRTunerState
 
@@ -184,7 +184,9 @@ def _wide_zeros(leaf: ArrayLike) -> jax.Array:
 
 def _probe_step(tx: optax.GradientTransformation) -> Any:
     value = np.ones((), _numerics.default_float_dtype())
-    update = _observe.bind_extra_args(tx, value=value, has_value=False, value_fn=lambda params: value).update
+    update = _forwarding.bind_extra_args(
+        tx, value=value, has_value=False, value_fn=lambda params: value
+    ).update
 
     def step(params: optax.Params, state: optax.OptState) -> tuple[optax.Updates, optax.OptState]:
         return update(_random_like(params), state, params)

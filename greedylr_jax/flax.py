@@ -13,7 +13,7 @@ from flax import nnx
 from flax.training import train_state
 from jax.typing import ArrayLike
 
-from greedylr_jax import _observe
+from greedylr_jax import _forwarding
 
 
 class TrainState(train_state.TrainState):
@@ -63,8 +63,8 @@ class TrainState(train_state.TrainState):
         Returns:
           The state after the update.
         """
-        given = _observe.given(value=value, has_value=has_value, value_fn=value_fn)
-        bound = self.replace(tx=_observe.bind_extra_args(self.tx, **given))
+        tx = _forwarding.bind_extra_args(self.tx, value=value, has_value=has_value, value_fn=value_fn)
+        bound = self.replace(tx=tx)
         stepped: Any = train_state.TrainState.apply_gradients(bound, grads=grads, **kwargs)
         return stepped.replace(tx=self.tx)
 

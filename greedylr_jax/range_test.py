@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from greedylr_jax import _checks, _deprecated, _inner, _numerics
+from greedylr_jax import _checks, _deprecated, _forwarding, _inner, _numerics
 
 
 class RangeTestResult(NamedTuple):
@@ -87,7 +87,7 @@ def range_test(
     steps = _checks.check_leading_axis("batches", batches, "steps", low=_MIN_STEPS)
     spaced = jnp.geomspace if ramp == "geometric" else jnp.linspace
     rates = spaced(low, high, steps, dtype=_numerics.default_float_dtype())
-    optimizer = optax.with_extra_args_support(optax.sgd(1.0) if inner is None else inner)
+    optimizer = _forwarding.accept_extra_args(optax.sgd(1.0) if inner is None else inner)
     _inner.check_descends("range_test", optimizer, params)
     record = loss_fn if metric_fn is None else metric_fn
 

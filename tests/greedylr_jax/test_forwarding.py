@@ -11,6 +11,7 @@ import pytest
 
 import greedylr_jax
 from greedylr_jax import _forwarding
+from greedylr_jax.range_test import range_test
 from tests.greedylr_jax.rules import crossed
 
 CURVATURES = jnp.array([0.3, 1.0, 4.0, 9.0])
@@ -62,6 +63,34 @@ def test_a_wrapped_line_search_equals_the_bare_one(wrapper, search):
     params = run(WRAPPERS[wrapper](LINE_SEARCHES[search]()), has_value=jnp.asarray(True))
     np.testing.assert_allclose(params["w"], bare(search)["w"], rtol=1e-5, atol=1e-6)
     assert loss_fn(params) < 0.1 * loss_fn(START)
+
+
+# Wrappers that set the learning rate, which a line search then changes.
+SCALING = {
+    "hypergradient": lambda tx: greedylr_jax.hypergradient(tx, 1.0, 0.0),
+    "auto_lr": greedylr_jax.auto_lr,
+}
+# Transformations whose type does not say that they accept extra arguments, or that reject unknown ones.
+PARTICULAR = {
+    "MultiSteps": lambda: optax.MultiSteps(
+        optax.chain(optax.sgd(0.1), greedylr_jax.greedy_lr(patience=0)), 1
+    ).gradient_transformation(),
+    "line search": LINE_SEARCHES["backtracking"],
+}
+
+
+@pytest.mark.parametrize("inner", PARTICULAR)
+@pytest.mark.parametrize("wrapper", WRAPPERS | SCALING)
+def test_every_wrapper_passes_on_what_inner_accepts(wrapper, inner):
+    tx = (WRAPPERS | SCALING)[wrapper](PARTICULAR[inner]())
+    params = run(tx, steps=2, has_value=jnp.asarray(True))
+    assert loss_fn(params) < loss_fn(START)
+
+
+@pytest.mark.parametrize("inner", PARTICULAR)
+def test_the_range_test_passes_on_what_inner_accepts(inner):
+    result = range_test(lambda params, _: loss_fn(params), START, jnp.zeros(20), inner=PARTICULAR[inner]())
+    assert jnp.min(result.losses) < loss_fn(START)
 
 
 def test_with_rollback_around_lbfgs_is_lbfgs():
