@@ -106,6 +106,21 @@ def check_leading_axis(name: str, tree: Any, what: str, *, low: int = 1) -> int:
     return length
 
 
+def check_initial(
+    names: tuple[str, str, str], minimum: ArrayLike, initial: ArrayLike, maximum: ArrayLike
+) -> float | jax.Array:
+    """Returns an initial value in (0, inf) within its bounds, or raises ``ValueError``.
+
+    ``names`` are the user's for the minimum, the initial value and the maximum.
+    """
+    min_name, name, max_name = names
+    initial = check_real(name, initial, low=0.0, low_open=True, high_open=True)
+    check_order(min_name, minimum, max_name, maximum)
+    check_order(min_name, minimum, name, initial)
+    check_order(name, initial, max_name, maximum)
+    return initial
+
+
 def check_order(low_name: str, low: ArrayLike, high_name: str, high: ArrayLike) -> None:
     """Raises ``ValueError`` if both values are known and ``low`` exceeds ``high``."""
     if not is_traced(low) and not is_traced(high) and np.asarray(low) > np.asarray(high):

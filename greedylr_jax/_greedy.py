@@ -272,7 +272,7 @@ def greedy_lr_schedule(
 def _check(settings: _Settings, initial_scale: ArrayLike, names: tuple[str, str, str]) -> _Settings:
     """Checks the settings; ``names`` are the user's for the minimum, the initial scale and the maximum."""
     real, integer = _checks.check_real, _checks.check_integer
-    min_name, initial_name, max_name = names
+    min_name, _, max_name = names
     window, reset_at_min, reset_after = settings.window, settings.reset_at_min, settings.reset_after
     checked = _Settings(
         factor=real("factor", settings.factor, low=0.0, high=1.0, low_open=True, high_open=True),
@@ -290,10 +290,7 @@ def _check(settings: _Settings, initial_scale: ArrayLike, names: tuple[str, str,
         eps=real("eps", settings.eps, low=0.0, high_open=True),
         algorithm=_checks.check_choice("algorithm", settings.algorithm, ("reference", "paper")),
     )
-    initial_scale = real(initial_name, initial_scale, low=0.0, low_open=True, high_open=True)
-    _checks.check_order(min_name, checked.min_scale, max_name, checked.max_scale)
-    _checks.check_order(min_name, checked.min_scale, initial_name, initial_scale)
-    _checks.check_order(initial_name, initial_scale, max_name, checked.max_scale)
+    _checks.check_initial(names, checked.min_scale, initial_scale, checked.max_scale)
     if checked.algorithm == "paper" and checked.reset_at_min is not None:
         raise ValueError(
             f"reset_at_min must be None with algorithm='paper', got {reset_at_min!r}: Algorithm 1 "

@@ -225,7 +225,7 @@ def trend_lr_schedule(
 def _check(settings: TrendSettings, initial_scale: ArrayLike, names: tuple[str, str, str]) -> TrendSettings:
     """Checks the settings; ``names`` are the user's for the minimum, the initial scale and the maximum."""
     real = _checks.check_real
-    min_name, initial_name, max_name = names
+    min_name, _, max_name = names
     checked = TrendSettings(
         min_scale=real(min_name, settings.min_scale, low=0.0, low_open=True, high_open=True),
         max_scale=real(max_name, settings.max_scale, low=0.0, low_open=True),
@@ -237,9 +237,7 @@ def _check(settings: TrendSettings, initial_scale: ArrayLike, names: tuple[str, 
         decay=real("decay", settings.decay, low=0.0, high=1.0),
         significance=real("significance", settings.significance, low=0.0, high_open=True),
     )
-    initial_scale = real(initial_name, initial_scale, low=0.0, low_open=True, high_open=True)
-    _checks.check_order(min_name, checked.min_scale, initial_name, initial_scale)
-    _checks.check_order(initial_name, initial_scale, max_name, checked.max_scale)
+    _checks.check_initial(names, checked.min_scale, initial_scale, checked.max_scale)
     return checked
 
 

@@ -162,9 +162,7 @@ def _check_bounds(
 ) -> _Bounds:
     lowest = _checks.check_real(min_name, low, low=0.0, high_open=True)
     highest = _checks.check_real(max_name, high, low=0.0, low_open=True)
-    initial = _checks.check_real(name, initial, low=0.0, low_open=True, high_open=True)
-    _checks.check_order(min_name, lowest, name, initial)
-    _checks.check_order(name, initial, max_name, highest)
+    _checks.check_initial((min_name, name, max_name), lowest, initial, highest)
     return _Bounds(lowest, highest)
 
 

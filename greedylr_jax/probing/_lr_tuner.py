@@ -162,9 +162,12 @@ def lr_tuner(
         max_learning_rate=_checks.check_real("max_learning_rate", max_learning_rate, low=0.0, low_open=True),
         axis_name=axis_name,
     )
-    initial_rate = _checks.check_real("learning_rate", learning_rate, low=0.0, low_open=True, high_open=True)
-    _checks.check_order("min_learning_rate", settings.min_learning_rate, "learning_rate", initial_rate)
-    _checks.check_order("learning_rate", initial_rate, "max_learning_rate", settings.max_learning_rate)
+    initial_rate = _checks.check_initial(
+        ("min_learning_rate", "learning_rate", "max_learning_rate"),
+        settings.min_learning_rate,
+        learning_rate,
+        settings.max_learning_rate,
+    )
     inner = _forwarding.accept_extra_args(inner)
 
     def init_fn(params: optax.Params) -> LRTunerState:
