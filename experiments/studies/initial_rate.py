@@ -17,6 +17,7 @@ from experiments.reporting.tables import print_table
 from experiments.studies.base import Job, Sweep, publish
 from experiments.studies.tuning import TUNING_SEEDS, best_rates, reported
 from experiments.tasks.base import LEARNING_RATES
+from experiments.tasks.suite import TUNED_ON, half
 from experiments.training.engine import RunSpec, Settings, make_specs
 from experiments.training.schedules import SCHEDULES as REGISTRY
 from experiments.training.sweep import Group
@@ -40,22 +41,18 @@ SCHEDULES = (
     "auto",
 )
 RULE, BASELINE = "auto", "cosine"  # the pair that the conclusion compares
-# Tasks on which the settings of an earlier auto_lr were chosen or rejected.
-DEVELOPMENT = (
-    "digits-mlp",
-    "mnist1d-mlp",
-    "mnist1d-residual",
-    "digits-vit",
-    "language-transformer",
-    "language-lstm",
-    "summarization",
-    "segmentation",
-)
+# Tasks on which the settings of auto_lr, or of an earlier version, were chosen or rejected.
+DEVELOPMENT = TUNED_ON | {entry.task for entry in half("development")}
 TOLERANCE = 2.0  # points of accuracy
 LOSS_TOLERANCE = 1.1  # times the held-out loss
 OPTIMIZERS = ("adamw", "sgd", "adagrad")
 PRESETS: dict[str, dict[str, Any]] = {
-    "quick": {"tasks": DEVELOPMENT[:3], "schedules": SCHEDULES, "steps": 1000, "seeds": 5},
+    "quick": {
+        "tasks": ("digits-mlp", "mnist1d-mlp", "mnist1d-residual"),
+        "schedules": SCHEDULES,
+        "steps": 1000,
+        "seeds": 5,
+    },
     # The other kinds of tasks, with the two schedules that the conclusion compares.
     "full": {
         "tasks": (

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 Half = Literal["development", "held-out"]
 
-# ``experiments.studies.initial_rate.DEVELOPMENT``, as it was when the suite was made.
+# Tasks on which the settings of earlier rules were chosen, when the suite was made.
 TUNED_ON = frozenset(
     {
         "digits-mlp",
