@@ -40,7 +40,6 @@ myst_heading_anchors = 3
 nb_execution_mode = "cache"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 120
-suppress_warnings = ["toc.empty_glob"]
 nb_ipywidgets_js = {}  # would be loaded from another host
 
 autodoc_member_order = "bysource"
