@@ -12,6 +12,7 @@ import greedylr_jax
 from experiments.errors import UsageError
 from experiments.reporting import drawing, html
 from experiments.training.engine import Engine, Settings
+from experiments.training.schedules import parse
 from experiments.training.store import RunStore, write_atomically
 from experiments.training.sweep import Group, run_sweep
 
@@ -110,6 +111,7 @@ def publish(
     figures: Mapping[str, plt.Figure],
     sections: Sequence[html.Section],
     recomputed_by: str,
+    schedules: Sequence[str] = (),
 ) -> None:
     """Writes tables as CSV, figures as PNG, and ``report.html`` into the job's folder.
 
@@ -121,11 +123,21 @@ def publish(
       figures: by file name without suffix.
       sections: of the report.
       recomputed_by: the functions that compute every number of the report from ``runs.parquet``.
+      schedules: what the report compares, whose sources it lists.
     """
     for name, table in tables.items():
         write_atomically(job.out / f"{name}.csv", table.write_csv)
     for name, figure in figures.items():
         drawing.save(figure, job.out / f"{name}.png")
     source = f"All numbers are computed from runs.parquet by {recomputed_by}. Command: {job.call}."
+    if schedules:
+        sections = [*sections, sources(schedules)]
     html.write_page(job.out / "report.html", title, f"{text} {source}", sections)
     job.console.print(f"Tables, figures, runs.parquet and report.html are in {job.out}.")
+
+
+def sources(schedules: Sequence[str]) -> html.Section:
+    """A section of a report that lists where each schedule is described."""
+    entries = [(name, parse(name)[0]) for name in dict.fromkeys(schedules)]
+    rows = [(entry.label if entry.name == name else name, entry.source) for name, entry in entries]
+    return html.Section("Schedules and rules", "", [html.Table(("schedule", "source"), rows)])

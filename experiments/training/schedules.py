@@ -136,6 +136,19 @@ def _cyclic_cosine(steps: int) -> optax.Schedule:
     return optax.sgdr_schedule([{**common, "decay_steps": period} for period in periods])
 
 
+def _three_cosines(steps: int) -> optax.Schedule:
+    """Three periods of cosine decay to 2%, each twice as long as the previous one."""
+    first = steps // 7
+    common = {"init_value": 1.0, "peak_value": 1.0, "warmup_steps": 0, "end_value": 0.02}
+    periods = (first, 2 * first, steps - 3 * first)
+    return optax.sgdr_schedule([{**common, "decay_steps": max(1, period)} for period in periods])
+
+
+def _staircase(epochs: int, factor: float) -> Callable[[int], optax.Schedule]:
+    """Multiplies by ``factor`` after each of ``epochs`` equal parts of the training."""
+    return lambda steps: lambda step: jnp.float32(factor) ** (epochs * step // steps)
+
+
 def _defaults(function: Callable[..., Any], *names: str) -> dict[str, float]:
     """The defaults of some parameters of a function."""
     return {name: inspect.signature(function).parameters[name].default for name in names}
@@ -185,31 +198,33 @@ _ARC_PAPER = "X. Dong et al., paper 003, Section 4"
 _ENTRIES: tuple[Schedule, ...] = (
     PassiveSchedule(
         name="constant",
-        source="no schedule",
+        source="the initial rate throughout; a baseline of papers 003 and 004",
         look=Look(palette.SKY),
         fractions=lambda steps: optax.constant_schedule(1.0),
     ),
     PassiveSchedule(
         name="linear",
-        source="J. Devlin et al., BERT, 2019",
+        source="J. Devlin et al., BERT, 2019; a baseline of papers 000, 002 and 004",
         look=Look(palette.BLUE, ":"),
         fractions=lambda steps: optax.linear_schedule(1.0, 0.0, steps),
     ),
     PassiveSchedule(
         name="cosine",
-        source="I. Loshchilov and F. Hutter, SGDR, 2017",
+        source="I. Loshchilov and F. Hutter, SGDR, 2017; one period, to 0; a baseline of all papers but 002",
         look=Look(palette.BLUE),
         fractions=lambda steps: optax.cosine_decay_schedule(1.0, steps),
     ),
     PassiveSchedule(
         name="polynomial",
-        source="quadratic decay, a baseline of paper 000",
+        source="transformers.get_polynomial_decay_schedule_with_warmup, power 1 (its default); a baseline of "
+        "paper 000",
         look=Look(palette.BLUE, "-."),
-        fractions=lambda steps: optax.polynomial_schedule(1.0, 0.0, 2, steps),
+        fractions=lambda steps: optax.polynomial_schedule(1.0, 0.0, 1, steps),
     ),
     PassiveSchedule(
         name="step",
-        source="K. He et al., Deep Residual Learning, 2016",
+        source="K. He et al., Deep Residual Learning, 2016; divided by 10 at 50% and 75% of the steps, as in "
+        "paper 002 on CIFAR-10",
         look=Look(palette.GREY, ":"),
         fractions=lambda steps: optax.piecewise_constant_schedule(
             1.0, {steps // 2: 0.1, 3 * steps // 4: 0.1}
@@ -217,13 +232,16 @@ _ENTRIES: tuple[Schedule, ...] = (
     ),
     PassiveSchedule(
         name="warmup",
-        source="linear warm-up over 10% of the steps, then constant; a baseline of paper 000",
+        label="constant with warm-up",
+        source="transformers.get_constant_schedule_with_warmup, 10% of the steps; a baseline of paper 000, "
+        "which does not state the length",
         look=Look(palette.SKY, ":"),
         fractions=lambda steps: optax.linear_schedule(0.0, 1.0, max(1, steps // 10)),
     ),
     PassiveSchedule(
         name="inverse-sqrt",
-        source="A. Vaswani et al., Attention Is All You Need, 2017",
+        source="A. Vaswani et al., Attention Is All You Need, 2017, 10% of the steps; a baseline of paper "
+        "002",
         look=Look(palette.PINK, ":"),
         fractions=lambda steps: _inverse_sqrt(max(1, steps // 10)),
     ),
@@ -235,15 +253,29 @@ _ENTRIES: tuple[Schedule, ...] = (
     ),
     PassiveSchedule(
         name="cyclic-cosine",
-        source=_ARC_PAPER,
+        source=f"{_ARC_PAPER}.1: periods of 10 and 20 of 30 epochs",
         look=Look(palette.BLUE, "--"),
         fractions=_cyclic_cosine,
     ),
     PassiveSchedule(
+        name="cyclic-cosine-text",
+        label="cyclic cosine, three periods",
+        source=f"{_ARC_PAPER}.3: periods of 14, 28 and 56 of 98 epochs",
+        look=Look(palette.SKY, "-."),
+        fractions=_three_cosines,
+    ),
+    PassiveSchedule(
         name="exponential",
-        source=f"{_ARC_PAPER}: times 0.9 in each of thirty epochs",
+        source=f"torch.optim.lr_scheduler.ExponentialLR; {_ARC_PAPER}.1: times 0.9 in each of 30 epochs",
         look=Look(palette.GREY, "-."),
-        fractions=lambda steps: optax.exponential_decay(1.0, max(1, steps // 30), 0.9, staircase=True),
+        fractions=_staircase(30, 0.9),
+    ),
+    PassiveSchedule(
+        name="exponential-text",
+        label="exponential, 98 epochs",
+        source=f"torch.optim.lr_scheduler.ExponentialLR; {_ARC_PAPER}.3: times 0.96 in each of 98 epochs",
+        look=Look(palette.GREY),
+        fractions=_staircase(98, 0.96),
     ),
     PassiveSchedule(
         name="one-cycle",
@@ -275,6 +307,16 @@ _ENTRIES: tuple[Schedule, ...] = (
             "warmup",
             "min_scale",
             "max_scale",
+        ),
+    ),
+    AdaptiveScale(
+        name="plateau-torch",
+        label="plateau, PyTorch's patience",
+        # PyTorch lowers the rate at the eleventh epoch without improvement, Keras and Optax at the tenth.
+        source="torch.optim.lr_scheduler.ReduceLROnPlateau with its defaults and a minimum of 1%",
+        look=Look(palette.YELLOW, "--"),
+        transform=lambda steps_per_epoch, settings: optax.contrib.reduce_on_plateau(
+            factor=0.1, patience=11, rtol=1e-4, accumulation_size=steps_per_epoch, min_scale=0.01
         ),
     ),
     RateOptimizer(
