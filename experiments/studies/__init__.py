@@ -21,7 +21,7 @@ STUDIES: dict[str, Study] = {
     name.replace("_", "-"): Study(summary, functools.partial(_load, name))
     for name, summary in (
         ("greedylr", "GreedyLR against common schedules: tables II to X, figures 1 to 7 of paper 000"),
-        ("robustness", "nine kinds of noise on the loss, the gradients and the parameters (paper 001)"),
+        ("robustness", "eight kinds of noise on the loss, the gradients and the parameters (paper 001)"),
         ("initial_rate", "every schedule and rule from 1/1000 to 1000 times the best initial rate"),
         ("lrtuner", "LRTuner against hand-tuned schedules: tables 1 to 4 of paper 002"),
         ("polling", "factor polling against common schedules: table 1, figures 2 and 3 of paper 004"),

@@ -256,7 +256,7 @@ class Engine:
         init_key, batch_key = jax.random.split(jax.random.key(inputs.seed))
         params = task.init(init_key)
         optimizer = optax.with_extra_args_support(OPTIMIZERS[self.optimizer](1.0))
-        stepper = make_stepper(key, optimizer, inputs.schedule, task, steps, validated=validated)
+        stepper = make_stepper(key, optimizer, inputs.schedule, steps, validated=validated)
         batches = batch_indices(task, steps, batch_key)
         source = task.collector.init(jax.random.fold_in(batch_key, 2), params)
         if disturbed:
@@ -266,7 +266,7 @@ class Engine:
             noise_key = jax.random.fold_in(batch_key, 1)
 
         def body(carry: Any, step_inputs: Any) -> Any:
-            params, state, source = carry
+            params, state, source, first_gradient = carry
             rate, step, indices, noise = step_inputs
             source, batch = task.collector.collect(source, params, take(train, indices))
             loss, grads = jax.value_and_grad(task.loss)(params, batch)
@@ -282,25 +282,26 @@ class Engine:
                 step_key = jax.random.fold_in(noise_key, step)
                 direction = _direction(step_key, grads, inputs.disturbance.ascent)
                 observed = loss + noise[0] * first_loss
-                grads = optax.tree.add_scale(grads, noise[1] * optax.tree.norm(grads), direction)
+                first_gradient = jnp.where(step == 0, optax.tree.norm(grads), first_gradient)
+                grads = optax.tree.add_scale(grads, noise[1] * first_gradient, direction)
             updates, state, rate = stepper.update(
                 grads, state, params, rate, observed, value_fn, validation_fn
             )
             params = optax.apply_updates(params, updates)
             if disturbed:
                 params = optax.tree.add_scale(params, -noise[2] * first_norm, direction)
-            return (params, state, source), (loss, rate)
+            return (params, state, source, first_gradient), (loss, rate)
 
         def segment(carry: Any, segment_inputs: Any) -> Any:
             carry, histories = jax.lax.scan(body, carry, segment_inputs)
-            params, state, _ = carry
+            params, state, *_ = carry
             final = stepper.evaluation_params(state, params)
             return carry, (*histories, task.held_out_loss(final, test), task.metric(final, test))
 
         noise = inputs.disturbance[:3] if disturbed else None
         xs = (inputs.schedule.rates, jnp.arange(steps), batches, noise)
         xs = jax.tree.map(lambda leaf: leaf.reshape(evaluations, -1, *leaf.shape[1:]), xs)
-        carry = (params, stepper.init(params), source)
+        carry = (params, stepper.init(params), source, jnp.zeros(()))
         _, (loss, rate, *tests) = jax.lax.scan(segment, carry, xs)
         return RunResult(loss.ravel(), rate.ravel(), *tests)
 

@@ -28,6 +28,9 @@ from experiments.reporting.palette import Look
 from greedylr_jax.schedules import knee_schedule
 
 
+EVALUATIONS = 50  # of the training loss per run, each the mean loss of as many steps
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Schedule:
     """What every schedule has.
@@ -73,7 +76,8 @@ class AdaptiveScale(Schedule):
     """A rule that multiplies the learning rate by a scale.
 
     Attributes:
-      transform: steps per epoch and settings -> the rule as a transformation of the updates.
+      transform: steps per evaluation of the training loss (a 50th of the run's steps) and settings -> the rule
+        as a transformation of the updates.
       traced: the settings with their defaults, inputs of the compiled program.
     """
 
@@ -285,19 +289,22 @@ _ENTRIES: tuple[Schedule, ...] = (
     ),
     AdaptiveScale(
         name="plateau",
-        # One decision per epoch, as in PyTorch and Keras. Their default patience of 10 epochs would rarely
-        # act in runs this short.
-        source="torch.optim.lr_scheduler.ReduceLROnPlateau with factor 0.5 and patience 2",
+        # Factor 0.1, patience 10 and a relative threshold of 1e-4 are the defaults of Optax, Keras and
+        # PyTorch (PyTorch waits for one evaluation more). The floor is that of He et al., who divide the rate
+        # by 10 twice when the error plateaus. Their evaluations are epochs, of which runs this short have too
+        # few.
+        source="optax.contrib.reduce_on_plateau with its defaults, 50 evaluations, and a minimum of 1% of the "
+        "initial rate as in K. He et al., Deep Residual Learning, 2016",
         look=Look(palette.GREY, "--"),
-        transform=lambda steps_per_epoch, settings: optax.contrib.reduce_on_plateau(
-            factor=0.5, patience=2, accumulation_size=steps_per_epoch
+        transform=lambda steps_per_evaluation, settings: optax.contrib.reduce_on_plateau(
+            factor=0.1, patience=10, rtol=1e-4, accumulation_size=steps_per_evaluation, min_scale=0.01
         ),
     ),
     AdaptiveScale(
         name="GreedyLR",
         source="papers 000 and 001, with the published settings",
         look=Look(palette.RED),
-        transform=lambda steps_per_epoch, settings: greedylr_jax.greedy_lr(**settings),
+        transform=lambda steps_per_evaluation, settings: greedylr_jax.greedy_lr(**settings),
         traced=_defaults(
             greedylr_jax.greedy_lr,
             "factor",
@@ -557,10 +564,11 @@ def switch(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def adaptive_scale(inputs: ScheduleInputs, steps_per_epoch: int) -> optax.GradientTransformationExtraArgs:
+def adaptive_scale(inputs: ScheduleInputs) -> optax.GradientTransformationExtraArgs:
     """The adaptive scale that ``inputs`` selects, or the identity."""
+    steps_per_evaluation = max(1, len(inputs.rates) // EVALUATIONS)
     scales = [
-        scale.transform(steps_per_epoch, settings)
+        scale.transform(steps_per_evaluation, settings)
         for scale, settings in zip(_scales(), inputs.settings, strict=True)
     ]
     return switch(inputs.scale_index, [optax.identity(), *scales])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 import greedylr_jax
-from experiments.tasks.base import Params, Task
+from experiments.tasks.base import Params
 from experiments.training.schedules import RateOptimizer, ScheduleInputs, adaptive_scale, parse
 
 
@@ -33,7 +33,6 @@ def make_stepper(
     schedule: str | None,
     optimizer: optax.GradientTransformationExtraArgs,
     inputs: ScheduleInputs,
-    task: Task,
     steps: int,
     *,
     validated: bool,
@@ -45,12 +44,11 @@ def make_stepper(
         schedule or adaptive scale, whichever ``inputs`` selects.
       optimizer: built with learning rate 1.
       inputs: of the run.
-      task: what is trained.
       steps: number of steps.
       validated: whether there are validation losses.
     """
     if schedule is None:
-        return _shared_stepper(optimizer, inputs, task.steps_per_epoch)
+        return _shared_stepper(optimizer, inputs)
     entry, settings = parse(schedule)
     assert isinstance(entry, RateOptimizer)
     tx = entry.optimizer(optimizer, inputs.rates[0], steps, **settings)
@@ -58,10 +56,10 @@ def make_stepper(
 
 
 def _shared_stepper(
-    optimizer: optax.GradientTransformationExtraArgs, inputs: ScheduleInputs, steps_per_epoch: int
+    optimizer: optax.GradientTransformationExtraArgs, inputs: ScheduleInputs
 ) -> Stepper:
     """Any passive schedule or adaptive scale, selected by an input of the program."""
-    rule = adaptive_scale(inputs, steps_per_epoch)
+    rule = adaptive_scale(inputs)
 
     def update(grads, state, params, rate, loss, value_fn, validation_fn):
         del value_fn, validation_fn
