@@ -19,10 +19,10 @@ from experiments.reporting.palette import Look
 from experiments.studies import (
     compare,
     greedylr,
-    initial_rate,
     leaderboard,
     lrtuner,
     polling,
+    rate_sensitivity,
     robustness,
 )
 from experiments.tasks import make_task
@@ -135,7 +135,7 @@ def test_every_schedule_has_a_look_and_a_label_of_its_own():
 
 
 @pytest.mark.parametrize(
-    "study", [compare, greedylr, initial_rate, leaderboard, lrtuner, polling, robustness]
+    "study", [compare, greedylr, leaderboard, lrtuner, polling, rate_sensitivity, robustness]
 )
 def test_studies_choose_schedules_from_the_registry(study):
     names = {*getattr(study, "SCHEDULES", ())}
