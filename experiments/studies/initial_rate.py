@@ -210,8 +210,8 @@ class Measured(NamedTuple):
     def best(self) -> int:
         """Index of the best rate of the reference, by the median over seeds."""
         medians = np.median(self.reference, axis=1)
-        lost = -np.inf if self.measure != "loss" else np.inf
-        medians = np.where(np.isfinite(medians), medians, lost)
+        diverged = -np.inf if self.measure != "loss" else np.inf
+        medians = np.where(np.isfinite(medians), medians, diverged)
         return int(np.argmin(medians) if self.measure == "loss" else np.argmax(medians))
 
     def gap(self, values: np.ndarray) -> np.ndarray:
