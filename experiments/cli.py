@@ -99,9 +99,19 @@ def study(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Discard an unfinished study instead of resuming it.")
     ] = False,
+    split: Annotated[
+        str | None, typer.Option(help="initial-rate: development or held-out, a half of the suite.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="initial-rate: entries of the suite, separated by commas.")
+    ] = None,
+    rule: Annotated[str | None, typer.Option(help="initial-rate: rules, separated by commas.")] = None,
+    steps: Annotated[
+        str | None, typer.Option(help="initial-rate: numbers of steps, separated by commas.")
+    ] = None,
 ) -> None:
     """Reproduce the experiments of a paper."""
-    from experiments.studies import STUDIES
+    from experiments.studies import SELECTABLE, STUDIES
 
     if show_list or name is None:
         for key, each in STUDIES.items():
@@ -109,11 +119,16 @@ def study(
         return
     one_of("NAME", name, STUDIES)
     one_of("--preset", preset, ("quick", "full"))
-    from experiments.studies.base import Job
+    from experiments.studies.base import Job, Selection
     from experiments.training import engine
 
+    selection = Selection(split, task, rule, steps)
+    if selection.arguments and name not in SELECTABLE:
+        raise UsageError(f"study {name} has no option{selection.arguments}; {SELECTABLE[0]} has")
     engine.configure()
-    STUDIES[name].load()(Job(name, preset, out or Path("results") / name, make_console(), cluster, fresh))
+    out = out or Path("results") / name
+    job = Job(name, preset, out, make_console(), cluster, fresh, selection=selection)
+    STUDIES[name].load()(job)
 
 
 @app.command()

@@ -17,12 +17,14 @@ def _load(module: str) -> Callable[..., None]:
     return importlib.import_module(f"experiments.studies.{module}").run
 
 
+SELECTABLE = ("initial-rate",)  # studies with the options --split, --task, --rule and --steps
 STUDIES: dict[str, Study] = {
     name.replace("_", "-"): Study(summary, functools.partial(_load, name))
     for name, summary in (
         ("greedylr", "GreedyLR against common schedules: tables II to X, figures 1 to 7 of paper 000"),
         ("robustness", "eight kinds of noise on the loss, the gradients and the parameters (paper 001)"),
-        ("initial_rate", "every schedule and rule from 1/1000 to 1000 times the best initial rate"),
+        ("initial_rate", "rules without a learning rate, and defaults, against cosine at its best rate"),
+        ("rate_sensitivity", "every schedule and rule from 1/1000 to 1000 times the best initial rate"),
         ("lrtuner", "LRTuner against hand-tuned schedules: tables 1 to 4 of paper 002"),
         ("polling", "factor polling against common schedules: table 1, figures 2 and 3 of paper 004"),
         ("hypergradient", "first-order GreedyLR (hypergradient descent): figures 8 to 10 of paper 000"),

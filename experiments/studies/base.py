@@ -19,6 +19,28 @@ from experiments.training.sweep import Group, run_sweep
 _ROW_FORMAT = 2  # of the stored rows; unfinished studies of another format cannot be resumed
 
 
+class Selection(NamedTuple):
+    """The part of a study to run, as given on the command line; None: what the preset says.
+
+    Attributes:
+      split: half of the suite, "development" or "held-out".
+      task: names of entries of the suite, separated by commas.
+      rule: names of rules, separated by commas.
+      steps: numbers of training steps, separated by commas.
+    """
+
+    split: str | None = None
+    task: str | None = None
+    rule: str | None = None
+    steps: str | None = None
+
+    @property
+    def arguments(self) -> str:
+        """The options of the command line, each after a space."""
+        given = {name: value for name, value in self._asdict().items() if value is not None}
+        return "".join(f" --{name} {value}" for name, value in given.items())
+
+
 class Job(NamedTuple):
     """One call of a study from the command line.
 
@@ -30,7 +52,8 @@ class Job(NamedTuple):
       address: of a Ray cluster to train on; None: this process.
       fresh: discard an unfinished study instead of resuming it.
       command: the command that runs the study, after ``python -m experiments``.
-      arguments: of the command; None: the name and the preset.
+      arguments: of the command; None: the name, the preset and the selection.
+      selection: part of the study.
     """
 
     name: str
@@ -41,11 +64,14 @@ class Job(NamedTuple):
     fresh: bool = False
     command: str = "study"
     arguments: str | None = None
+    selection: Selection = Selection()
 
     @property
     def call(self) -> str:
         """The command line that repeats this job."""
-        arguments = f"{self.name} --preset {self.preset}" if self.arguments is None else self.arguments
+        arguments = self.arguments
+        if arguments is None:
+            arguments = f"{self.name} --preset {self.preset}{self.selection.arguments}"
         return f"python -m experiments {self.command} {arguments}"
 
     def in_folder(self, name: str) -> "Job":
@@ -92,9 +118,13 @@ class Sweep:
         )
         return self._store.rows()
 
-    def finish(self) -> pl.DataFrame:
-        """Writes all rows to ``runs.parquet`` and returns them."""
-        return self._store.finish()
+    def finish(self, *, extensible: bool = False) -> pl.DataFrame:
+        """Writes all rows to ``runs.parquet`` and returns them.
+
+        Args:
+          extensible: whether a later call with the same settings may add runs to these.
+        """
+        return self._store.finish(extensible=extensible)
 
 
 def read_published(name: str) -> pl.DataFrame:

@@ -166,13 +166,22 @@ class Engine:
     :class:`~experiments.training.schedules.RateOptimizer` has another one for each of its settings.
     """
 
-    def __init__(self, task: Task, optimizer: str, settings: Settings):
+    def __init__(self, task: Task, optimizer: str, settings: Settings, accumulation: int = 1):
+        """Places the data on the devices.
+
+        Args:
+          task: what is trained.
+          optimizer: key of :data:`OPTIMIZERS`.
+          settings: of all runs.
+          accumulation: number of steps whose gradients are averaged for one update, >= 1.
+        """
         if settings.steps % settings.evaluations:
             raise ValueError(
                 f"steps must be a multiple of evaluations, got steps={settings.steps} and "
                 f"evaluations={settings.evaluations}."
             )
         self.task, self.optimizer, self.settings = task, optimizer, settings
+        self.accumulation = accumulation
         self._mesh = device_mesh()
         parts = (slice(0, None, 2), slice(1, None, 2)) if settings.validated else (slice(0), slice(None))
         validation, test = (jax.tree.map(lambda rows, part=part: rows[part], task.test) for part in parts)
@@ -256,7 +265,14 @@ class Engine:
         init_key, batch_key = jax.random.split(jax.random.key(inputs.seed))
         params = task.init(init_key)
         optimizer = optax.with_extra_args_support(OPTIMIZERS[self.optimizer](1.0))
-        stepper = make_stepper(key, optimizer, inputs.schedule, steps, validated=validated)
+        stepper = make_stepper(
+            key,
+            optimizer,
+            inputs.schedule,
+            steps,
+            validated=validated,
+            accumulation=self.accumulation,
+        )
         batches = batch_indices(task, steps, batch_key)
         source = task.collector.init(jax.random.fold_in(batch_key, 2), params)
         if disturbed:

@@ -27,7 +27,6 @@ from experiments.reporting import palette
 from experiments.reporting.palette import Look
 from greedylr_jax.schedules import knee_schedule
 
-
 EVALUATIONS = 50  # of the training loss per run, each the mean loss of as many steps
 
 
@@ -243,6 +242,13 @@ _ENTRIES: tuple[Schedule, ...] = (
         fractions=lambda steps: optax.linear_schedule(0.0, 1.0, max(1, steps // 10)),
     ),
     PassiveSchedule(
+        name="warmup-cosine",
+        label="warm-up, cosine",
+        source="I. Loshchilov and F. Hutter, SGDR, 2017, after a linear warm-up over 10% of the steps",
+        look=Look(palette.SKY, "-."),
+        fractions=lambda steps: optax.warmup_cosine_decay_schedule(0.0, 1.0, max(1, steps // 10), steps),
+    ),
+    PassiveSchedule(
         name="inverse-sqrt",
         source="A. Vaswani et al., Attention Is All You Need, 2017, 10% of the steps; a baseline of paper "
         "002",
@@ -351,6 +357,13 @@ _ENTRIES: tuple[Schedule, ...] = (
         optimizer=lambda optimizer, rate, steps: greedylr_jax.auto_lr(optimizer, total_steps=max(10, steps)),
     ),
     RateOptimizer(
+        name="auto-endless",
+        label="auto, unknown number of steps",
+        source="greedylr_jax.auto_lr without total_steps; it has no initial rate",
+        look=Look(palette.BROWN, ":"),
+        optimizer=lambda optimizer, rate, steps: greedylr_jax.auto_lr(optimizer),
+    ),
+    RateOptimizer(
         name="polling-3",
         label="polling, 3 factors",
         source=_PAPER_POLLING,
@@ -403,11 +416,29 @@ _ENTRIES: tuple[Schedule, ...] = (
         reports_rate=False,
     ),
     RateOptimizer(
+        name="prodigy-cosine",
+        label="prodigy, cosine",
+        source="K. Mishchenko and A. Defazio, Prodigy, 2024, with the schedule that they advise",
+        look=Look(palette.ORANGE, ":"),
+        optimizer=lambda optimizer, rate, steps: optax.contrib.prodigy(
+            optax.cosine_decay_schedule(rate, steps)
+        ),
+        reports_rate=False,
+    ),
+    RateOptimizer(
         name="prodigy-guess",
         label="prodigy, initial estimate",
         source="K. Mishchenko and A. Defazio, Prodigy, 2024; the initial rate is its first estimate",
         look=Look(palette.ORANGE, "--"),
         optimizer=lambda optimizer, rate, steps: optax.contrib.prodigy(1.0, estim_lr0=rate),
+        reports_rate=False,
+    ),
+    RateOptimizer(
+        name="dog",
+        label="DoG",
+        source="M. Ivgi et al., DoG is SGD's Best Friend, 2023",
+        look=Look(palette.YELLOW, "--"),
+        optimizer=lambda optimizer, rate, steps: optax.contrib.dog(rate),
         reports_rate=False,
     ),
     RateOptimizer(

@@ -36,6 +36,7 @@ def make_stepper(
     steps: int,
     *,
     validated: bool,
+    accumulation: int = 1,
 ) -> Stepper:
     """The stepper of a program.
 
@@ -46,18 +47,26 @@ def make_stepper(
       inputs: of the run.
       steps: number of steps.
       validated: whether there are validation losses.
+      accumulation: number of steps whose gradients ``optax.MultiSteps`` averages for one update.
     """
     if schedule is None:
-        return _shared_stepper(optimizer, inputs)
+        return _shared_stepper(_accumulated(optimizer, accumulation), inputs)
     entry, settings = parse(schedule)
     assert isinstance(entry, RateOptimizer)
-    tx = entry.optimizer(optimizer, inputs.rates[0], steps, **settings)
+    tx = entry.optimizer(optimizer, inputs.rates[0], steps // accumulation, **settings)
+    tx = _accumulated(tx, accumulation)
     return _rate_optimizer_stepper(tx, entry, validated=validated and entry.reads_validation)
 
 
-def _shared_stepper(
-    optimizer: optax.GradientTransformationExtraArgs, inputs: ScheduleInputs
-) -> Stepper:
+def _accumulated(
+    tx: optax.GradientTransformation, accumulation: int
+) -> optax.GradientTransformationExtraArgs:
+    if accumulation > 1:
+        tx = optax.MultiSteps(tx, accumulation).gradient_transformation()
+    return optax.with_extra_args_support(tx)
+
+
+def _shared_stepper(optimizer: optax.GradientTransformationExtraArgs, inputs: ScheduleInputs) -> Stepper:
     """Any passive schedule or adaptive scale, selected by an input of the program."""
     rule = adaptive_scale(inputs)
 
@@ -77,10 +86,9 @@ def _shared_stepper(
 
 
 def _rate_optimizer_stepper(
-    tx: optax.GradientTransformation, entry: RateOptimizer, *, validated: bool
+    tx: optax.GradientTransformationExtraArgs, entry: RateOptimizer, *, validated: bool
 ) -> Stepper:
     """An optimizer with its own learning rate."""
-    tx = optax.with_extra_args_support(tx)
 
     def update(grads, state, params, rate, loss, value_fn, validation_fn):
         extra = {"validation_value": validation_fn(params)} if validated else {}
@@ -89,6 +97,7 @@ def _rate_optimizer_stepper(
         return updates, state, read.get("learning_rate", rate * read.get("scale", 1))
 
     def evaluation_params(state, params):
+        state = state.inner_opt_state if isinstance(state, optax.MultiStepsState) else state
         if isinstance(state, optax.contrib.ScheduleFreeState):
             return optax.contrib.schedule_free_eval_params(state, params)
         return params

@@ -22,6 +22,7 @@ class Group(NamedTuple):
     task: str
     optimizer: str
     specs: Sequence[RunSpec]
+    accumulation: int = 1  # steps whose gradients are averaged for one update
 
 
 def run_sweep(
@@ -46,9 +47,9 @@ def run_sweep(
     """
     stored = store.rows()
     missing = []
-    for task, optimizer, specs in groups:
-        done = finished(stored, task, optimizer)
-        missing.append(Group(task, optimizer, [spec for spec in specs if spec not in done]))
+    for group in groups:
+        done = finished(stored, group.task, group.optimizer)
+        missing.append(group._replace(specs=[spec for spec in group.specs if spec not in done]))
     missing = [group for group in missing if group.specs]
     with make_progress(console, "runs") as progress:
         total, rest = (sum(len(group.specs) for group in each) for each in (groups, missing))
@@ -84,7 +85,7 @@ def train_group(
     key = group.task, group.optimizer
     engines = {} if engines is None else engines
     if key not in engines:
-        engines[key] = Engine(make_task(group.task), group.optimizer, settings)
+        engines[key] = Engine(make_task(group.task), group.optimizer, settings, group.accumulation)
     for batch in engines[key].train(group.specs):
         yield [_row(group, settings.steps, *run) for run in batch]
 

@@ -19,10 +19,10 @@ from experiments.reporting.palette import Look
 from experiments.studies import (
     compare,
     greedylr,
-    initial_rate,
     leaderboard,
     lrtuner,
     polling,
+    rate_sensitivity,
     robustness,
 )
 from experiments.studies.base import sources
@@ -173,7 +173,7 @@ def test_reports_list_the_source_of_each_schedule():
 
 
 @pytest.mark.parametrize(
-    "study", [compare, greedylr, initial_rate, leaderboard, lrtuner, polling, robustness]
+    "study", [compare, greedylr, leaderboard, lrtuner, polling, rate_sensitivity, robustness]
 )
 def test_studies_choose_schedules_from_the_registry(study):
     names = {*getattr(study, "SCHEDULES", ())}

@@ -11,10 +11,10 @@ from experiments.studies import (
     STUDIES,
     greedylr,
     hypergradient,
-    initial_rate,
     leaderboard,
     lrtuner,
     polling,
+    rate_sensitivity,
     robustness,
     theory,
 )
@@ -205,9 +205,9 @@ def shrink(monkeypatch, study):
     presets = {
         "greedylr": {"tasks": 1, "rates": 1, "steps": 40, "seeds": 2},
         "robustness": {"tasks": ("quadratic-10", "digits-mlp"), "steps": 100, "seeds": 1},
-        "initial-rate": {
+        "rate-sensitivity": {
             "tasks": ("digits-mlp",),
-            "schedules": initial_rate.SCHEDULES,
+            "schedules": rate_sensitivity.SCHEDULES,
             "steps": 30,
             "seeds": 2,
         },
@@ -220,7 +220,7 @@ def shrink(monkeypatch, study):
     modules = {
         "greedylr": greedylr,
         "robustness": robustness,
-        "initial-rate": initial_rate,
+        "rate-sensitivity": rate_sensitivity,
         "lrtuner": lrtuner,
         "polling": polling,
         "hypergradient": hypergradient,
@@ -235,8 +235,8 @@ def shrink(monkeypatch, study):
             greedylr, "SHOWN", (("tagging", "adagrad"), ("summarization", "sgd"), ("tagging", "adamw"))
         )
         monkeypatch.setattr(greedylr, "LEARNING_RATES", {name: (0.01, 0.01) for name in greedylr.PAIRS})
-    if study == "initial-rate":
-        monkeypatch.setattr(initial_rate, "OPTIMIZERS", ("sgd",))
+    if study == "rate-sensitivity":
+        monkeypatch.setattr(rate_sensitivity, "OPTIMIZERS", ("sgd",))
     if study == "lrtuner":
         cases = tuple(
             case._replace(task="digits-mlp", table=str(i)) for i, case in enumerate(lrtuner.CASES[1:3])
@@ -253,10 +253,7 @@ RECOMPUTED = {
         "table": robustness.summarize(robustness.run_metrics(runs)),
         "against": robustness.compare(robustness.run_metrics(runs)),
     },
-    "initial-rate": lambda runs: {
-        "table": initial_rate.summarize(runs),
-        "gaps": pl.DataFrame(initial_rate.gaps(runs)),
-    },
+    "rate-sensitivity": lambda runs: {"table": rate_sensitivity.summarize(runs)},
     "lrtuner": lambda runs: {"table": lrtuner.summarize(runs)},
     "polling": lambda runs: {"table": polling.summarize(runs)},
     "hypergradient": lambda runs: {"table": hypergradient.summarize(runs)},
@@ -269,7 +266,7 @@ RECOMPUTED = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("study", STUDIES)
+@pytest.mark.parametrize("study", RECOMPUTED)
 def test_a_study_from_end_to_end(study, tmp_path, monkeypatch):
     module = shrink(monkeypatch, study)
     console = Console(record=True, width=200)
@@ -292,93 +289,3 @@ def test_a_study_from_end_to_end(study, tmp_path, monkeypatch):
     assert f"Command: python -m experiments study {study} --preset quick." in page
     if HAS_BROWSER:
         open_and_click(tmp_path / "report.html")
-
-
-def rate_runs(accuracies, losses=None, seeds=(0, 1, 1000), spread=0.0):
-    """Runs of three steps; accuracies and losses by task, schedule and rate (0.1 and 1 times the best)."""
-    rows = []
-    for (task, schedule), values in accuracies.items():
-        for number, (rate, accuracy) in enumerate(zip((0.1, 1.0), values, strict=True)):
-            for seed in seeds:
-                rows.append(
-                    {
-                        "task": task,
-                        "optimizer": "sgd",
-                        "schedule": schedule,
-                        "learning_rate": rate,
-                        "label": f"{rate:g}",
-                        "seed": seed,
-                        "test_metric": accuracy + spread * (seed == 1) * (schedule == "auto"),
-                        "test_loss": (losses or {}).get((task, schedule), (1.0, 1.0))[number],
-                        "loss": [2.0, 1.0, 1.0 - accuracy],
-                        "rate": [rate, rate, rate],
-                    }
-                )
-    return pl.DataFrame(rows)
-
-
-def test_the_conclusion_on_initial_rates_compares_the_worst_with_the_best_of_cosine():
-    runs = rate_runs(
-        {
-            ("digits-mlp", "cosine"): (0.5, 0.9),
-            ("digits-mlp", "auto"): (0.9, 0.885),
-            ("digits", "cosine"): (0.5, 0.9),
-            ("digits", "auto"): (0.9, 0.87),
-            ("tagging", "cosine"): (0.5, 0.9),
-            ("tagging", "auto"): (0.8, 0.8),
-        },
-        {("digits", "cosine"): (1.0, 0.5), ("digits", "auto"): (0.4, 0.54)},
-    )
-    text = initial_rate.conclude(initial_rate.gaps(runs))
-    assert "Over 1 pairs of the development tasks" in text and "for 1 (maximum gap 1.5)" in text
-    # Digits because of its loss, 0.54 against 0.5; tagging because all of its losses are equal.
-    assert "Over 2 pairs of the other tasks" in text and "for 0 (maximum gap 10.0)" in text
-    assert "of cosine for 2, and at least one of them holds for 2" in text
-    # The medians are 0.75, 1.5 and 10 points below cosine, equally in each seed.
-    assert "for 0 (maximum mean gap 10.0 points)" in text
-
-
-def test_a_median_gap_is_not_significant_if_seeds_disagree():
-    runs = rate_runs({("digits", "cosine"): (0.5, 0.9), ("digits", "auto"): (0.88, 0.88)}, spread=0.1)
-    (gap,) = initial_rate.gaps(runs)
-    assert gap.middle == pytest.approx(-3.0) and gap.middle_low < -3 < 0 < gap.middle_high
-    (gap,) = initial_rate.gaps(runs.filter(pl.col("seed") != 1))  # no interval for a single seed
-    assert gap.middle == pytest.approx(2.0) and math.isnan(gap.middle_low)
-
-
-def test_a_loss_that_is_not_finite_is_the_maximum():
-    losses = {("digits", "auto"): (1.0, math.nan), ("digits", "cosine"): (math.nan, 1.0)}
-    runs = rate_runs({("digits", "cosine"): (0.5, 0.9), ("digits", "auto"): (0.9, 0.9)}, losses)
-    (gap,) = initial_rate.gaps(runs)
-    assert gap.loss == math.inf
-
-
-@pytest.mark.parametrize(("loss", "ratio"), [(0.0, 1.0), (0.1, math.inf)])
-def test_the_ratio_to_a_minimum_loss_of_zero_is_one_or_infinite(loss, ratio):
-    losses = {("digits", "auto"): (loss, 0.0), ("digits", "cosine"): (0.0, 1.0)}
-    runs = rate_runs({("digits", "cosine"): (0.5, 0.9), ("digits", "auto"): (0.9, 0.9)}, losses)
-    (gap,) = initial_rate.gaps(runs)
-    assert gap.loss == ratio
-
-
-def test_the_histories_of_large_gaps_are_drawn():
-    runs = rate_runs({("digits-mlp", "cosine"): (0.5, 0.9), ("digits-mlp", "auto"): (0.9, 0.8)})
-    (large,) = initial_rate.gaps(runs)
-    assert large[:4] == ("digits-mlp", "sgd", 1.0, 1.0) and large.best == pytest.approx(90.0)
-    assert large.worst == pytest.approx(10.0) and large.middle == pytest.approx(5.0)
-    figure = initial_rate.draw_large(runs, [large])
-    # Two seeds of each; the third is a tuning seed.
-    assert [len(axes.lines) for axes in figure.axes[:2]] == [4, 4]
-    lines = lines_of(figure.axes[0])
-    np.testing.assert_allclose(lines["auto, x1"][1], [2.0, 1.0, 0.2])
-    np.testing.assert_allclose(lines["cosine, x1"][1], [2.0, 1.0, 0.1])
-    rates = {"auto": [1.0, 0.2, 0.7], "cosine": [1.0, 0.5, 0.0]}
-    with_rates = runs.with_columns(rate=pl.Series([rates[schedule] for schedule in runs["schedule"]]))
-    assert initial_rate.explain(with_rates, [large]) == (
-        "digits-mlp, sgd, x1: 10.0 points below. After a third of the steps its learning rate is 0.4 times "
-        "that of cosine; the maximum from then on is 0.7 times the maximum of cosine. Its maximum held-out "
-        "loss is 1.00 times the minimum of cosine."
-    )
-    better = runs.with_columns(test_metric=pl.lit(0.9))
-    (gap,) = initial_rate.gaps(better)
-    assert gap.worst == pytest.approx(0.0)
