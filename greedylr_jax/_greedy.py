@@ -217,8 +217,8 @@ def greedy_lr_schedule(
       init_value: the initial learning rate, > 0.
       min_learning_rate: minimum, in [0, ``init_value``]; 0 means the smallest normal number.
       max_learning_rate: maximum, in [``init_value``, inf).
-      factor, patience, threshold, threshold_mode, cooldown, warmup, window, reset_at_min, reset_after,
-      mode, algorithm, every, axis_name: as in :func:`greedy_lr`.
+      factor, patience, threshold, threshold_mode, cooldown, warmup: as in :func:`greedy_lr`.
+      window, reset_at_min, reset_after, mode, algorithm, every, axis_name: as in :func:`greedy_lr`.
       eps: minimum change of the learning rate; a change must be larger to be made; >= 0.
 
     Returns:

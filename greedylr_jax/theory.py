@@ -93,7 +93,7 @@ class LocalSmoothnessState(NamedTuple):
 
 
 def local_smoothness(decay: ArrayLike = 0.9) -> optax.GradientTransformation:
-    """Estimates |g_t - g_{t-1}| / |params_t - params_{t-1}| during training; leaves the updates unchanged.
+    """Estimates ``|g_t - g_{t-1}| / |params_t - params_{t-1}|`` in training; leaves the updates unchanged.
 
     Put it first in a chain, where the updates are the gradients. With full gradients the estimate is a lower
     bound of L; with gradients of different batches it is too high, because their difference contains noise.
@@ -193,23 +193,24 @@ def optimal_factor(smoothness: ArrayLike) -> jax.Array:
 def convergence_bound(
     learning_rates: ArrayLike, *, smoothness: float, initial_distance: float, strong_convexity: float = 0.0
 ) -> np.ndarray:
-    """Upper bound of f - f* after each step of gradient descent with the given learning rates.
+    """Upper bound of ``f - f*`` after each step of gradient descent with the given learning rates.
 
-    For a convex, L-smooth f with minimizer x*, D = |x_0 - x*|, and learning rates a_t in (0, 2/L) that may
-    depend on all previous steps, as those of GreedyLR do:
+    For a convex, L-smooth f with minimizer x*, ``D = |x_0 - x*|``, and learning rates a_t in (0, 2/L) that
+    may depend on all previous steps, as those of GreedyLR do:
 
-    * *Descent.* f(x_{t+1}) <= f(x_t) - a_t (1 - L a_t / 2) |g_t|^2, by smoothness, so f decreases in every
-      step.
-    * *Distance.* |x_{t+1} - x*|^2 = |x_t - x*|^2 - 2 a_t <g_t, x_t - x*> + a_t^2 |g_t|^2, where convexity
-      bounds <g_t, x_t - x*> from below by f(x_t) - f*.
+    * *Descent.* ``f(x_{t+1}) <= f(x_t) - a_t (1 - L a_t / 2) |g_t|^2``, by smoothness, so f decreases in
+      every step.
+    * *Distance.* ``|x_{t+1} - x*|^2 = |x_t - x*|^2 - 2 a_t <g_t, x_t - x*> + a_t^2 |g_t|^2``, where
+      convexity bounds ``<g_t, x_t - x*>`` from below by ``f(x_t) - f*``.
     * Combined, with c_t = a_t / (1 - L a_t / 2):
-      2 a_t (f(x_t) - f*) <= |x_t - x*|^2 - |x_{t+1} - x*|^2 + c_t (f(x_t) - f(x_{t+1})).
+      ``2 a_t (f(x_t) - f*) <= |x_t - x*|^2 - |x_{t+1} - x*|^2 + c_t (f(x_t) - f(x_{t+1}))``.
     * *Learning rates up to 1/L*: c_t <= 2 a_t, so f(x_t) can be replaced by f(x_{t+1}) on the left if the
-      last term is dropped. Summed over t, since f decreases:  f(x_T) - f* <= D^2 / (2 sum a_t).
+      last term is dropped. Summed over t, since f decreases:  ``f(x_T) - f* <= D^2 / (2 sum a_t)``.
     * *Learning rates below 2/L*: c_t <= C = max c_t, and the last terms sum to at most C (f(x_0) - f*), which
-      is at most C L D^2 / 2:  f(x_T) - f* <= D^2 (1 + C L / 2) / (2 sum a_t).
-    * *Strong convexity* m > 0: each step multiplies the distance by at most max(|1 - a_t m|, |1 - a_t L|), so
-      f(x_T) - f* <= (L / 2) D^2 times the product of their squares. The smallest valid bound is returned.
+      is at most C L D^2 / 2:  ``f(x_T) - f* <= D^2 (1 + C L / 2) / (2 sum a_t)``.
+    * *Strong convexity* m > 0: each step multiplies the distance by at most
+      ``max(|1 - a_t m|, |1 - a_t L|)``, so ``f(x_T) - f*`` is at most ``(L / 2) D^2`` times the product of
+      their squares. The smallest valid bound is returned.
 
     A bound for GreedyLR in advance: its learning rates are at least its minimum a, so if its maximum is at
     most 1/L, the bound with all ``learning_rates`` equal to a holds (the bound decreases in each learning
