@@ -22,10 +22,9 @@ _MAX_TEST = 500
 class EncoderDecoder(nnx.Module):
     """An encoder-decoder transformer with separate source and target vocabularies."""
 
-    def __init__(self, words: tuple[int, int], lengths: tuple[int, int], *, rngs: nnx.Rngs):
-        self.encoder = Transformer(words[0], lengths[0], _WIDTH, _LAYERS, rngs=rngs)
-        self.decoder = Transformer(words[1], lengths[1], _WIDTH, _LAYERS, cross=True, rngs=rngs)
-        self.logits = nnx.Linear(_WIDTH, words[1], rngs=rngs)
+    def __init__(self, encoder: Transformer, decoder: Transformer, *, rngs: nnx.Rngs):
+        self.encoder, self.decoder = encoder, decoder
+        self.logits = nnx.Linear(decoder.width, decoder.tokens.num_embeddings, rngs=rngs)
 
     def __call__(self, source: jax.Array, target: jax.Array) -> jax.Array:
         """Logits of each next target word, shape (batch, target length, words)."""
@@ -79,9 +78,15 @@ def _make(
         }
     splits["test"] = {key: rows[:_MAX_TEST] for key, rows in splits["test"].items()}
     sizes = tuple(map(len, vocabularies))
+
+    def module(rngs: nnx.Rngs) -> EncoderDecoder:
+        encoder = Transformer(sizes[0], lengths[0], _WIDTH, _LAYERS, rngs=rngs)
+        decoder = Transformer(sizes[1], lengths[1], _WIDTH, _LAYERS, cross=True, rngs=rngs)
+        return EncoderDecoder(encoder, decoder, rngs=rngs)
+
     return module_task(
         name,
-        lambda rngs: EncoderDecoder(sizes, lengths, rngs=rngs),
+        module,
         OBJECTIVE,
         splits["train"],
         splits["test"],

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -19,13 +20,16 @@ _MAX_TEST = 500
 class Tagger(nnx.Module):
     """An encoder with a linear classifier of each token."""
 
-    def __init__(self, words: int, *, rngs: nnx.Rngs):
-        self.encoder = Transformer(words, WINDOW, _WIDTH, _LAYERS, rngs=rngs)
-        self.logits = nnx.Linear(_WIDTH, len(ROLES), rngs=rngs)
+    def __init__(self, encoder: Transformer, classes: int, *, rngs: nnx.Rngs):
+        self.encoder = encoder
+        self.logits = nnx.Linear(encoder.width, classes, rngs=rngs)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Logits, shape (batch, length, roles)."""
-        return self.logits(self.encoder(tokens, padding_mask(tokens)))
+    def __call__(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+        """Logits, shape (batch, length, classes), or (batch, n, classes) at positions of shape (batch, n)."""
+        hidden = self.encoder(tokens, padding_mask(tokens))
+        if positions is not None:
+            hidden = jnp.take_along_axis(hidden, positions[..., None], axis=1)
+        return self.logits(hidden)
 
 
 def make(data_dir: Path | None = None) -> Task:
@@ -40,7 +44,9 @@ def make(data_dir: Path | None = None) -> Task:
 
     return module_task(
         "tagging",
-        lambda rngs: Tagger(len(vocabulary), rngs=rngs),
+        lambda rngs: Tagger(
+            Transformer(len(vocabulary), WINDOW, _WIDTH, _LAYERS, rngs=rngs), len(ROLES), rngs=rngs
+        ),
         CLASSIFICATION,
         encode("train", None),
         encode("test", _MAX_TEST),
