@@ -14,7 +14,7 @@ from flax import nnx
 from experiments.data.loading import load_split
 from experiments.data.stdlib import StdlibText
 from experiments.tasks.base import CLASSIFICATION, Batch, Task, module_task
-from experiments.tasks.transformer import Transformer, causal_mask
+from experiments.tasks.transformer import Transformer, at_positions, causal_mask
 
 _CONTEXT, _CHARACTERS, _WIDTH = 64, 128, 48
 _TEST_WINDOWS = 512
@@ -41,9 +41,9 @@ class TransformerModel(nnx.Module):
         self.transformer = transformer
         self.logits = nnx.Linear(transformer.width, transformer.tokens.num_embeddings, rngs=rngs)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Logits of each next token, shape (batch, length, vocabulary)."""
-        return self.logits(self.transformer(tokens, causal_mask(tokens)))
+    def __call__(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+        """Logits of each next token, shape (batch, length, vocabulary), or those at some positions."""
+        return self.logits(at_positions(self.transformer(tokens, causal_mask(tokens)), positions))
 
 
 def _load(split: str, data_dir: Path | None) -> Batch:

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -11,7 +10,7 @@ from experiments.data.loading import load_split
 from experiments.data.stdlib import ROLES, WINDOW, StdlibTokens
 from experiments.data.vocabulary import Vocabulary
 from experiments.tasks.base import CLASSIFICATION, Batch, Task, module_task
-from experiments.tasks.transformer import Transformer, padding_mask
+from experiments.tasks.transformer import Transformer, at_positions, padding_mask
 
 _WORDS, _WIDTH, _LAYERS = 500, 48, 2
 _MAX_TEST = 500
@@ -25,11 +24,8 @@ class Tagger(nnx.Module):
         self.logits = nnx.Linear(encoder.width, classes, rngs=rngs)
 
     def __call__(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:
-        """Logits, shape (batch, length, classes), or (batch, n, classes) at positions of shape (batch, n)."""
-        hidden = self.encoder(tokens, padding_mask(tokens))
-        if positions is not None:
-            hidden = jnp.take_along_axis(hidden, positions[..., None], axis=1)
-        return self.logits(hidden)
+        """Logits, shape (batch, length, classes), or those at some positions, (batch, n, classes)."""
+        return self.logits(at_positions(self.encoder(tokens, padding_mask(tokens)), positions))
 
 
 def make(data_dir: Path | None = None) -> Task:

@@ -136,3 +136,8 @@ def causal_mask(tokens: jax.Array) -> jax.Array:
     """True for keys up to the position of the query, shape (1, 1, length, length)."""
     length = tokens.shape[1]
     return jnp.tril(jnp.ones((length, length), bool))[None, None]
+
+
+def at_positions(hidden: jax.Array, positions: jax.Array | None) -> jax.Array:
+    """The features at positions of shape (batch, n), shape (batch, n, width); all features for None."""
+    return hidden if positions is None else jnp.take_along_axis(hidden, positions[..., None], axis=1)
