@@ -26,9 +26,9 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 class SpanFinder(nnx.Module):
     """An encoder over question and context, with scores of each position as start and end of the answer."""
 
-    def __init__(self, *, rngs: nnx.Rngs):
-        self.encoder = Transformer(_WORDS, _LENGTH, _WIDTH, _LAYERS, rngs=rngs)
-        self.span = nnx.Linear(_WIDTH, 2, rngs=rngs)
+    def __init__(self, encoder: Transformer, *, rngs: nnx.Rngs):
+        self.encoder = encoder
+        self.span = nnx.Linear(encoder.width, 2, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Scores, shape (batch, 2, length); -1e9 for padding."""
@@ -47,6 +47,9 @@ def _loss(module: SpanFinder, batch: Batch) -> jax.Array:
 def _exact_match(module: SpanFinder, batch: Batch) -> jax.Array:
     """Fraction of answers with correct start and end."""
     return jnp.mean(jnp.all(jnp.argmax(module(batch["input"]), axis=-1) == batch["span"], axis=-1))
+
+
+OBJECTIVE = Objective(_loss, _exact_match, "exact match")
 
 
 def _encode(parameter: str, signature: str, start: int, end: int) -> tuple[list[int], list[int]]:
@@ -78,8 +81,8 @@ def make(data_dir: Path | None = None) -> Task:
 
     return module_task(
         "question-answering",
-        lambda rngs: SpanFinder(rngs=rngs),
-        Objective(_loss, _exact_match, "exact match"),
+        lambda rngs: SpanFinder(Transformer(_WORDS, _LENGTH, _WIDTH, _LAYERS, rngs=rngs), rngs=rngs),
+        OBJECTIVE,
         load("train"),
         load("test"),
         batch_size=16,
