@@ -395,7 +395,7 @@ def _smooth(
     if settings.window in (None, 1):
         return state, value, is_finite
     was_cleared = settings.reset_at_min is not None or settings.reset_after is not None
-    history = _ring.insert(state.history, value, is_finite, was_cleared=was_cleared)
+    history = _ring.insert(state.history, value, is_finite)
     mean = _ring.mean(history, was_cleared=was_cleared)
     return state._replace(history=history), mean, is_finite & jnp.isfinite(mean)
 
