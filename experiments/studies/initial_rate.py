@@ -87,14 +87,7 @@ RESAMPLES = 1000  # of the seeds
 MIN_STEPS = 20
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
-        "tasks": (
-            "matrix-completion",
-            "outliers-gross",
-            "cancer-logistic",
-            "mnist1d-width-16",
-            "mnist1d-depth-2",
-            "mnist1d-batch-16",
-        ),
+        "tasks": ("matrix-completion", "outliers-gross", "cancer-logistic", "mnist1d-depth-2"),
         "steps": (250,),
         "seeds": 3,
     },
