@@ -160,7 +160,7 @@ def _run(job: Job, selected: Selected, steps: int) -> None:
     groups = []
     for entry in selected.entries:
         task = make_task(entry.task)
-        # The rows of the reference have the rates of two rules.
+        # The reference includes the runs of the two rules that are a cosine at one rate.
         rules = [*REFERENCE, *(rule for rule in selected.rules if rule.schedule != "cosine")]
         specs = [
             RunSpec(rule.schedule, rule.learning_rate(task, entry.optimizer), seed, label=rule.name)
@@ -168,7 +168,7 @@ def _run(job: Job, selected: Selected, steps: int) -> None:
             for seed in range(selected.seeds)
         ]
         groups.append(Group(entry.task, entry.optimizer, specs, entry.accumulation))
-    sweep = Sweep(job, Settings(steps), {"reference": REFERENCE, "rules": list(RULES.values())})
+    sweep = Sweep(job, Settings(steps), {})  # each row has its schedule and rate
     sweep.train(groups)
     report(job, sweep.finish(extensible=True), selected, steps)
 
