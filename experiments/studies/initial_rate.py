@@ -18,7 +18,7 @@ import polars as pl
 
 from experiments.errors import UsageError
 from experiments.options import names, one_of
-from experiments.reporting import drawing, html
+from experiments.reporting import drawing, html, palette
 from experiments.reporting.palette import Look
 from experiments.reporting.summary import confidence_interval
 from experiments.reporting.tables import print_table
@@ -27,7 +27,7 @@ from experiments.tasks import make_task
 from experiments.tasks.base import Task
 from experiments.tasks.suite import SUITE, SuiteEntry, half
 from experiments.training.engine import RunSpec, Settings
-from experiments.training.schedules import SCHEDULES
+from experiments.training.schedules import parse
 from experiments.training.sweep import Group
 
 
@@ -41,6 +41,7 @@ class Rule(NamedTuple):
       rate: the learning rate.
       unit: what ``rate`` is a multiple of: "optimizer", the middle of the task's rates for its optimizer
         (1e-3 for AdamW); "adamw", 1000 times that of AdamW, which is the unit of the parameters; "", 1.
+      own_look: colour and line style in figures; None: those of the schedule.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Rule(NamedTuple):
     schedule: str
     rate: float = 1.0
     unit: str = ""
+    own_look: Look | None = None
 
     def learning_rate(self, task: Task, optimizer: str) -> float:
         """The learning rate for a task and an optimizer."""
@@ -58,7 +60,7 @@ class Rule(NamedTuple):
     @property
     def look(self) -> Look:
         """Its colour and line style in figures."""
-        return Look("#56B4E9", ":") if self.name == "cosine-1e-3" else SCHEDULES[self.schedule].look
+        return self.own_look or parse(self.schedule)[0].look
 
 
 REFERENCE = tuple(
@@ -68,7 +70,7 @@ REFERENCE = tuple(
 RULES = {
     rule.name: rule
     for rule in (
-        Rule("cosine-1e-3", "cosine at 1e-3", "cosine", 1.0, "optimizer"),
+        Rule("cosine-1e-3", "cosine at 1e-3", "cosine", 1.0, "optimizer", Look(palette.SKY, ":")),
         Rule("cosine-1e-2", "cosine at 1e-2", "cosine", 10.0, "optimizer"),
         Rule("warmup-cosine", "warm-up and cosine at 1e-2", "warmup-cosine", 10.0, "optimizer"),
         Rule("prodigy", "Prodigy", "prodigy"),
@@ -80,6 +82,25 @@ RULES = {
         Rule("auto-endless", "auto_lr without total_steps", "auto-endless"),
     )
 }
+# Variants of auto_lr among which its constants were chosen, see docs/auto.md; only --rule selects them.
+VARIANTS = {
+    f"relative-{maximum:g}-{percent}": Rule(
+        f"relative-{maximum:g}-{percent}",
+        f"relative step up to {maximum:g}, warm-up {percent}%",
+        f"relative(maximum={maximum}, warm_up={percent / 100})",
+        own_look=Look(color, line),
+    )
+    for maximum, color in (
+        (0.005, palette.SKY),
+        (0.01, palette.BLUE),
+        (0.02, palette.GREEN),
+        (0.03, palette.BLACK),
+        (0.04, palette.ORANGE),
+        (0.08, palette.RED),
+    )
+    for percent, line in ((2, ":"), (30, "--"), (50, "-."))
+}
+EVERY_RULE = RULES | VARIANTS
 POINTS = 2.0  # tolerance of accuracies
 PERCENT = 10.0  # tolerance of losses and returns
 CLIP = 3.0  # of gaps in their mean, tolerances
@@ -87,14 +108,7 @@ RESAMPLES = 1000  # of the seeds
 MIN_STEPS = 20
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
-        "tasks": (
-            "matrix-completion",
-            "outliers-gross",
-            "cancer-logistic",
-            "mnist1d-width-16",
-            "mnist1d-depth-2",
-            "mnist1d-batch-16",
-        ),
+        "tasks": ("matrix-completion", "outliers-gross", "cancer-logistic", "mnist1d-depth-2"),
         "steps": (250,),
         "seeds": 3,
     },
@@ -123,14 +137,16 @@ def select(preset: str, selection: Selection) -> Selected:
         tasks = names("--task", selection.task, allowed)
     if tasks is None:
         tasks = [entry.name for entry in half(split or "development")]
-    rules = list(RULES) if selection.rule is None else names("--rule", selection.rule, RULES)
+    rules = list(RULES) if selection.rule is None else names("--rule", selection.rule, EVERY_RULE)
     steps = list(chosen["steps"])
     if selection.steps is not None:
         texts = selection.steps.split(",")
         if not all(text.strip().isdecimal() and int(text) >= MIN_STEPS for text in texts):
             raise UsageError(f"--steps must be integers of at least {MIN_STEPS}, got {selection.steps!r}")
         steps = [int(text) for text in texts]
-    return Selected([SUITE[name] for name in tasks], [RULES[name] for name in rules], steps, chosen["seeds"])
+    return Selected(
+        [SUITE[name] for name in tasks], [EVERY_RULE[name] for name in rules], steps, chosen["seeds"]
+    )
 
 
 def run(job: Job) -> None:
@@ -144,7 +160,7 @@ def _run(job: Job, selected: Selected, steps: int) -> None:
     groups = []
     for entry in selected.entries:
         task = make_task(entry.task)
-        # The rows of the reference have the rates of two rules.
+        # The reference includes the runs of the two rules that are a cosine at one rate.
         rules = [*REFERENCE, *(rule for rule in selected.rules if rule.schedule != "cosine")]
         specs = [
             RunSpec(rule.schedule, rule.learning_rate(task, entry.optimizer), seed, label=rule.name)
@@ -152,7 +168,7 @@ def _run(job: Job, selected: Selected, steps: int) -> None:
             for seed in range(selected.seeds)
         ]
         groups.append(Group(entry.task, entry.optimizer, specs, entry.accumulation))
-    sweep = Sweep(job, Settings(steps), {"reference": REFERENCE, "rules": list(RULES.values())})
+    sweep = Sweep(job, Settings(steps), {})  # each row has its schedule and rate
     sweep.train(groups)
     report(job, sweep.finish(extensible=True), selected, steps)
 
@@ -165,7 +181,12 @@ def report(job: Job, runs: pl.DataFrame, selected: Selected, steps: int) -> None
     headers, cells = _task_cells(by_task)
     print_table(job.console, f"{steps} steps, medians; +: better, -: worse", headers, cells, left=1)
     curves = [
-        html.Curve(RULES[name].title, _AXIS, profile(own["gap"].to_numpy(), _AXIS), RULES[name].look.plotly())
+        html.Curve(
+            EVERY_RULE[name].title,
+            _AXIS,
+            profile(own["gap"].to_numpy(), _AXIS),
+            EVERY_RULE[name].look.plotly(),
+        )
         for (name,), own in by_task.group_by(["rule"], maintain_order=True)
     ]
     publish(
@@ -392,7 +413,7 @@ def _rule_cells(table: pl.DataFrame) -> list[list[str]]:
             against = "{auto_better} / {auto_equal} / {auto_worse}".format(**row)
         mean = "{mean:.2f} [{mean_low:.2f}, {mean_high:.2f}]".format(**row)
         worst = "{worst:.1f}, {worst_task}".format(**row)
-        rows.append([RULES[row["rule"]].title, *counts, mean, worst, against])
+        rows.append([EVERY_RULE[row["rule"]].title, *counts, mean, worst, against])
     return rows
 
 
@@ -432,7 +453,7 @@ def draw(measured: Sequence[Measured]) -> plt.Figure:
         found = np.array([each.gap(each.rules[rule]) for each in measured])
         width = 2.6 if rule == "auto" else 1.4
         curve = profile(found, _AXIS)
-        right.plot(_AXIS, curve, lw=width, label=RULES[rule].title, **RULES[rule].look.matplotlib())
+        right.plot(_AXIS, curve, lw=width, label=EVERY_RULE[rule].title, **EVERY_RULE[rule].look.matplotlib())
     right.axvline(1, color=drawing.GREY, ls="--", lw=1)
     right.set_xlabel("gap, tolerances")
     right.set_ylabel("fraction of tasks with at most that gap")

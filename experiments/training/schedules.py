@@ -190,6 +190,24 @@ def _lr_tuner(
     )
 
 
+def _relative(
+    optimizer: optax.GradientTransformation,
+    rate: jax.Array,
+    steps: int,
+    *,
+    maximum: float = 0.03,
+    warm_up: float = 0.3,
+) -> optax.GradientTransformation:
+    """Updates relative to the parameters with a linear warm-up over a share of the steps, times a cosine."""
+    del rate
+    cosine = optax.cosine_decay_schedule(maximum, steps)
+
+    def relative_step(step: jax.Array) -> jax.Array:
+        return jnp.minimum((step + 1) / (warm_up * steps), 1) * cosine(step)
+
+    return optax.chain(optimizer, greedylr_jax.scale_to_parameters(relative_step))
+
+
 def _polling(*factors: float) -> Callable[..., optax.GradientTransformation]:
     return lambda optimizer, rate, steps: optax.chain(
         optimizer, optax.scale(rate), greedylr_jax.factor_polling(factors)
@@ -362,6 +380,12 @@ _ENTRIES: tuple[Schedule, ...] = (
         source="greedylr_jax.auto_lr without total_steps; it has no initial rate",
         look=Look(palette.BROWN, ":"),
         optimizer=lambda optimizer, rate, steps: greedylr_jax.auto_lr(optimizer),
+    ),
+    RateOptimizer(
+        name="relative",
+        source="greedylr_jax.scale_to_parameters; with the default settings it is auto_lr",
+        look=Look(palette.BROWN, "-."),
+        optimizer=_relative,
     ),
     RateOptimizer(
         name="polling-3",

@@ -1,6 +1,9 @@
 """The study of rules without a learning rate: its arithmetic, its selection, and a small call of it."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import polars as pl
 import pytest
 from rich.console import Console
@@ -12,6 +15,7 @@ from experiments.studies.initial_rate import REFERENCE, RULES, Measured
 from experiments.tasks import make_task
 from experiments.tasks.suite import SUITE, half
 from experiments.training.engine import Engine, RunSpec, Settings
+from experiments.training.schedules import parse
 from tests.experiments.figures import assert_is_drawn, lines_of
 
 
@@ -105,6 +109,24 @@ def test_rates_have_the_unit_of_the_parameters_where_a_rule_has_one():
     assert RULES["cosine-1e-2"].learning_rate(task, "lion") == pytest.approx(1e3)
     assert RULES["schedule-free"].learning_rate(task, "lion") == pytest.approx(2.5e3)
     assert RULES["prodigy"].learning_rate(task, "adamw") == 1.0
+
+
+def test_a_variant_with_the_settings_of_auto_lr_is_auto_lr():
+    def updates_of(schedule):
+        entry, settings = parse(schedule)
+        tx = entry.optimizer(optax.sgd(1.0), 1.0, 100, **settings)
+
+        def body(state, gradient):
+            updates, state = tx.update(gradient, state, jnp.ones(3))
+            return state, updates
+
+        gradients = jax.random.normal(jax.random.key(0), (100, 3))
+        return jax.lax.scan(body, tx.init(jnp.ones(3)), gradients)[1]
+
+    variant = initial_rate.VARIANTS["relative-0.03-30"].schedule
+    np.testing.assert_allclose(updates_of(variant), updates_of("auto"), rtol=1e-4, atol=1e-8)
+    other = updates_of(initial_rate.VARIANTS["relative-0.04-50"].schedule)
+    assert not np.allclose(other, updates_of("auto"), rtol=0.1)
 
 
 def test_gradients_are_averaged_over_steps():
