@@ -90,6 +90,16 @@ def tasks() -> None:
 def study(
     name: Annotated[str | None, typer.Argument(help="Study to run; --list shows them.")] = None,
     preset: Annotated[str, typer.Option(help="quick (minutes) or full.")] = "quick",
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="One or more tasks instead of the study's, separated by commas; see the command tasks."
+        ),
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(help="One or more optimizers instead of the study's, separated by commas."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Output folder. Default: results/NAME.")] = None,
     show_list: Annotated[bool, typer.Option("--list", help="List the studies.")] = False,
     cluster: Annotated[
@@ -113,7 +123,9 @@ def study(
     from experiments.training import engine
 
     engine.configure()
-    STUDIES[name].load()(Job(name, preset, out or Path("results") / name, make_console(), cluster, fresh))
+    folder = out or Path("results") / name
+    job = Job(name, preset, folder, make_console(), cluster, fresh, task=task, optimizer=optimizer)
+    STUDIES[name].load()(job)
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """The parts that all studies share: the job, the training, and the output."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,8 +10,10 @@ from rich.console import Console
 
 import greedylr_jax
 from experiments.errors import UsageError
+from experiments.options import names
 from experiments.reporting import drawing, html
-from experiments.training.engine import Engine, Settings
+from experiments.tasks import TASKS
+from experiments.training.engine import OPTIMIZERS, Engine, Settings
 from experiments.training.schedules import parse
 from experiments.training.store import RunStore, write_atomically
 from experiments.training.sweep import Group, run_sweep
@@ -30,7 +32,9 @@ class Job(NamedTuple):
       address: of a Ray cluster to train on; None: this process.
       fresh: discard an unfinished study instead of resuming it.
       command: the command that runs the study, after ``python -m experiments``.
-      arguments: of the command; None: the name and the preset.
+      arguments: of the command; None: the name, the preset, the task and the optimizer.
+      task: the option ``--task``, names separated by commas; None: those of the study.
+      optimizer: the option ``--optimizer``, names separated by commas; None: those of the study.
     """
 
     name: str
@@ -41,12 +45,34 @@ class Job(NamedTuple):
     fresh: bool = False
     command: str = "study"
     arguments: str | None = None
+    task: str | None = None
+    optimizer: str | None = None
 
     @property
     def call(self) -> str:
         """The command line that repeats this job."""
-        arguments = f"{self.name} --preset {self.preset}" if self.arguments is None else self.arguments
+        arguments = self.arguments
+        if arguments is None:
+            options = {"--preset": self.preset, "--task": self.task, "--optimizer": self.optimizer}
+            chosen = (f"{option} {value}" for option, value in options.items() if value is not None)
+            arguments = " ".join((self.name, *chosen))
         return f"python -m experiments {self.command} {arguments}"
+
+    def tasks(self, default: Sequence[str], allowed: Collection[str] = TASKS) -> tuple[str, ...]:
+        """The tasks to train: those of ``--task``, or ``default``."""
+        return tuple(default if self.task is None else names("--task", self.task, allowed))
+
+    def optimizers(self, default: Sequence[str]) -> tuple[str, ...]:
+        """The optimizers to train with: those of ``--optimizer``, or ``default``."""
+        return tuple(default if self.optimizer is None else names("--optimizer", self.optimizer, OPTIMIZERS))
+
+    def one_task(self, default: str) -> str:
+        """The same for a study of a single task."""
+        return _single("--task", self.name, self.tasks((default,)))
+
+    def one_optimizer(self, default: str) -> str:
+        """The same for a study with a single optimizer."""
+        return _single("--optimizer", self.name, self.optimizers((default,)))
 
     def in_folder(self, name: str) -> "Job":
         """The same job with a subfolder for its results."""
@@ -56,6 +82,12 @@ class Job(NamedTuple):
         """Raises ``UsageError`` if a cluster was requested; for studies that take only minutes."""
         if self.address is not None:
             raise UsageError(f"study {self.name} takes a few minutes on one machine: leave out --cluster")
+
+
+def _single(option: str, study: str, values: Sequence[str]) -> str:
+    if len(values) > 1:
+        raise UsageError(f"{option} must be one name for study {study}, got {','.join(values)!r}")
+    return values[0]
 
 
 class Sweep:
@@ -73,6 +105,8 @@ class Sweep:
         everything = {
             **described,
             **settings._asdict(),
+            "task": job.task,
+            "optimizer": job.optimizer,
             "version": greedylr_jax.__version__,
             "row_format": _ROW_FORMAT,
         }

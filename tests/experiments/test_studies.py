@@ -248,7 +248,10 @@ def shrink(monkeypatch, study):
 
 
 RECOMPUTED = {
-    "greedylr": lambda runs: {"table": greedylr.summarize(runs)},
+    "greedylr": lambda runs: {
+        "table": greedylr.summarize(runs),
+        "further": greedylr.summarize(runs, "exponential"),
+    },
     "robustness": lambda runs: {
         "table": robustness.summarize(robustness.run_metrics(runs)),
         "against": robustness.compare(robustness.run_metrics(runs)),
