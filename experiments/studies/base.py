@@ -18,7 +18,7 @@ from experiments.training.schedules import parse
 from experiments.training.store import RunStore, write_atomically
 from experiments.training.sweep import Group, run_sweep
 
-_ROW_FORMAT = 2  # of the stored rows; unfinished studies of another format cannot be resumed
+_ROW_FORMAT = 3  # of the stored rows; unfinished studies of another format cannot be resumed
 
 
 class Job(NamedTuple):

@@ -53,8 +53,9 @@ def make_stepper(
         return _shared_stepper(optimizer, inputs, task.steps_per_epoch)
     entry, settings = parse(schedule)
     assert isinstance(entry, RateOptimizer)
-    tx = entry.optimizer(optimizer, inputs.rates[0], steps, **settings)
-    return _rate_optimizer_stepper(tx, entry, validated=validated and entry.reads_validation)
+    tx, superbatch = entry.make(optimizer, inputs.rates[0], steps, settings)
+    validated = validated and entry.reads_validation
+    return _rate_optimizer_stepper(tx, entry, superbatch, validated=validated)
 
 
 def _shared_stepper(
@@ -79,7 +80,7 @@ def _shared_stepper(
 
 
 def _rate_optimizer_stepper(
-    tx: optax.GradientTransformation, entry: RateOptimizer, *, validated: bool
+    tx: optax.GradientTransformation, entry: RateOptimizer, superbatch: int, *, validated: bool
 ) -> Stepper:
     """An optimizer with its own learning rate."""
     tx = optax.with_extra_args_support(tx)
@@ -95,4 +96,4 @@ def _rate_optimizer_stepper(
             return optax.contrib.schedule_free_eval_params(state, params)
         return params
 
-    return Stepper(tx.init, update, evaluation_params, entry.superbatch)
+    return Stepper(tx.init, update, evaluation_params, superbatch)

@@ -14,6 +14,7 @@ from experiments.studies import (
     initial_rate,
     leaderboard,
     lrtuner,
+    lrtuner_appendix,
     polling,
     robustness,
     theory,
@@ -242,6 +243,8 @@ def shrink(monkeypatch, study):
             case._replace(task="digits-mlp", table=str(i)) for i, case in enumerate(lrtuner.CASES[1:3])
         )
         monkeypatch.setattr(lrtuner, "CASES", cases[:1])
+        monkeypatch.setattr(lrtuner, "SUPERBATCH", 3)
+        monkeypatch.setattr(lrtuner_appendix, "SIZES", (1, 2))
     if study == "polling":
         monkeypatch.setattr(polling, "TASKS", ("digits-mlp",))
     return modules[study]
