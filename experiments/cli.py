@@ -43,7 +43,8 @@ def compare(
     optimizer: Annotated[
         str,
         typer.Option(
-            help="One or more of adamw,sgd,momentum,adam,adagrad,adafactor,lion,muon, separated by commas."
+            help="One or more of adamw,sgd,momentum,momentum-decay,adam,adagrad,adafactor,lion,muon, "
+            "separated by commas."
         ),
     ] = "adamw,sgd",
     steps: Annotated[int, typer.Option(help=f"Training steps per run, at least {MIN_STEPS}.")] = 600,

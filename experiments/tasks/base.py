@@ -18,6 +18,7 @@ LEARNING_RATES: Mapping[str, tuple[float, ...]] = {
     "adagrad": (1e-3, 1e-2, 1e-1),
     "adafactor": (1e-4, 1e-3, 1e-2),
     "momentum": (1e-3, 1e-2, 1e-1),
+    "momentum-decay": (1e-3, 1e-2, 1e-1),
     "adam": (1e-4, 1e-3, 1e-2),
     "lion": (1e-5, 1e-4, 1e-3),
     "muon": (1e-3, 1e-2, 1e-1),
