@@ -43,7 +43,8 @@ def compare(
     optimizer: Annotated[
         str,
         typer.Option(
-            help="One or more of adamw,sgd,momentum,adam,adagrad,adafactor,lion,muon, separated by commas."
+            help="One or more of adamw,sgd,momentum,momentum-decay,adam,adagrad,adafactor,lion,muon, "
+            "separated by commas."
         ),
     ] = "adamw,sgd",
     steps: Annotated[int, typer.Option(help=f"Training steps per run, at least {MIN_STEPS}.")] = 600,
@@ -90,6 +91,17 @@ def tasks() -> None:
 def study(
     name: Annotated[str | None, typer.Argument(help="Study to run; --list shows them.")] = None,
     preset: Annotated[str, typer.Option(help="quick (minutes) or full.")] = "quick",
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="One or more tasks instead of the study's, separated by commas; see the command tasks. "
+            "initial-rate: entries of its suite."
+        ),
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(help="One or more optimizers instead of the study's, separated by commas."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Output folder. Default: results/NAME.")] = None,
     show_list: Annotated[bool, typer.Option("--list", help="List the studies.")] = False,
     cluster: Annotated[
@@ -102,16 +114,13 @@ def study(
     split: Annotated[
         str | None, typer.Option(help="initial-rate: development or held-out, a half of the suite.")
     ] = None,
-    task: Annotated[
-        str | None, typer.Option(help="initial-rate: entries of the suite, separated by commas.")
-    ] = None,
     rule: Annotated[str | None, typer.Option(help="initial-rate: rules, separated by commas.")] = None,
     steps: Annotated[
         str | None, typer.Option(help="initial-rate: numbers of steps, separated by commas.")
     ] = None,
 ) -> None:
     """Reproduce the experiments of a paper."""
-    from experiments.studies import SELECTABLE, STUDIES
+    from experiments.studies import STUDIES, check_options
 
     if show_list or name is None:
         for key, each in STUDIES.items():
@@ -122,9 +131,8 @@ def study(
     from experiments.studies.base import Job, Selection
     from experiments.training import engine
 
-    selection = Selection(split, task, rule, steps)
-    if selection.arguments and name not in SELECTABLE:
-        raise UsageError(f"study {name} has no option{selection.arguments}; {SELECTABLE[0]} has")
+    selection = Selection(task, optimizer, split, rule, steps)
+    check_options(name, selection)
     engine.configure()
     out = out or Path("results") / name
     job = Job(name, preset, out, make_console(), cluster, fresh, selection=selection)

@@ -12,7 +12,11 @@ Two different algorithms are published under this name:
 * ``"paper"``, Algorithm 1 line by line: the cooldown and warmup counters run all the time, and a change
   of the rate does not reset the counts, so that a long run of good epochs raises the rate at every
   further epoch. Taken literally, a cooldown > 0 with patience >= 1 means that the rate never rises, and
-  a warmup > 0 with patience >= 1 that it never falls.
+  a warmup > 0 with patience >= 1 that it never falls. One line is not taken literally: line 32 resets
+  where ``epochs > reset`` and no line restarts ``epochs``, so that every epoch after number ``reset``
+  would restore the initial rate, and nothing would adapt any more. Here a reset restarts this count, as
+  the text of Section II.4 suggests ("after a particular epoch"): one reset every ``reset_after + 1``
+  observations.
 
 Departures from the published implementation:
 

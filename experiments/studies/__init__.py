@@ -3,7 +3,12 @@
 import functools
 import importlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from experiments.errors import UsageError
+
+if TYPE_CHECKING:
+    from experiments.studies.base import Selection
 
 
 class Study(NamedTuple):
@@ -17,7 +22,6 @@ def _load(module: str) -> Callable[..., None]:
     return importlib.import_module(f"experiments.studies.{module}").run
 
 
-SELECTABLE = ("initial-rate",)  # studies with the options --split, --task, --rule and --steps
 STUDIES: dict[str, Study] = {
     name.replace("_", "-"): Study(summary, functools.partial(_load, name))
     for name, summary in (
@@ -35,3 +39,16 @@ STUDIES: dict[str, Study] = {
         ("leaderboard", "all rules and baselines from Optax on all tasks: performance profiles"),
     )
 }
+OVER_THE_SUITE = "initial-rate"  # the study of the entries of the suite, each of which has its optimizer
+
+
+def check_options(study: str, selection: "Selection") -> None:
+    """Raises ``UsageError`` if a study has no such option."""
+    given = {name for name, value in selection._asdict().items() if value is not None}
+    if study == OVER_THE_SUITE:
+        wrong, allowed = given & {"optimizer"}, "--task, --split, --rule and --steps"
+    else:
+        wrong, allowed = given - {"task", "optimizer"}, "--task and --optimizer"
+    if wrong:
+        options = ", ".join(f"--{name}" for name in sorted(wrong))
+        raise UsageError(f"study {study} has no option {options}; it has {allowed}")

@@ -1,6 +1,6 @@
 """The parts that all studies share: the job, the training, and the output."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,27 +10,31 @@ from rich.console import Console
 
 import greedylr_jax
 from experiments.errors import UsageError
+from experiments.options import names
 from experiments.reporting import drawing, html
-from experiments.training.engine import Engine, Settings
+from experiments.tasks import TASKS
+from experiments.training.engine import OPTIMIZERS, Engine, Settings
 from experiments.training.schedules import parse
 from experiments.training.store import RunStore, write_atomically
 from experiments.training.sweep import Group, run_sweep
 
-_ROW_FORMAT = 2  # of the stored rows; unfinished studies of another format cannot be resumed
+_ROW_FORMAT = 3  # of the stored rows; unfinished studies of another format cannot be resumed
 
 
 class Selection(NamedTuple):
     """The part of a study to run, as given on the command line; None: what the preset says.
 
     Attributes:
+      task: names of tasks, or of entries of the suite, separated by commas.
+      optimizer: names of optimizers, separated by commas.
       split: half of the suite, "development" or "held-out".
-      task: names of entries of the suite, separated by commas.
       rule: names of rules, separated by commas.
       steps: numbers of training steps, separated by commas.
     """
 
-    split: str | None = None
     task: str | None = None
+    optimizer: str | None = None
+    split: str | None = None
     rule: str | None = None
     steps: str | None = None
 
@@ -74,6 +78,24 @@ class Job(NamedTuple):
             arguments = f"{self.name} --preset {self.preset}{self.selection.arguments}"
         return f"python -m experiments {self.command} {arguments}"
 
+    def tasks(self, default: Sequence[str], allowed: Collection[str] = TASKS) -> tuple[str, ...]:
+        """The tasks to train: those of ``--task``, or ``default``."""
+        given = self.selection.task
+        return tuple(default if given is None else names("--task", given, allowed))
+
+    def optimizers(self, default: Sequence[str]) -> tuple[str, ...]:
+        """The optimizers to train with: those of ``--optimizer``, or ``default``."""
+        given = self.selection.optimizer
+        return tuple(default if given is None else names("--optimizer", given, OPTIMIZERS))
+
+    def one_task(self, default: str) -> str:
+        """The same for a study of a single task."""
+        return _single("--task", self.name, self.tasks((default,)))
+
+    def one_optimizer(self, default: str) -> str:
+        """The same for a study with a single optimizer."""
+        return _single("--optimizer", self.name, self.optimizers((default,)))
+
     def in_folder(self, name: str) -> "Job":
         """The same job with a subfolder for its results."""
         return self._replace(out=self.out / name)
@@ -84,21 +106,31 @@ class Job(NamedTuple):
             raise UsageError(f"study {self.name} takes a few minutes on one machine: leave out --cluster")
 
 
+def _single(option: str, study: str, values: Sequence[str]) -> str:
+    if len(values) > 1:
+        raise UsageError(f"{option} must be one name for study {study}, got {','.join(values)!r}")
+    return values[0]
+
+
 class Sweep:
     """The training of a study: stored on disk as runs finish, resumed by the same command."""
 
-    def __init__(self, job: Job, settings: Settings, described: Mapping[str, Any]):
+    def __init__(
+        self, job: Job, settings: Settings, described: Mapping[str, Any], *, extensible: bool = False
+    ):
         """Opens the folder of the job.
 
         Args:
           job: the call of the study.
           settings: of all runs.
           described: everything else that the runs depend on, as JSON values.
+          extensible: whether a later call with the same settings may add runs, of any tasks and optimizers.
         """
-        self._job, self._settings = job, settings
+        self._job, self._settings, self._extensible = job, settings, extensible
         everything = {
             **described,
             **settings._asdict(),
+            **({} if extensible else {"task": job.selection.task, "optimizer": job.selection.optimizer}),
             "version": greedylr_jax.__version__,
             "row_format": _ROW_FORMAT,
         }
@@ -118,13 +150,9 @@ class Sweep:
         )
         return self._store.rows()
 
-    def finish(self, *, extensible: bool = False) -> pl.DataFrame:
-        """Writes all rows to ``runs.parquet`` and returns them.
-
-        Args:
-          extensible: whether a later call with the same settings may add runs to these.
-        """
-        return self._store.finish(extensible=extensible)
+    def finish(self) -> pl.DataFrame:
+        """Writes all rows to ``runs.parquet`` and returns them."""
+        return self._store.finish(extensible=self._extensible)
 
 
 def read_published(name: str) -> pl.DataFrame:

@@ -42,7 +42,7 @@ def compare(job: Job, comparison: Comparison) -> None:
     task_name, optimizers, steps, seeds, learning_rates = comparison
     task = make_task(task_name)
     rates = {name: tuple(learning_rates or task.learning_rates[name]) for name in optimizers}
-    described = {"task": task_name, "seeds": seeds, "learning_rates": rates, "schedules": SCHEDULES}
+    described = {"compared": task_name, "seeds": seeds, "learning_rates": rates, "schedules": SCHEDULES}
     sweep = Sweep(job, Settings(steps), described)
     compilations = _CompilationCount()
     groups = [

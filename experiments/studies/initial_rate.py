@@ -168,9 +168,9 @@ def _run(job: Job, selected: Selected, steps: int) -> None:
             for seed in range(selected.seeds)
         ]
         groups.append(Group(entry.task, entry.optimizer, specs, entry.accumulation))
-    sweep = Sweep(job, Settings(steps), {})  # each row has its schedule and rate
+    sweep = Sweep(job, Settings(steps), {}, extensible=True)  # each row has its schedule and rate
     sweep.train(groups)
-    report(job, sweep.finish(extensible=True), selected, steps)
+    report(job, sweep.finish(), selected, steps)
 
 
 def report(job: Job, runs: pl.DataFrame, selected: Selected, steps: int) -> None:

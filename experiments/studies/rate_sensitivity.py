@@ -77,9 +77,10 @@ def run(job: Job) -> None:
     """Trains all runs and writes rows, tables, figures and report; resumes an interrupted job."""
     chosen = PRESETS[job.preset]
     steps, seeds = chosen["steps"], chosen["seeds"]
-    described = {"preset": chosen, "factors": FACTORS, "optimizers": OPTIMIZERS}
+    optimizers = job.optimizers(OPTIMIZERS)
+    described = {"preset": chosen, "factors": FACTORS, "optimizers": optimizers}
     sweep = Sweep(job, Settings(steps), described)
-    pairs = [(task, optimizer) for task in chosen["tasks"] for optimizer in OPTIMIZERS]
+    pairs = [(task, optimizer) for task in job.tasks(chosen["tasks"]) for optimizer in optimizers]
     tuning = [Group(*pair, make_specs(("cosine",), _grid(pair[1]), TUNING_SEEDS)) for pair in pairs]
     best = best_rates(sweep.train(tuning, keep_programs=True))
     groups = [
@@ -110,6 +111,7 @@ def report(job: Job, runs: pl.DataFrame, title: str) -> None:
         figures={"rate_sensitivity": draw(table, title)},
         sections=_sections(table),
         recomputed_by="experiments.studies.rate_sensitivity.summarize",
+        schedules=_shown(table),
     )
 
 
@@ -180,7 +182,7 @@ def _print(table: pl.DataFrame, console: Console) -> None:
 def draw(table: pl.DataFrame, title: str) -> plt.Figure:
     """Accuracy against the initial rate, a panel for each task and optimizer."""
     parts = list(table.group_by(["task", "optimizer"], maintain_order=True))
-    figure, panels = drawing.panels(len(parts), len(OPTIMIZERS), sharey=True)
+    figure, panels = drawing.panels(len(parts), table["optimizer"].n_unique(), sharey=True)
     for axes, ((task, optimizer), part) in zip(panels, parts, strict=True):
         for schedule in _shown(part):
             entry = REGISTRY[schedule]

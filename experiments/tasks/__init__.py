@@ -152,6 +152,14 @@ TASKS: dict[str, Entry] = {
         )
         for name, classes in (("cifar10", 10), ("cifar100", 100), ("svhn_cropped", 10))
     },
+    **{
+        f"{data}-resnet18": Entry(
+            f"image classification, ResNet-18, public set {data}",
+            "resnet18",
+            arguments=(f"{data}-resnet18", data, classes, 128),
+        )
+        for data, classes in (("cifar10", 10), ("cifar100", 100))
+    },
     "imdb-transformer": Entry("text classification, encoder transformer, public set imdb_reviews", "reviews"),
     **SUITE_TASKS,
 }

@@ -14,6 +14,7 @@ from experiments.data.loading import load_split
 from experiments.data.stdlib import StdlibDocstrings
 from experiments.data.vocabulary import END, PAD, START, Vocabulary, split_words
 from experiments.tasks.base import Batch, Objective, Task, module_task
+from experiments.tasks.text_scores import bleu_score
 from experiments.tasks.transformer import Transformer, causal_mask, padding_mask
 
 _WIDTH, _LAYERS = 48, 2
@@ -101,6 +102,7 @@ def _make(
         splits["train"],
         splits["test"],
         batch_size=batch_size,
+        text=bleu_score(vocabularies[1], texts["test"][1][:_MAX_TEST], lengths[1]),
     )
 
 

@@ -35,6 +35,10 @@ OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
     # As in the Hugging Face trainer: the learning rate is absolute, not relative to the parameters.
     "adafactor": lambda rate: optax.adafactor(rate, multiply_by_parameter_scale=False),
     "momentum": lambda rate: optax.sgd(rate, momentum=0.9),
+    # The weight decay of ResNet-18 on CIFAR-10 in paper 002.
+    "momentum-decay": lambda rate: optax.chain(
+        optax.add_decayed_weights(5e-4), optax.sgd(rate, momentum=0.9)
+    ),
     "adam": optax.adam,
     "lion": optax.lion,
     "muon": optax.contrib.muon,
@@ -82,12 +86,15 @@ class Settings(NamedTuple):
       disturbed: whether runs have disturbances, which cost random numbers.
       validated: whether every other held-out example is used for validation losses, which are given to the
         schedules that read them before each evaluation; results are then of the other half.
+      text: whether the final parameters predict the text of the held-out examples, on tasks that have a
+        :class:`~experiments.tasks.base.TextScore`.
     """
 
     steps: int
     evaluations: int = 1
     disturbed: bool = False
     validated: bool = False
+    text: bool = False
 
 
 class RunResult(NamedTuple):
@@ -97,6 +104,7 @@ class RunResult(NamedTuple):
     rate: np.ndarray  # shape=(steps,); the learning rate of each update
     test_loss: np.ndarray  # shape=(evaluations,)
     test_metric: np.ndarray  # shape=(evaluations,)
+    predictions: np.ndarray | None = None  # of the task's text score, of the final parameters
 
 
 class Inputs(NamedTuple):
@@ -250,7 +258,8 @@ class Engine:
         """The runs of one device, ``count`` of them; the other rows of the result are zero."""
         steps, evaluations = self.settings.steps, self.settings.evaluations
         results = RunResult(
-            *(jnp.zeros((RUNS_PER_DEVICE, n)) for n in (steps, steps, evaluations, evaluations))
+            *(jnp.zeros((RUNS_PER_DEVICE, n)) for n in (steps, steps, evaluations, evaluations)),
+            predictions=self._no_predictions(data[-1]),
         )
 
         def body(index: jax.Array, results: RunResult) -> RunResult:
@@ -259,8 +268,20 @@ class Engine:
 
         return jax.lax.fori_loop(0, count[0], body, results)
 
+    @property
+    def _predicts(self) -> bool:
+        return self.settings.text and self.task.text is not None
+
+    def _no_predictions(self, test: Batch) -> jax.Array | None:
+        """Zeros for the predictions of the runs of one device."""
+        if not self._predicts:
+            return None
+        params = jax.eval_shape(self.task.init, jax.random.key(0))
+        shape = jax.eval_shape(self.task.text.predict, params, test)
+        return jnp.zeros((RUNS_PER_DEVICE, *shape.shape), shape.dtype)
+
     def _run(self, key: str | None, inputs: Inputs, data: tuple[Batch, Batch, Batch]) -> RunResult:
-        task, (steps, evaluations, disturbed, validated) = self.task, self.settings
+        task, (steps, evaluations, disturbed, validated, _) = self.task, self.settings
         train, validation, test = data
         init_key, batch_key = jax.random.split(jax.random.key(inputs.seed))
         params = task.init(init_key)
@@ -318,8 +339,10 @@ class Engine:
         xs = (inputs.schedule.rates, jnp.arange(steps), batches, noise)
         xs = jax.tree.map(lambda leaf: leaf.reshape(evaluations, -1, *leaf.shape[1:]), xs)
         carry = (params, stepper.init(params), source, jnp.zeros(()))
-        _, (loss, rate, *tests) = jax.lax.scan(segment, carry, xs)
-        return RunResult(loss.ravel(), rate.ravel(), *tests)
+        (params, state, *_), (loss, rate, *tests) = jax.lax.scan(segment, carry, xs)
+        final = stepper.evaluation_params(state, params)
+        predictions = task.text.predict(final, test) if self._predicts else None
+        return RunResult(loss.ravel(), rate.ravel(), *tests, predictions=predictions)
 
 
 def _value_fn(

@@ -100,7 +100,8 @@ class RateOptimizer(Schedule):
     Attributes:
       optimizer: the run's optimizer built with learning rate 1, the initial learning rate, the number of
         steps and keyword-only settings -> the optimizer to train with.
-      superbatch: number of batches that ``value_fn`` averages over; 1 is the batch of the step.
+      superbatch: number of batches that ``value_fn`` averages over, a further setting; 1 is the batch of the
+        step, and then it is not a setting.
       reads_validation: whether it uses validation losses, in runs that have them.
       reports_rate: whether the learning rate of a step is read from the optimizer's state by
         :func:`greedylr_jax.metrics`; otherwise the initial one is recorded.
@@ -113,13 +114,28 @@ class RateOptimizer(Schedule):
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """The keyword-only parameters of ``optimizer`` with their defaults."""
+        """The keyword-only parameters of ``optimizer`` with their defaults, and the superbatch."""
         parameters = inspect.signature(self.optimizer).parameters.values()
-        return {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
+        own = {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
+        return own | ({"superbatch": self.superbatch} if self.superbatch > 1 else {})
+
+    def make(
+        self,
+        optimizer: optax.GradientTransformation,
+        rate: jax.Array | float,
+        steps: int,
+        settings: Mapping[str, Any],
+    ) -> tuple[optax.GradientTransformation, int]:
+        """The optimizer to train with and the superbatch."""
+        own = {name: value for name, value in settings.items() if name != "superbatch"}
+        superbatch = settings.get("superbatch", self.superbatch)
+        if not (isinstance(superbatch, int) and superbatch >= 1):
+            raise ValueError(f"superbatch must be an integer >= 1, got {superbatch!r}")
+        return self.optimizer(optimizer, rate, steps, **own), superbatch
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Makes the optimizer once."""
-        self.optimizer(optax.sgd(1.0), 1.0, 100, **settings)
+        self.make(optax.sgd(1.0), 1.0, 100, settings)
 
 
 def _inverse_sqrt(warmup: int) -> optax.Schedule:
@@ -176,17 +192,29 @@ def _arc(
 
 
 def _lr_tuner(
-    optimizer: optax.GradientTransformation, rate: jax.Array, steps: int
+    optimizer: optax.GradientTransformation,
+    rate: jax.Array,
+    steps: int,
+    *,
+    explore: float = 0.25,
+    decisions: int = 20,
+    bound: float = 2.0,
+    samples: int = 3,
+    saturation: float = 100.0,
+    rollback: float = 0.1,
 ) -> optax.GradientTransformation:
-    """LRTuner as its paper advises: explore for a quarter of the steps; epsilon threshold of the order of
-    the learning rate.
+    """LRTuner, with the fraction of the steps that explore, and ``bound``: how far a decision may change the
+    rate at a loss of 1, in initial rates.
     """
     return greedylr_jax.lr_tuner(
         optimizer,
         rate,
-        explore_steps=steps // 4,
-        recompute_every=max(1, steps // 20),
-        epsilon_threshold=(2 * rate) ** 3,
+        explore_steps=round(explore * steps),
+        recompute_every=max(1, steps // decisions),
+        num_samples=samples,
+        epsilon_threshold=(bound * rate) ** 3,
+        saturation_threshold=saturation,
+        rollback_threshold=rollback,
     )
 
 

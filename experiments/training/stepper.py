@@ -53,9 +53,10 @@ def make_stepper(
         return _shared_stepper(_accumulated(optimizer, accumulation), inputs)
     entry, settings = parse(schedule)
     assert isinstance(entry, RateOptimizer)
-    tx = entry.optimizer(optimizer, inputs.rates[0], steps // accumulation, **settings)
+    tx, superbatch = entry.make(optimizer, inputs.rates[0], steps // accumulation, settings)
     tx = _accumulated(tx, accumulation)
-    return _rate_optimizer_stepper(tx, entry, validated=validated and entry.reads_validation)
+    validated = validated and entry.reads_validation
+    return _rate_optimizer_stepper(tx, entry, superbatch, validated=validated)
 
 
 def _accumulated(
@@ -86,7 +87,7 @@ def _shared_stepper(optimizer: optax.GradientTransformationExtraArgs, inputs: Sc
 
 
 def _rate_optimizer_stepper(
-    tx: optax.GradientTransformationExtraArgs, entry: RateOptimizer, *, validated: bool
+    tx: optax.GradientTransformationExtraArgs, entry: RateOptimizer, superbatch: int, *, validated: bool
 ) -> Stepper:
     """An optimizer with its own learning rate."""
 
@@ -102,4 +103,4 @@ def _rate_optimizer_stepper(
             return optax.contrib.schedule_free_eval_params(state, params)
         return params
 
-    return Stepper(tx.init, update, evaluation_params, entry.superbatch)
+    return Stepper(tx.init, update, evaluation_params, superbatch)

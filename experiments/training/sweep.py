@@ -1,6 +1,7 @@
 """Training many runs of several tasks and optimizers, stored on disk as they finish."""
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from rich.console import Console
 
 from experiments.progress import make_progress
 from experiments.tasks import make_task
+from experiments.tasks.base import Task
 from experiments.training import cluster
 from experiments.training.engine import Engine, RunResult, RunSpec, Settings
 from experiments.training.store import RunStore
@@ -87,7 +89,7 @@ def train_group(
     if key not in engines:
         engines[key] = Engine(make_task(group.task), group.optimizer, settings, group.accumulation)
     for batch in engines[key].train(group.specs):
-        yield [_row(group, settings.steps, *run) for run in batch]
+        yield [_row(group, engines[key].task, settings.steps, *run) for run in batch]
 
 
 def finished(rows: pl.DataFrame | None, task: str, optimizer: str) -> set[RunSpec]:
@@ -98,7 +100,8 @@ def finished(rows: pl.DataFrame | None, task: str, optimizer: str) -> set[RunSpe
     return {RunSpec(*key) for key in own.select(RunSpec._fields).iter_rows()}
 
 
-def _row(group: Group, steps: int, spec: RunSpec, result: RunResult, seconds: float) -> Row:
+def _row(group: Group, task: Task, steps: int, spec: RunSpec, result: RunResult, seconds: float) -> Row:
+    predicted = task.text is not None and result.predictions is not None
     return {
         "task": group.task,
         "optimizer": group.optimizer,
@@ -106,6 +109,7 @@ def _row(group: Group, steps: int, spec: RunSpec, result: RunResult, seconds: fl
         "steps": steps,
         "test_loss": float(result.test_loss[-1]),
         "test_metric": float(result.test_metric[-1]),
+        "text_score": task.text.score(result.predictions) if predicted else math.nan,
         "seconds": seconds,
         "loss": result.loss.tolist(),
         "rate": result.rate.tolist(),
