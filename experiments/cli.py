@@ -140,6 +140,20 @@ def study(
 
 
 @app.command()
+def pretrain(
+    preset: Annotated[str, typer.Option(help="quick (minutes) or full (hours).")] = "quick",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Train the networks of the preset anew.")] = False,
+) -> None:
+    """Train the networks that fine-tuning starts from, and store them in the user's cache folder."""
+    one_of("--preset", preset, ("quick", "full"))
+    from experiments import pretraining
+    from experiments.training import engine
+
+    engine.configure()
+    pretraining.pretrain(preset, make_console(), fresh=fresh)
+
+
+@app.command()
 def bench(
     name: Annotated[str, typer.Argument(help=f"Benchmark to run: {', '.join(BENCHMARKS)}.")],
     repeats: Annotated[int, typer.Option(help="Repetitions of each timed variant.")] = 15,
