@@ -43,6 +43,16 @@ from greedylr_jax._rule import (
     schedule_by_rule,
 )
 from greedylr_jax._trend import TrendState, trend_lr, trend_lr_schedule
+from greedylr_jax._value_sources import (
+    LossSlot,
+    ObservedState,
+    add_loss_slot,
+    fill_loss_slot,
+    observe,
+    value_from,
+    value_from_observe,
+    value_from_slot,
+)
 from greedylr_jax.probing import (
     FactorPollingState,
     LRTunerState,
@@ -63,8 +73,10 @@ __all__ = [
     "GreedyLRState",
     "HypergradientState",
     "LRTunerState",
+    "LossSlot",
     "MisplacedRuleWarning",
     "MultiStepsState",
+    "ObservedState",
     "RateState",
     "RollbackState",
     "Rule",
@@ -73,12 +85,14 @@ __all__ = [
     "RuleState",
     "ScaleToParametersState",
     "TrendState",
+    "add_loss_slot",
     "arc",
     "assert_controls_learning_rate",
     "auto_lr",
     "chain",
     "checkpoint",
     "factor_polling",
+    "fill_loss_slot",
     "flax",
     "get_learning_rate",
     "get_scale",
@@ -88,6 +102,7 @@ __all__ = [
     "lr_tuner",
     "metrics",
     "multi_steps",
+    "observe",
     "plotting",
     "probing",
     "range_test",
@@ -101,6 +116,9 @@ __all__ = [
     "theory",
     "trend_lr",
     "trend_lr_schedule",
+    "value_from",
+    "value_from_observe",
+    "value_from_slot",
     "with_rollback",
 ]
 

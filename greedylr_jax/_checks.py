@@ -86,6 +86,13 @@ def check_static_integer(name: str, value: Any, *, low: int = 1) -> int:
     return int(check_integer(name, value, low=low))
 
 
+def check_bool(name: str, value: Any) -> bool:
+    """Returns ``value`` if it is a Python bool, which is static, or raises ``ValueError``."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, known before tracing, got {value!r}.")
+    return value
+
+
 def check_choice(name: str, value: Any, allowed: Collection[str]) -> str:
     """Returns ``value`` if it is one of ``allowed``, or raises ``ValueError``."""
     if not isinstance(value, str) or value not in allowed:

@@ -12,7 +12,11 @@ Two different algorithms are published under this name:
 * ``"paper"``, Algorithm 1 line by line: the cooldown and warmup counters run all the time, and a change
   of the rate does not reset the counts, so that a long run of good epochs raises the rate at every
   further epoch. Taken literally, a cooldown > 0 with patience >= 1 means that the rate never rises, and
-  a warmup > 0 with patience >= 1 that it never falls.
+  a warmup > 0 with patience >= 1 that it never falls. One line is not taken literally: line 32 resets
+  where ``epochs > reset`` and no line restarts ``epochs``, so that every epoch after number ``reset``
+  would restore the initial rate, and nothing would adapt any more. Here a reset restarts this count, as
+  the text of Section II.4 suggests ("after a particular epoch"): one reset every ``reset_after + 1``
+  observations.
 
 Departures from the published implementation:
 
@@ -77,6 +81,7 @@ class _Settings(NamedTuple):
     mode: str
     eps: ArrayLike
     algorithm: str
+    only_decrease: bool
 
     @property
     def sign(self) -> int:
@@ -100,6 +105,7 @@ def greedy_lr(
     mode: Literal["min", "max"] = "min",
     eps: ArrayLike = 0.0,
     algorithm: Literal["reference", "paper"] = "reference",
+    only_decrease: bool = False,
     every: ArrayLike = 1,
     axis_name: Hashable | None = None,
 ) -> _rule.GradientTransformationExtraLoss:
@@ -136,12 +142,21 @@ def greedy_lr(
       mode: ``"min"``: lower values are better; ``"max"``: higher values are (an accuracy, a reward).
       eps: minimum change of the scale; a change must be larger to be made; >= 0. Not in Algorithm 1.
       algorithm: ``"reference"``, the published implementation, or ``"paper"``, Algorithm 1.
+      only_decrease: if True the scale never rises, as in ReduceLROnPlateau; see below. A Python bool.
       every: number of losses whose mean is one observation, an integer >= 1.
       axis_name: mapped axis, or axes, over which the loss is averaged first.
 
     Returns:
       A :class:`greedylr_jax.GradientTransformationExtraLoss`: call
       ``update(updates, state, params, value=loss)``.
+
+    With ``only_decrease=True`` the rule is ReduceLROnPlateau with a smoothed loss: improvements are counted,
+    but raise nothing, and ``max_scale`` and ``warmup`` have no effect (in Algorithm 1, ``warmup`` still
+    delays decreases). ``max_scale=1`` is not the same: the scale rises back to 1 after a decrease. The
+    decrease comes at bad observation number ``patience + 1`` as in PyTorch, and at number ``patience`` in
+    Optax and Keras: ``patience=9`` here is ``patience=10`` there. With ``window=None`` and ``cooldown=0``
+    the scales equal those of ``optax.contrib.reduce_on_plateau``. During a cooldown the best value is not
+    updated here, but is there.
 
     Raises:
       ValueError: if a hyperparameter is out of range. ``update`` raises ``TypeError`` or ``ValueError`` if
@@ -181,6 +196,7 @@ def greedy_lr(
         mode=mode,
         eps=eps,
         algorithm=algorithm,
+        only_decrease=only_decrease,
     )
     rule = _greedy_rule(_check(settings, 1.0, names=("min_scale", "the initial scale", "max_scale")))
     return _rule.scale_by_rule(rule, every=every, axis_name=axis_name)
@@ -204,6 +220,7 @@ def greedy_lr_schedule(
     mode: Literal["min", "max"] = "min",
     eps: ArrayLike = 0.0,
     algorithm: Literal["reference", "paper"] = "reference",
+    only_decrease: bool = False,
     every: ArrayLike = 1,
     axis_name: Hashable | None = None,
 ) -> _rule.RuleSchedule:
@@ -218,7 +235,8 @@ def greedy_lr_schedule(
       min_learning_rate: minimum, in [0, ``init_value``]; 0 means the smallest normal number.
       max_learning_rate: maximum, in [``init_value``, inf).
       factor, patience, threshold, threshold_mode, cooldown, warmup: as in :func:`greedy_lr`.
-      window, reset_at_min, reset_after, mode, algorithm, every, axis_name: as in :func:`greedy_lr`.
+      window, reset_at_min, reset_after, mode, algorithm, only_decrease, every, axis_name: as in
+        :func:`greedy_lr`.
       eps: minimum change of the learning rate; a change must be larger to be made; >= 0.
 
     Returns:
@@ -263,6 +281,7 @@ def greedy_lr_schedule(
         mode=mode,
         eps=eps,
         algorithm=algorithm,
+        only_decrease=only_decrease,
     )
     names = ("min_learning_rate", "init_value", "max_learning_rate")
     rule = _greedy_rule(_check(settings, init_value, names))
@@ -289,6 +308,7 @@ def _check(settings: _Settings, initial_scale: ArrayLike, names: tuple[str, str,
         mode=_checks.check_choice("mode", settings.mode, ("min", "max")),
         eps=real("eps", settings.eps, low=0.0, high_open=True),
         algorithm=_checks.check_choice("algorithm", settings.algorithm, ("reference", "paper")),
+        only_decrease=_checks.check_bool("only_decrease", settings.only_decrease),
     )
     _checks.check_initial(names, checked.min_scale, initial_scale, checked.max_scale)
     if checked.algorithm == "paper" and checked.reset_at_min is not None:
@@ -395,7 +415,7 @@ def _smooth(
     if settings.window in (None, 1):
         return state, value, is_finite
     was_cleared = settings.reset_at_min is not None or settings.reset_after is not None
-    history = _ring.insert(state.history, value, is_finite, was_cleared=was_cleared)
+    history = _ring.insert(state.history, value, is_finite)
     mean = _ring.mean(history, was_cleared=was_cleared)
     return state._replace(history=history), mean, is_finite & jnp.isfinite(mean)
 
@@ -457,11 +477,12 @@ def _decide(
     The other fields are computed from the decision and their own previous value. XLA then updates each in
     place; under ``lax.scan`` on a CPU, a step of 100 parameters takes 10% longer without.
     """
-    increase = _increment(state.num_good) > settings.patience
     decrease = _increment(state.num_bad) > settings.patience
-    decision = _numerics.where(
-        is_better, _numerics.where(increase, INCREASE, BETTER), _numerics.where(decrease, DECREASE, WORSE)
-    )
+    improved: jax.Array | int = BETTER
+    if not settings.only_decrease:
+        increase = _increment(state.num_good) > settings.patience
+        improved = _numerics.where(increase, INCREASE, BETTER)
+    decision = _numerics.where(is_better, improved, _numerics.where(decrease, DECREASE, WORSE))
     if is_holding is not False:
         decision = _numerics.where(is_holding, HOLD, decision)
     return decision.astype(jnp.int32)

@@ -16,6 +16,13 @@ from greedylr_jax import _checks, _numerics
 
 T = TypeVar("T")
 
+_WITHOUT_VALUE = (
+    "If the training loop calls update for you: greedylr_jax.value_from(tx, 'loss') takes the loss from "
+    "another argument, greedylr_jax.value_from_observe(tx) from a callback that calls "
+    "greedylr_jax.observe(opt_state, loss), and greedylr_jax.value_from_slot(tx) from the gradient of an "
+    "extra parameter."
+)
+
 
 class Observation(NamedTuple):
     """The loss of one step."""
@@ -114,14 +121,29 @@ def _check_has_value(rule_name: str, has_value: ArrayLike | None) -> np.bool_ | 
     return jnp.asarray(has_value, bool) if _checks.is_traced(has_value) else np.bool_(has_value)
 
 
-def check_loss(rule_name: str, value: ArrayLike | None, name: str = "value") -> jax.Array:
-    """Returns the loss as a real scalar array, or raises an error that shows the right call."""
-    right_call = f"tx.update(grads, opt_state, params, {name}=loss)"
+def check_loss(
+    rule_name: str,
+    value: ArrayLike | None,
+    name: str = "value",
+    *,
+    right_call: str | None = None,
+    batch_shape: tuple[int, ...] = (),
+) -> jax.Array:
+    """Returns the loss as a real array, or raises an error that shows the right call.
+
+    Args:
+      rule_name: what error messages call the rule.
+      value: the loss.
+      name: the argument's name in ``update``.
+      right_call: the call that error messages show; None: that of ``update``.
+      batch_shape: a further shape that is allowed, besides that of a scalar.
+    """
+    right_call = right_call or f"tx.update(grads, opt_state, params, {name}=loss)"
     if value is None:
         raise TypeError(
             f"{rule_name} needs the loss of this step: call {right_call}, where loss is the scalar "
             "that you differentiate (jax.value_and_grad returns it). For a step without a new loss "
-            "pass has_value=False."
+            f"pass has_value=False. {_WITHOUT_VALUE}"
         )
     try:
         array = jnp.asarray(value)
@@ -129,10 +151,10 @@ def check_loss(rule_name: str, value: ArrayLike | None, name: str = "value") -> 
         raise TypeError(
             f"{rule_name}: {name} must be a real scalar loss, as in {right_call}, got {value!r}."
         ) from error
-    if array.shape != ():
+    if array.shape not in ((), batch_shape):
         raise ValueError(
             f"{rule_name}: {name} must be a scalar loss, got shape {array.shape}. Reduce it first: "
-            f"{right_call.replace('loss', 'jnp.mean(losses)')}."
+            f"{'jnp.mean(losses)'.join(right_call.rsplit('loss', 1))}."
         )
     if not jnp.issubdtype(array.dtype, jnp.floating) and not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(

@@ -1,7 +1,8 @@
 """Helpers for Flax: a train state for Linen, and functions of the parameters for NNX.
 
 ``flax.nnx.Optimizer`` needs no helper: ``optimizer.update(model, grads, value=loss)`` passes the loss on,
-and the readers of :mod:`greedylr_jax` accept ``optimizer.opt_state``.
+and the readers of :mod:`greedylr_jax` accept ``optimizer.opt_state``. Where a loop calls it without the
+loss, :func:`observe` passes the loss from outside.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from flax import nnx
 from flax.training import train_state
 from jax.typing import ArrayLike
 
-from greedylr_jax import _forwarding
+from greedylr_jax import _forwarding, _value_sources
 
 
 class TrainState(train_state.TrainState):
@@ -67,6 +68,36 @@ class TrainState(train_state.TrainState):
         bound = self.replace(tx=tx)
         stepped: Any = train_state.TrainState.apply_gradients(bound, grads=grads, **kwargs)
         return stepped.replace(tx=self.tx)
+
+
+def observe(optimizer: nnx.Optimizer, value: ArrayLike) -> None:
+    """Passes a loss to the rules in an NNX optimizer, before its next update, and changes it in place.
+
+    Like :func:`greedylr_jax.observe`, for loops that hold references to the optimizer's variables
+    (``nnx.cached_partial``, as in tunix), which do not see a new ``opt_state``.
+
+    Args:
+      optimizer: the optimizer, built with :func:`greedylr_jax.value_from_observe`.
+      value: the scalar loss.
+
+    Raises:
+      ValueError, TypeError: as :func:`greedylr_jax.observe`.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from flax import nnx
+      >>> import greedylr_jax.flax
+      >>> from greedylr_jax import get_scale, greedy_lr, value_from_observe
+      >>> model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+      >>> tx = value_from_observe(optax.chain(optax.sgd(0.1), greedy_lr(factor=0.5, patience=0)))
+      >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+      >>> greedylr_jax.flax.observe(optimizer, 1.0)  # in a callback
+      >>> optimizer.update(model, nnx.state(model, nnx.Param))
+      >>> print(get_scale(optimizer.opt_state))
+      2.0
+    """
+    observed = _value_sources.observe(optimizer.opt_state, value)
+    nnx.update(optimizer, nnx.State({"opt_state": nnx.state(observed)}))
 
 
 def value_fn(

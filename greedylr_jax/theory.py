@@ -1,8 +1,8 @@
 """Smoothness, the factor derived from it, and a convergence bound for adaptive learning rates.
 
-"Dynamic Learning Rate Scheduling based on Loss Changes Leads to Faster Convergence" derives a factor that
-maximizes GreedyLR's rate of convergence, F = 1 - 1/L_max for an L_max-smooth objective. An objective is
-L-smooth if its gradient is Lipschitz continuous with constant L; if it is twice differentiable, L is the
+"Dynamic Learning Rate Scheduling based on Loss Changes Leads to Faster Convergence" claims a factor that
+maximizes GreedyLR's rate of convergence for an L_max-smooth objective (:func:`optimal_factor`). An objective
+is L-smooth if its gradient is Lipschitz continuous with constant L; if it is twice differentiable, L is the
 supremum of the largest absolute eigenvalue of its Hessian. :func:`estimate_smoothness` computes this
 eigenvalue at one point, :func:`local_smoothness` estimates it during training, and :func:`convergence_bound`
 bounds the error on a convex objective for any rule whose learning rates stay below 2/L.
@@ -164,10 +164,14 @@ def local_smoothness(decay: ArrayLike = 0.9) -> optax.GradientTransformation:
 
 
 def optimal_factor(smoothness: ArrayLike) -> jax.Array:
-    """GreedyLR's factor for an L-smooth objective, F = 1 - 1/L.
+    """GreedyLR's factor for an L-smooth objective, F = 1 - 1/L: claimed, neither derived nor recommended.
 
-    L has a unit (that of the loss over that of a squared parameter), so the factor depends on the scale of
-    the loss. It is a claim of the paper, which the experiments test, and not a recommendation.
+    The abstract states that an optimal factor is derived and prints no formula; 1 - 1/L is what is reported
+    of the paper. It cannot be optimal for every objective. Train c f with the learning rate a / c instead of
+    f with a, for any c > 0: the iterates are the same, and with a relative threshold so are GreedyLR's
+    decisions, so the best factor is the same as well. But the smoothness of c f is c L, and 1 - 1/(c L)
+    differs from 1 - 1/L. (L has a unit, that of the loss over that of a squared parameter; a factor has
+    none.) ``python -m experiments study theory`` compares it with other factors.
 
     Args:
       smoothness: L_max, > 1 in the units of the problem; otherwise the factor is not in (0, 1). May be traced
@@ -184,7 +188,8 @@ def optimal_factor(smoothness: ArrayLike) -> jax.Array:
       >>> print(optimal_factor(20.0))
       0.95
 
-    Source: "Dynamic Learning Rate Scheduling based on Loss Changes Leads to Faster Convergence", abstract.
+    Source: "Dynamic Learning Rate Scheduling based on Loss Changes Leads to Faster Convergence"; its abstract
+    claims the derivation.
     """
     smoothness = _checks.check_real("smoothness", smoothness, low=1.0, low_open=True, high_open=True)
     return 1 - 1 / jnp.asarray(smoothness, _numerics.default_float_dtype())

@@ -75,14 +75,10 @@ def test_notebook_installs_the_library_from_the_checkout_it_is_in(tmp_path, monk
     python = environment_without_the_library(tmp_path / "environment")
     install = read(NOTEBOOKS[0]).cells[1].source
 
-    (tmp_path / "empty" / "a" / "b").mkdir(parents=True)
-    failed = subprocess.run(
-        [python, "-c", install],
-        check=False,
-        cwd=tmp_path / "empty" / "a" / "b",
-        text=True,
-        capture_output=True,
-    )
+    empty = tmp_path / "empty" / "a" / "b"
+    empty.mkdir(parents=True)
+    command = [python, "-c", install]
+    failed = subprocess.run(command, check=False, cwd=empty, text=True, capture_output=True)
     assert failed.returncode and "pip found no greedylr-jax at SOURCE='../..'. Set SOURCE" in failed.stderr
 
     checkout = tmp_path / "checkout"  # a copy, since pip leaves files of the build in it

@@ -11,7 +11,7 @@ from experiments.tasks import make_task
 from experiments.training.engine import Settings, make_specs
 from experiments.training.sweep import Group
 
-SCHEDULES = ("constant", "linear", "cosine", "plateau", "GreedyLR")
+SCHEDULES = ("constant", "warmup", "linear", "cosine", "exponential", "plateau", "plateau-torch", "GreedyLR")
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -42,7 +42,7 @@ def compare(job: Job, comparison: Comparison) -> None:
     task_name, optimizers, steps, seeds, learning_rates = comparison
     task = make_task(task_name)
     rates = {name: tuple(learning_rates or task.learning_rates[name]) for name in optimizers}
-    described = {"task": task_name, "seeds": seeds, "learning_rates": rates, "schedules": SCHEDULES}
+    described = {"compared": task_name, "seeds": seeds, "learning_rates": rates, "schedules": SCHEDULES}
     sweep = Sweep(job, Settings(steps), described)
     compilations = _CompilationCount()
     groups = [
@@ -70,6 +70,7 @@ def compare(job: Job, comparison: Comparison) -> None:
         figures={"table": report.draw_table(table, title), "histories": report.draw_histories(runs, title)},
         sections=report.sections(runs, table),
         recomputed_by="experiments.reporting.summary.summarize",
+        schedules=SCHEDULES,
     )
 
 

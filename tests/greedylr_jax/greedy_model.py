@@ -32,6 +32,7 @@ class GreedyModel:
     mode: str
     eps: float
     algorithm: str
+    only_decrease: bool = False
     dtype: Any = np.float32
     values: list[Any] = field(default_factory=list)
     good: int = 0
@@ -93,7 +94,7 @@ class GreedyModel:
             self.best, self.good, self.bad = mean, self.good + 1, 0
         else:
             self.good, self.bad = 0, self.bad + 1
-        if self.good > self.patience:
+        if self.good > self.patience and not self.only_decrease:
             raised = True
             proposal = min(self.rate * (self.dtype(1) / self.factor), self.max_rate)
             if proposal - self.rate > self.eps:
@@ -133,7 +134,7 @@ class GreedyModel:
             self.warming, self.bad = self.warming + 1, 0
         else:
             self.warming = 0
-        if self.good > self.patience:
+        if self.good > self.patience and not self.only_decrease:
             self.rate = self.rate * (self.dtype(1) / self.factor)
         if self.bad > self.patience:
             self.rate = self.rate * self.factor

@@ -14,7 +14,7 @@ from absl.testing import parameterized
 from jax.sharding import PartitionSpec
 
 import greedylr_jax
-from greedylr_jax import _numerics
+from greedylr_jax import _numerics, _observe
 from tests.greedylr_jax.rules import (
     BASE_RATE,
     RATE_OPTIMIZERS,
@@ -474,7 +474,7 @@ def test_a_wrong_value_shows_the_right_call(adapter, value, error, message):
     arguments = {} if value is None else {"value": value}
     with pytest.raises(error) as raised:
         tx.update(GRADS, state, PARAMS, **arguments)
-    assert str(raised.value) == message
+    assert str(raised.value).removesuffix(f" {_observe._WITHOUT_VALUE}") == message
 
 
 @pytest.mark.parametrize(

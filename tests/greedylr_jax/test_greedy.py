@@ -50,6 +50,7 @@ from tests.greedylr_jax.rules import losses, scales
         ({"mode": None}, "mode must be one of"),
         ({"eps": -1.0}, "eps must be"),
         ({"eps": np.inf}, "eps must be"),
+        ({"only_decrease": 1}, "only_decrease must be True or False, known before tracing, got 1"),
         ({"algorithm": "algorithm1"}, "algorithm must be one of 'reference', 'paper'"),
         (
             {"algorithm": "paper", "reset_at_min": 3},
@@ -135,6 +136,7 @@ DEFAULTS = dict(
     mode="min",
     eps=0.0,
     algorithm="reference",
+    only_decrease=False,
     every=1,
     axis_name=None,
 )

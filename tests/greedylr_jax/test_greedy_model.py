@@ -15,19 +15,21 @@ from tests.greedylr_jax.greedy_model import GreedyModel
 LENGTH = 48  # the same for all: one compilation per window
 WINDOWS = [None, 3, 8, 21]  # 21: two whole blocks and five more values
 NEVER = 2**31 - 1  # in place of None: one program for runs with and without resets
+STATIC = ("window", "mode", "threshold_mode", "algorithm", "only_decrease")
 NOT_FINITE = [math.nan, math.inf, -math.inf]
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow", "ignore:underflow")
 
 
-@functools.partial(jax.jit, static_argnames=("window", "mode", "threshold_mode", "algorithm"))
-def run_rule(losses, init_value, numbers, *, window, mode, threshold_mode, algorithm):
+@functools.partial(jax.jit, static_argnames=STATIC)
+def run_rule(losses, init_value, numbers, *, window, mode, threshold_mode, algorithm, only_decrease):
     schedule = greedylr_jax.greedy_lr_schedule(
         init_value,
         window=window,
         mode=mode,
         threshold_mode=threshold_mode,
         algorithm=algorithm,
+        only_decrease=only_decrease,
         **numbers,
     )
 
@@ -81,6 +83,7 @@ def cases(draw):
         mode=draw(st.sampled_from(["min", "max"])),
         threshold_mode=draw(st.sampled_from(["abs", "rel"])),
         algorithm=algorithm,
+        only_decrease=draw(st.booleans()),
     )
 
 
@@ -100,6 +103,7 @@ TO_ZERO = dict(
     mode="min",
     threshold_mode="abs",
     algorithm="paper",
+    only_decrease=False,
 )
 
 
@@ -128,7 +132,7 @@ def compare(case):
         reset_at_min=resets.get("reset_at_min"),
         reset_after=resets["reset_after"],
         eps=numbers.get("eps", 0.0),
-        **{name: case[name] for name in ("window", "mode", "threshold_mode", "algorithm")},
+        **{name: case[name] for name in STATIC},
     )
     expected = []
     for loss in case["losses"]:
@@ -140,7 +144,7 @@ def compare(case):
         np.array(case["losses"], np.float32),
         init_value,
         numbers | resets,
-        **{name: case[name] for name in ("window", "mode", "threshold_mode", "algorithm")},
+        **{name: case[name] for name in STATIC},
     )
     names = ("scale", "best_value", "num_good", "num_bad", "cooldown_count", "warmup_count")
     for name, column in zip(names, zip(*expected, strict=True), strict=True):
