@@ -109,7 +109,7 @@ def test_gpjax(case):
     x = jnp.linspace(0, 3, 20).reshape(-1, 1)
     data = gpx.Dataset(X=x, y=jnp.sin(3 * x))
     prior = gpx.gps.Prior(mean_function=gpx.mean_functions.Constant(), kernel=gpx.kernels.RBF())
-    posterior = prior * gpx.likelihoods.Gaussian(num_datapoints=20)
+    posterior = prior * gpx.likelihoods.Gaussian()
 
     def objective(model, batch):
         return -gpx.objectives.conjugate_mll(model, batch)
