@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
+from experiments import welcome
 from experiments.arc import commands as arc_commands
 from experiments.errors import UsageError
 from experiments.options import at_least, make_console, names, one_of, rates
@@ -31,9 +32,17 @@ app = typer.Typer(
     cls=_Interruptible,
     help="Experiments with learning-rate rules: same seeds, same batches, several initial rates.",
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback(invoke_without_command=True)
+def overview(context: typer.Context) -> None:
+    """Experiments with learning-rate rules: same seeds, same batches, several initial rates."""
+    if context.invoked_subcommand is None:
+        typer.echo(welcome.OVERVIEW, nl=False)
+
+
 app.add_typer(arc_commands.app, name="arc")
 
 
@@ -69,11 +78,13 @@ def compare(
     at_least("--steps", steps, MIN_STEPS)
     at_least("--seeds", seeds, 1)
     initial_rates = None if learning_rates is None else rates("--learning-rates", learning_rates)
+    console = make_console()
+    welcome.explain_first_run(console)
     engine.configure()
     arguments = f"--task {task} --optimizer {','.join(optimizers)} --steps {steps} --seeds {seeds}"
     if initial_rates is not None:
         arguments += f" --learning-rates {','.join(f'{rate:g}' for rate in initial_rates)}"
-    job = Job("compare", "", out, make_console(), fresh=fresh, command="compare", arguments=arguments)
+    job = Job("compare", "", out, console, fresh=fresh, command="compare", arguments=arguments)
     run(job, Comparison(task, optimizers, steps, seeds, initial_rates))
 
 
@@ -112,8 +123,10 @@ def study(
     from experiments.studies.base import Job
     from experiments.training import engine
 
+    console = make_console()
+    welcome.explain_first_run(console)
     engine.configure()
-    STUDIES[name].load()(Job(name, preset, out or Path("results") / name, make_console(), cluster, fresh))
+    STUDIES[name].load()(Job(name, preset, out or Path("results") / name, console, cluster, fresh))
 
 
 @app.command()

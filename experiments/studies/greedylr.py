@@ -354,13 +354,12 @@ def _sections(runs: pl.DataFrame, table: pl.DataFrame, rows: Sequence[Sequence[s
                 ).items():
                     width = max(1, len(values) // 20)
                     shown = drawing.smooth(values, width)
-                    dash = "solid" if name == GREEDYLR else "dot"
                     curves.append(
                         html.Curve(
                             f"{optimizer}, {GREEDYLR if name == GREEDYLR else schedule}",
                             np.arange(len(shown)) + width,
                             shown,
-                            {"color": color, "dash": dash},
+                            drawing.Look(color, "-" if name == GREEDYLR else ":").plotly(),
                         )
                     )
             parts.append(html.line_figure(curves, f"step ({task})", "training loss, mean over seeds"))

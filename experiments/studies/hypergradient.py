@@ -74,13 +74,13 @@ def _hypergradient(granularity: str, look: Look) -> Method:
 METHODS: dict[str, Method] = {
     "constant SGD": Method(
         lambda rate, hyper_rate: optax.sgd(rate),
-        Look("#CC3311"),
+        Look(drawing.RED),
         False,
         lambda state, rate: {"learning_rate": rate},
     ),
     "GreedyLR": Method(
         lambda rate, hyper_rate: optax.chain(optax.sgd(rate), greedylr_jax.greedy_lr()),
-        Look("#111111"),
+        Look(drawing.BLACK),
         False,
         lambda state, rate: {"learning_rate": rate * greedylr_jax.get_scale(state)},
     ),

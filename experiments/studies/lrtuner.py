@@ -248,7 +248,7 @@ def _sections(runs: pl.DataFrame, table: pl.DataFrame) -> list[html.Section]:
                 if name == "loss":
                     values = drawing.smooth(values, max(1, len(values) // 20))
                 steps = drawing.percent_of_steps(len(values))
-                curves.append(html.Curve(schedule, steps, values, {"color": color}))
+                curves.append(html.Curve(schedule, steps, values, drawing.Look(color).plotly()))
             parts.append(html.line_figure(curves, "steps, %", title, y_log=log))
         sections.append(html.Section(f"Table {case.table}: {case.task}", f"Paper: {case.paper}.", parts))
     return sections

@@ -288,7 +288,7 @@ _ENTRIES: tuple[Schedule, ...] = (
     RateOptimizer(
         name="LRTuner",
         source="LRTuner: A Learning Rate Tuner for Deep Neural Networks, paper 002",
-        look=Look(palette.YELLOW),
+        look=Look(palette.VIOLET),
         optimizer=_lr_tuner,
         superbatch=10,
     ),
