@@ -33,6 +33,7 @@ _MARKERS = {  # of each colour: Matplotlib's name and Plotly's
     BLACK: ("p", "pentagon"),
     BROWN: ("h", "hexagon"),
 }
+_MARKER_SIZES = {"*": 9.0, "p": 6.5, "h": 6.5, "P": 6.5, "X": 6.5}  # points, of those with little area
 _MARK_EVERY = 0.12  # of the diagonal of the axes
 
 
@@ -61,7 +62,9 @@ class Look(NamedTuple):
             "color": self.color,
             "linestyle": self.line,
             "marker": self.markers[0],
-            "markersize": 4.5,
+            "markersize": _MARKER_SIZES.get(self.markers[0], 5.5),
+            "markeredgecolor": "white",  # separates it from the line
+            "markeredgewidth": 0.4,
             "markevery": (start, _MARK_EVERY),
         }
 

@@ -5,9 +5,10 @@ import itertools
 import matplotlib.colors
 import matplotlib.pyplot as plt
 import numpy as np
+import polars as pl
 import pytest
 
-from experiments.reporting import drawing, html, palette
+from experiments.reporting import drawing, html, palette, report
 from experiments.reporting.palette import Look
 from experiments.training.schedules import SCHEDULES
 
@@ -104,3 +105,15 @@ def test_interactive_figures_have_the_same_styles():
 
 def test_names_of_the_palette_are_those_of_drawing():
     assert all(getattr(drawing, name) == code for name, code in COLORS.items())
+
+
+@pytest.mark.parametrize("rates", [1, 3])
+def test_the_title_of_the_histories_fits_into_the_figure(rates):
+    run = {"optimizer": "sgd", "seed": 0, "steps": 40, "loss": [1.0] * 40, "rate": [0.1] * 40}
+    cells = itertools.product((0.1, 0.2, 0.4)[:rates], ("cosine", "GreedyLR"))
+    runs = pl.DataFrame([run | {"learning_rate": rate, "schedule": name} for rate, name in cells])
+    figure = report.draw_histories(runs, report.make_title("question-answering", 6000, 5))
+    figure.canvas.draw()
+    title = figure._suptitle.get_window_extent()
+    assert title.x0 >= 0 and title.x1 <= figure.bbox.width
+    plt.close(figure)
