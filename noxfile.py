@@ -43,6 +43,14 @@ def lint(session: nox.Session) -> None:
 
 
 @nox.session(python="3.11")
+def docs(session: nox.Session) -> None:
+    """Build the documentation into ``build/site``; warnings and broken links are errors."""
+    session.install("-e", ".[docs]")
+    session.run("sphinx-build", "-W", "--keep-going", "docs", "build/site", *session.posargs)
+    session.run("python", "-m", "tests.site_links", "build/site")
+
+
+@nox.session(python="3.11")
 def coverage(session: nox.Session) -> None:
     """Require that the default suite covers at least 98% of the library's branches."""
     session.install("-e", ".[test]", "pytest-cov>=5.0")

@@ -52,7 +52,8 @@ def compare(
     optimizer: Annotated[
         str,
         typer.Option(
-            help="One or more of adamw,sgd,momentum,adam,adagrad,adafactor,lion,muon, separated by commas."
+            help="One or more of adamw,sgd,momentum,momentum-decay,adam,adagrad,adafactor,lion,muon, "
+            "separated by commas."
         ),
     ] = "adamw,sgd",
     steps: Annotated[int, typer.Option(help=f"Training steps per run, at least {MIN_STEPS}.")] = 600,
@@ -101,6 +102,17 @@ def tasks() -> None:
 def study(
     name: Annotated[str | None, typer.Argument(help="Study to run; --list shows them.")] = None,
     preset: Annotated[str, typer.Option(help="quick (minutes) or full.")] = "quick",
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="One or more tasks instead of the study's, separated by commas; see the command tasks. "
+            "initial-rate: entries of its suite."
+        ),
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(help="One or more optimizers instead of the study's, separated by commas."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Output folder. Default: results/NAME.")] = None,
     show_list: Annotated[bool, typer.Option("--list", help="List the studies.")] = False,
     cluster: Annotated[
@@ -110,9 +122,16 @@ def study(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Discard an unfinished study instead of resuming it.")
     ] = False,
+    split: Annotated[
+        str | None, typer.Option(help="initial-rate: development or held-out, a half of the suite.")
+    ] = None,
+    rule: Annotated[str | None, typer.Option(help="initial-rate: rules, separated by commas.")] = None,
+    steps: Annotated[
+        str | None, typer.Option(help="initial-rate: numbers of steps, separated by commas.")
+    ] = None,
 ) -> None:
     """Reproduce the experiments of a paper."""
-    from experiments.studies import STUDIES
+    from experiments.studies import STUDIES, check_options
 
     if show_list or name is None:
         for key, each in STUDIES.items():
@@ -120,13 +139,33 @@ def study(
         return
     one_of("NAME", name, STUDIES)
     one_of("--preset", preset, ("quick", "full"))
-    from experiments.studies.base import Job
+    from experiments.studies.base import Job, Selection
+    from experiments.training import engine
+
+    selection = Selection(task, optimizer, split, rule, steps)
+    check_options(name, selection)
+    console = make_console()
+    welcome.explain_first_run(console)
+    engine.configure()
+    out = out or Path("results") / name
+    job = Job(name, preset, out, console, cluster, fresh, selection=selection)
+    STUDIES[name].load()(job)
+
+
+@app.command()
+def pretrain(
+    preset: Annotated[str, typer.Option(help="quick (minutes) or full (hours).")] = "quick",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Train the networks of the preset anew.")] = False,
+) -> None:
+    """Train the networks that fine-tuning starts from, and store them in the user's cache folder."""
+    one_of("--preset", preset, ("quick", "full"))
+    from experiments import pretraining
     from experiments.training import engine
 
     console = make_console()
     welcome.explain_first_run(console)
     engine.configure()
-    STUDIES[name].load()(Job(name, preset, out or Path("results") / name, console, cluster, fresh))
+    pretraining.pretrain(preset, console, fresh=fresh)
 
 
 @app.command()

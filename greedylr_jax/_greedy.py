@@ -12,7 +12,11 @@ Two different algorithms are published under this name:
 * ``"paper"``, Algorithm 1 line by line: the cooldown and warmup counters run all the time, and a change
   of the rate does not reset the counts, so that a long run of good epochs raises the rate at every
   further epoch. Taken literally, a cooldown > 0 with patience >= 1 means that the rate never rises, and
-  a warmup > 0 with patience >= 1 that it never falls.
+  a warmup > 0 with patience >= 1 that it never falls. One line is not taken literally: line 32 resets
+  where ``epochs > reset`` and no line restarts ``epochs``, so that every epoch after number ``reset``
+  would restore the initial rate, and nothing would adapt any more. Here a reset restarts this count, as
+  the text of Section II.4 suggests ("after a particular epoch"): one reset every ``reset_after + 1``
+  observations.
 
 Departures from the published implementation:
 
@@ -230,8 +234,9 @@ def greedy_lr_schedule(
       init_value: the initial learning rate, > 0.
       min_learning_rate: minimum, in [0, ``init_value``]; 0 means the smallest normal number.
       max_learning_rate: maximum, in [``init_value``, inf).
-      factor, patience, threshold, threshold_mode, cooldown, warmup, window, reset_at_min, reset_after,
-      mode, algorithm, only_decrease, every, axis_name: as in :func:`greedy_lr`.
+      factor, patience, threshold, threshold_mode, cooldown, warmup: as in :func:`greedy_lr`.
+      window, reset_at_min, reset_after, mode, algorithm, only_decrease, every, axis_name: as in
+        :func:`greedy_lr`.
       eps: minimum change of the learning rate; a change must be larger to be made; >= 0.
 
     Returns:
@@ -410,7 +415,7 @@ def _smooth(
     if settings.window in (None, 1):
         return state, value, is_finite
     was_cleared = settings.reset_at_min is not None or settings.reset_after is not None
-    history = _ring.insert(state.history, value, is_finite, was_cleared=was_cleared)
+    history = _ring.insert(state.history, value, is_finite)
     mean = _ring.mean(history, was_cleared=was_cleared)
     return state._replace(history=history), mean, is_finite & jnp.isfinite(mean)
 

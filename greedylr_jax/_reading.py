@@ -90,8 +90,11 @@ def _plain(value: Any) -> Any:
 
     In the state of ``flax.nnx.Optimizer`` each array is wrapped in a variable, which is itself a pytree.
     """
-    is_variable = lambda node: not isinstance(node, jax.Array) and hasattr(node, "__jax_array__")  # noqa: E731
-    return jax.tree.map(lambda leaf: _numerics.fresh(jnp.asarray(leaf)), value, is_leaf=is_variable)
+    return jax.tree.map(lambda leaf: _numerics.fresh(jnp.asarray(leaf)), value, is_leaf=_is_variable)
+
+
+def _is_variable(node: Any) -> bool:
+    return not isinstance(node, jax.Array) and hasattr(node, "__jax_array__")
 
 
 def _rule_state(state: Any) -> Any:
@@ -207,13 +210,14 @@ def metrics(opt_state: optax.OptState, *, prefix: str = "") -> dict[str, jax.Arr
 
     Returns:
       A dict from names to scalars: ``scale``; ``learning_rate`` if the rule is a schedule or the optimizer
-      has its own (for rates per element, ``learning_rate_min``, ``_mean`` and ``_max``); and the other
-      scalar fields of the rule's state under their names. Dictionary keys in the path to a rule
-      (``optax.partition``) come first: ``"encoder/scale"``. Several rules of the same name are
+      has its own (for rates per element, ``learning_rate_min``, ``_mean`` and ``_max``); the other
+      scalar fields of the rule's state under their names; and ``num_rollbacks`` and ``num_skipped`` of
+      :func:`greedylr_jax.with_rollback` and :func:`greedylr_jax.lr_tuner`. Dictionary keys in the path to a
+      rule (``optax.partition``) come first: ``"encoder/scale"``. Several rules of the same name are
       distinguished by a number: ``"1/scale"``. Works under ``jax.jit``.
 
     Raises:
-      ValueError: if there is no rule.
+      ValueError: if there is none of these.
 
     Examples:
       >>> import jax.numpy as jnp, optax, greedylr_jax
@@ -224,7 +228,7 @@ def metrics(opt_state: optax.OptState, *, prefix: str = "") -> dict[str, jax.Arr
       >>> print(logged["lr/scale"], logged["lr/best_value"])
       1.0526316 1.0
     """
-    found = find(opt_state) + _find_rates(opt_state)
+    found = find(opt_state) + _find_rates(opt_state) + _find_counts(opt_state)
     if not found:
         _only(found, None, "learning-rate rules")  # raises
     groups = [(each.group, type(each.state)) for each in found]
@@ -239,7 +243,33 @@ def metrics(opt_state: optax.OptState, *, prefix: str = "") -> dict[str, jax.Arr
     return result
 
 
+class _Counts(NamedTuple):
+    """How often :func:`greedylr_jax.with_rollback` or :func:`greedylr_jax.lr_tuner` has intervened."""
+
+    num_rollbacks: jax.Array
+    num_skipped: jax.Array
+
+
+def _find_counts(opt_state: optax.OptState) -> list[Found]:
+    """The counts of all optimizers that restore snapshots, however they are nested."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(opt_state, is_leaf=_is_variable)
+    counts: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for path, leaf in leaves:
+        name = getattr(path[-1], "name", None) if path else None
+        if name in _Counts._fields:
+            counts.setdefault(path[:-1], {})[name] = leaf
+    found = []
+    for path, fields in counts.items():
+        if len(fields) < len(_Counts._fields):  # an optimizer of another package
+            continue
+        keys = [str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        found.append(Found("/".join(keys), path, _Counts(**fields)))
+    return found
+
+
 def _scalars(state: Any) -> dict[str, jax.Array]:
+    if isinstance(state, _Counts):
+        return _plain(state._asdict())
     if isinstance(state, _rule.RateState):
         return _range_of_rates(_plain(state.learning_rate))
     fields = {"scale": _scale(state)}

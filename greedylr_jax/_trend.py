@@ -186,8 +186,8 @@ def trend_lr_schedule(
       init_value: the initial learning rate, > 0.
       min_learning_rate: minimum, in (0, ``init_value``].
       max_learning_rate: maximum, >= ``init_value``.
-      window, raise_factor, accelerated_factor, cut_factor, drift, decay, significance, every,
-      axis_name: as in :func:`trend_lr`.
+      window, raise_factor, accelerated_factor, cut_factor, drift: as in :func:`trend_lr`.
+      decay, significance, every, axis_name: as in :func:`trend_lr`.
 
     Returns:
       A stateful schedule, see :func:`greedylr_jax.schedule_by_rule`.

@@ -1,8 +1,8 @@
 """Smoothness, the factor derived from it, and a convergence bound for adaptive learning rates.
 
-"Dynamic Learning Rate Scheduling based on Loss Changes Leads to Faster Convergence" derives a factor that
-maximizes GreedyLR's rate of convergence, F = 1 - 1/L_max for an L_max-smooth objective. An objective is
-L-smooth if its gradient is Lipschitz continuous with constant L; if it is twice differentiable, L is the
+"Dynamic Learning Rate Scheduling based on Loss Changes Leads to Faster Convergence" claims a factor that
+maximizes GreedyLR's rate of convergence for an L_max-smooth objective (:func:`optimal_factor`). An objective
+is L-smooth if its gradient is Lipschitz continuous with constant L; if it is twice differentiable, L is the
 supremum of the largest absolute eigenvalue of its Hessian. :func:`estimate_smoothness` computes this
 eigenvalue at one point, :func:`local_smoothness` estimates it during training, and :func:`convergence_bound`
 bounds the error on a convex objective for any rule whose learning rates stay below 2/L.
@@ -93,7 +93,7 @@ class LocalSmoothnessState(NamedTuple):
 
 
 def local_smoothness(decay: ArrayLike = 0.9) -> optax.GradientTransformation:
-    """Estimates |g_t - g_{t-1}| / |params_t - params_{t-1}| during training; leaves the updates unchanged.
+    """Estimates ``|g_t - g_{t-1}| / |params_t - params_{t-1}|`` in training; leaves the updates unchanged.
 
     Put it first in a chain, where the updates are the gradients. With full gradients the estimate is a lower
     bound of L; with gradients of different batches it is too high, because their difference contains noise.
@@ -164,10 +164,14 @@ def local_smoothness(decay: ArrayLike = 0.9) -> optax.GradientTransformation:
 
 
 def optimal_factor(smoothness: ArrayLike) -> jax.Array:
-    """GreedyLR's factor for an L-smooth objective, F = 1 - 1/L.
+    """GreedyLR's factor for an L-smooth objective, F = 1 - 1/L: claimed, neither derived nor recommended.
 
-    L has a unit (that of the loss over that of a squared parameter), so the factor depends on the scale of
-    the loss. It is a claim of the paper, which the experiments test, and not a recommendation.
+    The abstract states that an optimal factor is derived and prints no formula; 1 - 1/L is what is reported
+    of the paper. It cannot be optimal for every objective. Train c f with the learning rate a / c instead of
+    f with a, for any c > 0: the iterates are the same, and with a relative threshold so are GreedyLR's
+    decisions, so the best factor is the same as well. But the smoothness of c f is c L, and 1 - 1/(c L)
+    differs from 1 - 1/L. (L has a unit, that of the loss over that of a squared parameter; a factor has
+    none.) ``python -m experiments study theory`` compares it with other factors.
 
     Args:
       smoothness: L_max, > 1 in the units of the problem; otherwise the factor is not in (0, 1). May be traced
@@ -184,7 +188,8 @@ def optimal_factor(smoothness: ArrayLike) -> jax.Array:
       >>> print(optimal_factor(20.0))
       0.95
 
-    Source: "Dynamic Learning Rate Scheduling based on Loss Changes Leads to Faster Convergence", abstract.
+    Source: "Dynamic Learning Rate Scheduling based on Loss Changes Leads to Faster Convergence"; its abstract
+    claims the derivation.
     """
     smoothness = _checks.check_real("smoothness", smoothness, low=1.0, low_open=True, high_open=True)
     return 1 - 1 / jnp.asarray(smoothness, _numerics.default_float_dtype())
@@ -193,23 +198,24 @@ def optimal_factor(smoothness: ArrayLike) -> jax.Array:
 def convergence_bound(
     learning_rates: ArrayLike, *, smoothness: float, initial_distance: float, strong_convexity: float = 0.0
 ) -> np.ndarray:
-    """Upper bound of f - f* after each step of gradient descent with the given learning rates.
+    """Upper bound of ``f - f*`` after each step of gradient descent with the given learning rates.
 
-    For a convex, L-smooth f with minimizer x*, D = |x_0 - x*|, and learning rates a_t in (0, 2/L) that may
-    depend on all previous steps, as those of GreedyLR do:
+    For a convex, L-smooth f with minimizer x*, ``D = |x_0 - x*|``, and learning rates a_t in (0, 2/L) that
+    may depend on all previous steps, as those of GreedyLR do:
 
-    * *Descent.* f(x_{t+1}) <= f(x_t) - a_t (1 - L a_t / 2) |g_t|^2, by smoothness, so f decreases in every
-      step.
-    * *Distance.* |x_{t+1} - x*|^2 = |x_t - x*|^2 - 2 a_t <g_t, x_t - x*> + a_t^2 |g_t|^2, where convexity
-      bounds <g_t, x_t - x*> from below by f(x_t) - f*.
+    * *Descent.* ``f(x_{t+1}) <= f(x_t) - a_t (1 - L a_t / 2) |g_t|^2``, by smoothness, so f decreases in
+      every step.
+    * *Distance.* ``|x_{t+1} - x*|^2 = |x_t - x*|^2 - 2 a_t <g_t, x_t - x*> + a_t^2 |g_t|^2``, where
+      convexity bounds ``<g_t, x_t - x*>`` from below by ``f(x_t) - f*``.
     * Combined, with c_t = a_t / (1 - L a_t / 2):
-      2 a_t (f(x_t) - f*) <= |x_t - x*|^2 - |x_{t+1} - x*|^2 + c_t (f(x_t) - f(x_{t+1})).
+      ``2 a_t (f(x_t) - f*) <= |x_t - x*|^2 - |x_{t+1} - x*|^2 + c_t (f(x_t) - f(x_{t+1}))``.
     * *Learning rates up to 1/L*: c_t <= 2 a_t, so f(x_t) can be replaced by f(x_{t+1}) on the left if the
-      last term is dropped. Summed over t, since f decreases:  f(x_T) - f* <= D^2 / (2 sum a_t).
+      last term is dropped. Summed over t, since f decreases:  ``f(x_T) - f* <= D^2 / (2 sum a_t)``.
     * *Learning rates below 2/L*: c_t <= C = max c_t, and the last terms sum to at most C (f(x_0) - f*), which
-      is at most C L D^2 / 2:  f(x_T) - f* <= D^2 (1 + C L / 2) / (2 sum a_t).
-    * *Strong convexity* m > 0: each step multiplies the distance by at most max(|1 - a_t m|, |1 - a_t L|), so
-      f(x_T) - f* <= (L / 2) D^2 times the product of their squares. The smallest valid bound is returned.
+      is at most C L D^2 / 2:  ``f(x_T) - f* <= D^2 (1 + C L / 2) / (2 sum a_t)``.
+    * *Strong convexity* m > 0: each step multiplies the distance by at most
+      ``max(|1 - a_t m|, |1 - a_t L|)``, so ``f(x_T) - f*`` is at most ``(L / 2) D^2`` times the product of
+      their squares. The smallest valid bound is returned.
 
     A bound for GreedyLR in advance: its learning rates are at least its minimum a, so if its maximum is at
     most 1/L, the bound with all ``learning_rates`` equal to a holds (the bound decreases in each learning

@@ -12,6 +12,16 @@ _SPECIAL = ("<pad>", "<start>", "<end>", "<unknown>")
 _WORD = re.compile(r"[^\W\d_]?[^\W\d_A-Z]+|[^\W\d_]+|\d|[^\w\s]|_")
 
 
+def find_words(text: str) -> list[re.Match[str]]:
+    """The words of a text with their positions.
+
+    Examples:
+      >>> [match.span() for match in find_words("max_value")]
+      [(0, 3), (3, 4), (4, 9)]
+    """
+    return list(_WORD.finditer(text))
+
+
 def split_words(text: str) -> list[str]:
     """Splits a text into words in lower case.
 
@@ -36,8 +46,23 @@ class Vocabulary:
         counts = Counter(word for words in texts for word in words)
         # Ties are broken alphabetically, so that the result does not depend on the order of the texts.
         frequent = sorted(counts, key=lambda word: (-counts[word], word))[: size - len(_SPECIAL)]
-        self.words = [*_SPECIAL, *frequent]
+        self._set(frequent)
+
+    def _set(self, words: Sequence[str]) -> None:
+        self.words = [*_SPECIAL, *words]
         self._index = {word: index for index, word in enumerate(self.words)}
+
+    @classmethod
+    def of(cls, words: Sequence[str]) -> "Vocabulary":
+        """The vocabulary with the given ``words``, of which the first four are the special ones.
+
+        Examples:
+          >>> Vocabulary.of(Vocabulary([["a", "b", "a"]], 6).words).words
+          ['<pad>', '<start>', '<end>', '<unknown>', 'a', 'b']
+        """
+        vocabulary = cls((), len(_SPECIAL))
+        vocabulary._set(words[len(_SPECIAL) :])
+        return vocabulary
 
     def __len__(self) -> int:
         """Number of words."""
@@ -54,6 +79,10 @@ class Vocabulary:
           array([4, 3, 0, 0], dtype=int32)
         """
         row = np.full(length, PAD, np.int32)
-        known = [self._index.get(word, UNKNOWN) for word in words[:length]]
+        known = self.indices(words[:length])
         row[: len(known)] = known
         return row
+
+    def indices(self, words: Iterable[str]) -> list[int]:
+        """The index of each word, :data:`UNKNOWN` for words that are not in the vocabulary."""
+        return [self._index.get(word, UNKNOWN) for word in words]

@@ -3,7 +3,12 @@
 import functools
 import importlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from experiments.errors import UsageError
+
+if TYPE_CHECKING:
+    from experiments.studies.base import Selection
 
 
 class Study(NamedTuple):
@@ -21,8 +26,9 @@ STUDIES: dict[str, Study] = {
     name.replace("_", "-"): Study(summary, functools.partial(_load, name))
     for name, summary in (
         ("greedylr", "GreedyLR against common schedules: tables II to X, figures 1 to 7 of paper 000"),
-        ("robustness", "nine kinds of noise on the loss, the gradients and the parameters (paper 001)"),
-        ("initial_rate", "every schedule and rule from 1/1000 to 1000 times the best initial rate"),
+        ("robustness", "eight kinds of noise on the loss, the gradients and the parameters (paper 001)"),
+        ("initial_rate", "rules without a learning rate, and defaults, against cosine at its best rate"),
+        ("rate_sensitivity", "every schedule and rule from 1/1000 to 1000 times the best initial rate"),
         ("lrtuner", "LRTuner against hand-tuned schedules: tables 1 to 4 of paper 002"),
         ("polling", "factor polling against common schedules: table 1, figures 2 and 3 of paper 004"),
         ("hypergradient", "first-order GreedyLR (hypergradient descent): figures 8 to 10 of paper 000"),
@@ -33,3 +39,16 @@ STUDIES: dict[str, Study] = {
         ("leaderboard", "all rules and baselines from Optax on all tasks: performance profiles"),
     )
 }
+OVER_THE_SUITE = "initial-rate"  # the study of the entries of the suite, each of which has its optimizer
+
+
+def check_options(study: str, selection: "Selection") -> None:
+    """Raises ``UsageError`` if a study has no such option."""
+    given = {name for name, value in selection._asdict().items() if value is not None}
+    if study == OVER_THE_SUITE:
+        wrong, allowed = given & {"optimizer"}, "--task, --split, --rule and --steps"
+    else:
+        wrong, allowed = given - {"task", "optimizer"}, "--task and --optimizer"
+    if wrong:
+        options = ", ".join(f"--{name}" for name in sorted(wrong))
+        raise UsageError(f"study {study} has no option {options}; it has {allowed}")

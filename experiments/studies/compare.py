@@ -12,7 +12,7 @@ from experiments.tasks import make_task
 from experiments.training.engine import Settings, device_mesh, make_specs, step_flops
 from experiments.training.sweep import Group
 
-SCHEDULES = ("constant", "linear", "cosine", "plateau", "GreedyLR")
+SCHEDULES = ("constant", "warmup", "linear", "cosine", "exponential", "plateau", "plateau-torch", "GreedyLR")
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -44,7 +44,7 @@ def compare(job: Job, comparison: Comparison) -> None:
     is_cached = welcome.cache_folder().exists()
     task = make_task(task_name)
     rates = {name: tuple(learning_rates or task.learning_rates[name]) for name in optimizers}
-    described = {"task": task_name, "seeds": seeds, "learning_rates": rates, "schedules": SCHEDULES}
+    described = {"compared": task_name, "seeds": seeds, "learning_rates": rates, "schedules": SCHEDULES}
     sweep = Sweep(job, Settings(steps), described)
     groups = [
         Group(task_name, optimizer, make_specs(SCHEDULES, rates[optimizer], range(seeds)))
@@ -79,6 +79,7 @@ def compare(job: Job, comparison: Comparison) -> None:
         figures={"table": report.draw_table(table, title), "histories": report.draw_histories(runs, title)},
         sections=[html.Section("Result", conclusion, []), *report.sections(runs, table)],
         recomputed_by="experiments.reporting.summary.summarize",
+        schedules=SCHEDULES,
     )
 
 

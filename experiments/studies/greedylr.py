@@ -7,6 +7,7 @@ xlm-roberta-base is printed under camembert-large, which has two rows for SGD; i
 loss delta" is the baseline's loss minus GreedyLR's, contrary to its header: positive if GreedyLR is better.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,9 +23,12 @@ from experiments.reporting.tables import print_table
 from experiments.studies.base import Job, Sweep, publish, read_published
 from experiments.tasks.base import LEARNING_RATES
 from experiments.training.engine import Settings, make_specs
+from experiments.training.schedules import SCHEDULES
 from experiments.training.sweep import Group
 
 PAIRS = {"adamw": "linear", "adafactor": "cosine", "adagrad": "polynomial", "sgd": "warmup"}
+DEFAULT = "linear"  # the reference trainer's, for optimizers that the paper does not use
+FURTHER = ("exponential",)  # further schedules, with every optimizer, in a table of their own
 # Kind of task: the paper's table and the tasks of this study; the preset quick has the first task only.
 KINDS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "translation": ("V", ("translation-fr", "translation-de", "translation-es")),
@@ -38,7 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quick": {"tasks": 1, "rates": 3, "steps": 200, "seeds": 3},
     "full": {"tasks": 3, "rates": 3, "steps": 1000, "seeds": 5},
 }
-# Shown by figures 2 to 7: (kind, optimizer).
+# Shown in figures 2 to 7: (kind, optimizer).
 SHOWN = (("image classification", "adagrad"), ("summarization", "adafactor"), ("tagging", "sgd"))
 OUTCOMES = ("yes", "yes*", "no", "no*")
 # Table II of the paper, and Tables III and IV, as printed.
@@ -68,32 +72,34 @@ PRINTED = {
 def run(job: Job) -> None:
     """Trains all runs and writes rows, tables, figures and report; resumes an interrupted job."""
     chosen = PRESETS[job.preset]
+    tasks = job.tasks([task for _, tasks in KINDS.values() for task in tasks[: chosen["tasks"]]])
     groups = [
         Group(
             task,
             optimizer,
             make_specs(
-                (schedule, GREEDYLR),
+                (baseline_of(optimizer), *FURTHER, GREEDYLR),
                 LEARNING_RATES[optimizer][: chosen["rates"]],
                 range(chosen["seeds"]),
-                label=kind,
+                label=kind_of(task),
             ),
         )
-        for kind, (_, tasks) in KINDS.items()
-        for task in tasks[: chosen["tasks"]]
-        for optimizer, schedule in PAIRS.items()
+        for task in tasks
+        for optimizer in job.optimizers(tuple(PAIRS))
     ]
-    sweep = Sweep(job, Settings(chosen["steps"]), {"preset": chosen, "pairs": PAIRS, "kinds": KINDS})
+    described = {"preset": chosen, "pairs": PAIRS, "further": FURTHER, "kinds": KINDS}
+    sweep = Sweep(job, Settings(chosen["steps"]), described)
     sweep.train(groups)
     runs = sweep.finish()
 
-    table = summarize(runs)
+    table, further = summarize(runs), pl.concat([summarize(runs, name) for name in FURTHER])
     here, paper = tally(table), tally(published())
     rows = [(name, here[name], paper[name], PRINTED[name]) for name in PRINTED]
     print_table(job.console, "Tables II to IV", _SUMMARY_HEADERS, rows)
-    for kind, (number, _) in KINDS.items():
-        print_table(job.console, f"Table {number}, {kind}", _HEADERS, _cells(table, kind), left=4)
-    job.console.print(_conclude(table))
+    for kind in table["kind"].unique(maintain_order=True):
+        print_table(job.console, _title(kind), _HEADERS, _cells(table, kind), left=4)
+    verdict = " ".join([_conclude(table), *(_conclude(further.filter(schedule=name)) for name in FURTHER)])
+    job.console.print(verdict)
     publish(
         job,
         "GreedyLR against common schedules",
@@ -101,12 +107,31 @@ def run(job: Job) -> None:
         "GreedyLR. Yes: GreedyLR's loss is lower; *: by less than 0.1; losses are means over seeds of the "
         "mean over the 5% of steps before a stage. Difference: the baseline's final loss minus GreedyLR's, "
         "with "
-        "its 95% confidence interval over seeds; positive if GreedyLR is better. " + _conclude(table),
-        tables={"table": table, "summary": pl.DataFrame(rows, schema=list(_SUMMARY_HEADERS), orient="row")},
+        f"its 95% confidence interval over seeds; positive if GreedyLR is better. {verdict}",
+        tables={
+            "table": table,
+            "further": further,
+            "summary": pl.DataFrame(rows, schema=list(_SUMMARY_HEADERS), orient="row"),
+        },
         figures={"fig1_histogram": draw_histogram(runs), "fig2_to_7": draw_histories(runs)},
-        sections=_sections(runs, table, rows),
+        sections=_sections(runs, table, further, rows),
         recomputed_by="experiments.studies.greedylr.summarize (a row per experiment), then tally",
+        schedules=runs["schedule"].unique(maintain_order=True).to_list(),
     )
+
+
+def baseline_of(optimizer: str) -> str:
+    """The schedule that the paper pairs with an optimizer."""
+    return PAIRS.get(optimizer, DEFAULT)
+
+
+def kind_of(task: str) -> str:
+    """The kind of a task, a key of :data:`KINDS`, or "other"."""
+    return next((kind for kind, (_, tasks) in KINDS.items() if task in tasks), "other")
+
+
+def _title(kind: str) -> str:
+    return f"Table {KINDS[kind][0]}: {kind}" if kind in KINDS else "Other tasks"
 
 
 def published() -> pl.DataFrame:
@@ -114,11 +139,13 @@ def published() -> pl.DataFrame:
     return read_published("greedylr_tables")
 
 
-def summarize(runs: pl.DataFrame) -> pl.DataFrame:
+def summarize(runs: pl.DataFrame, baseline: str | None = None) -> pl.DataFrame:
     """One row for each task, optimizer and initial rate: an experiment of the paper's tables.
 
     Args:
       runs: the rows of ``runs.parquet``.
+      baseline: the schedule that GreedyLR is compared with; None: that which the paper pairs with the
+        optimizer.
 
     Returns:
       A frame with ``kind``, ``task``, ``steps``, ``learning_rate``, ``optimizer``, ``schedule``; ``at_10``,
@@ -131,7 +158,7 @@ def summarize(runs: pl.DataFrame) -> pl.DataFrame:
     for (task, optimizer, rate), cell in runs.group_by(
         ["task", "optimizer", "learning_rate"], maintain_order=True
     ):
-        schedule = PAIRS[optimizer]
+        schedule = baseline or baseline_of(optimizer)
         losses = {}
         for name in (schedule, GREEDYLR):
             own = cell.filter(pl.col("schedule") == name).sort("seed")["loss"].to_list()
@@ -227,35 +254,38 @@ _HEADERS = (
 
 def _cells(table: pl.DataFrame, kind: str) -> list[list[str]]:
     """The rows of this study, then those of the paper."""
-    cells = []
-    for source, rows in (("here", table), ("paper", published())):
-        for row in rows.filter(pl.col("kind") == kind).iter_rows(named=True):
-            difference = "" if row["difference"] is None else f"{row['difference']:+.3f}"
-            if source == "here" and difference:
-                difference += f" [{row['difference_low']:+.3f}, {row['difference_high']:+.3f}]"
-            name = row["task"] if source == "here" else f"{row['model']}, {row['dataset']}"
-            cells.append(
-                [
-                    name,
-                    row["optimizer"],
-                    row["schedule"],
-                    source,
-                    str(row["steps"]),
-                    f"{row['learning_rate']:g}",
-                    *(row[f"at_{stage}"] for stage in STAGES),
-                    difference,
-                ]
-            )
-    return cells
+    return [
+        _row(row, source)
+        for source, rows in (("here", table), ("paper", published()))
+        for row in rows.filter(pl.col("kind") == kind).iter_rows(named=True)
+    ]
+
+
+def _row(row: Mapping[str, Any], source: str) -> list[str]:
+    """The cells of one experiment, "here" or of the "paper"."""
+    difference = "" if row["difference"] is None else f"{row['difference']:+.3f}"
+    if source == "here" and difference:
+        difference += f" [{row['difference_low']:+.3f}, {row['difference_high']:+.3f}]"
+    return [
+        row["task"] if source == "here" else f"{row['model']}, {row['dataset']}",
+        row["optimizer"],
+        row["schedule"],
+        source,
+        str(row["steps"]),
+        f"{row['learning_rate']:g}",
+        *(row[f"at_{stage}"] for stage in STAGES),
+        difference,
+    ]
 
 
 def _conclude(table: pl.DataFrame) -> str:
     """The number of significant differences."""
     better, worse = (table["difference_low"] > 0).sum(), (table["difference_high"] < 0).sum()
+    against = ", ".join(SCHEDULES[name].label for name in table["schedule"].unique(maintain_order=True))
     return (
-        f"In {len(table)} experiments the final loss of {GREEDYLR} is significantly lower in {better} and "
-        f"significantly higher in {worse} (95% confidence intervals over seeds that exclude 0, not corrected "
-        "for multiple comparisons)."
+        f"In {len(table)} experiments against {against} the final loss of {GREEDYLR} is significantly lower "
+        f"in {better} and significantly higher in {worse} (95% confidence intervals over seeds that exclude "
+        "0, not corrected for multiple comparisons)."
     )
 
 
@@ -269,7 +299,7 @@ def _deltas(runs: pl.DataFrame) -> list[float]:
             row["schedule"]: stage_losses(np.array(row["loss"], float))[100]
             for row in cell.iter_rows(named=True)
         }
-        deltas.append(final[PAIRS[optimizer]] - final[GREEDYLR])
+        deltas.append(final[baseline_of(optimizer)] - final[GREEDYLR])
     return [delta for delta in deltas if math.isfinite(delta)]
 
 
@@ -299,35 +329,38 @@ def _curves(runs: pl.DataFrame, task: str, optimizer: str, rate: float, column: 
     )
     return {
         name: np.array(cell.filter(pl.col("schedule") == name)[column].to_list(), float).mean(axis=0)
-        for name in (PAIRS[optimizer], GREEDYLR)
+        for name in (baseline_of(optimizer), GREEDYLR)
     }
 
 
 def draw_histories(runs: pl.DataFrame) -> plt.Figure:
-    """Figures 2 to 7: learning rates above losses for three pairs."""
-    figure, panels = drawing.panels(6, 3, width=4.6, height=3.2)
-    for column, (kind, optimizer) in enumerate(SHOWN):
-        task, rate = KINDS[kind][1][0], LEARNING_RATES[optimizer][1]
-        for axes, name, number in (
-            (panels[column], "rate", 2 * column + 2),
-            (panels[column + 3], "loss", 2 * column + 3),
-        ):
+    """Figures 2 to 7: learning rates above losses for three pairs, or for the first pair if none was run."""
+    trained = set(runs.select("task", "optimizer").unique().iter_rows())
+    shown = [(KINDS[kind][1][0], optimizer) for kind, optimizer in SHOWN]
+    shown = [pair for pair in shown if pair in trained] or [runs.select("task", "optimizer").row(0)]
+    figure, panels = drawing.panels(2 * len(shown), len(shown), width=4.6, height=3.2)
+    for column, (task, optimizer) in enumerate(shown):
+        rate = sorted(runs.filter(task=task, optimizer=optimizer)["learning_rate"].unique())
+        rate = rate[len(rate) // 2]
+        for axes, name in ((panels[column], "rate"), (panels[column + len(shown)], "loss")):
             for schedule, values in _curves(runs, task, optimizer, rate, name).items():
                 width = max(1, len(values) // 20) if name == "loss" else 1
-                shown = drawing.smooth(values, width)
+                smoothed = drawing.smooth(values, width)
                 label = GREEDYLR if schedule == GREEDYLR else "baseline"
                 color = drawing.RED if schedule == GREEDYLR else drawing.BLUE
-                axes.plot(np.arange(len(shown)) + width, shown, color=color, lw=1.5, label=label)
+                axes.plot(np.arange(len(smoothed)) + width, smoothed, color=color, lw=1.5, label=label)
             title = "learning rate" if name == "rate" else "training loss"
-            axes.set_title(f"Figure {number}: {task}, {optimizer}, {PAIRS[optimizer]}", fontsize=9)
+            axes.set_title(f"{task}, {optimizer}, {baseline_of(optimizer)}, rate {rate:g}", fontsize=9)
             axes.set_xlabel("step")
             axes.set_ylabel(title)
     drawing.add_legend(figure, panels[0])
-    figure.suptitle("Mean over seeds; losses smoothed over 5% of the steps", fontsize=12)
+    figure.suptitle("Figures 2 to 7: mean over seeds; losses smoothed over 5% of the steps", fontsize=12)
     return figure
 
 
-def _sections(runs: pl.DataFrame, table: pl.DataFrame, rows: Sequence[Sequence[str]]) -> list[html.Section]:
+def _sections(
+    runs: pl.DataFrame, table: pl.DataFrame, further: pl.DataFrame, rows: Sequence[Sequence[str]]
+) -> list[html.Section]:
     histogram = go.Figure()
     for name, deltas in (
         ("here, each seed", _deltas(runs)),
@@ -342,28 +375,25 @@ def _sections(runs: pl.DataFrame, table: pl.DataFrame, rows: Sequence[Sequence[s
     sections = [
         html.Section("Tables II to IV, figure 1", "", [html.Table(_SUMMARY_HEADERS, rows), histogram])
     ]
-    for kind, (number, tasks) in KINDS.items():
+    for kind in table["kind"].unique(maintain_order=True):
+        own = table.filter(kind=kind)
         parts: list[Any] = [html.Table(_HEADERS, _cells(table, kind))]
-        for task in (task for task in tasks if task in set(runs["task"])):
-            curves = []
-            for (optimizer, schedule), color in zip(
-                PAIRS.items(), (drawing.BLUE, drawing.GREEN, drawing.ORANGE, drawing.PINK), strict=True
-            ):
-                for name, values in _curves(
-                    runs, task, optimizer, LEARNING_RATES[optimizer][1], "loss"
-                ).items():
-                    width = max(1, len(values) // 20)
-                    shown = drawing.smooth(values, width)
-                    curves.append(
-                        html.Curve(
-                            f"{optimizer}, {GREEDYLR if name == GREEDYLR else schedule}",
-                            np.arange(len(shown)) + width,
-                            shown,
-                            drawing.Look(color, "-" if name == GREEDYLR else ":").plotly(),
-                        )
-                    )
-            parts.append(html.line_figure(curves, f"step ({task})", "training loss, mean over seeds"))
-        sections.append(
-            html.Section(f"Table {number}: {kind}", "Solid: GreedyLR; dotted: the baseline.", parts)
-        )
-    return sections
+        parts += [_figure(runs, task) for task in own["task"].unique(maintain_order=True)]
+        sections.append(html.Section(_title(kind), "Solid: GreedyLR; dotted: the baseline.", parts))
+    cells = [_row(row, "here") for row in further.iter_rows(named=True)]
+    return [*sections, html.Section("Further schedules", "", [html.Table(_HEADERS, cells)])]
+
+
+def _figure(runs: pl.DataFrame, task: str) -> go.Figure:
+    """The losses of GreedyLR and of the baseline with each optimizer, at the middle rate."""
+    curves = []
+    palette = (drawing.BLUE, drawing.GREEN, drawing.ORANGE, drawing.PINK)
+    trained = runs.filter(task=task)["optimizer"].unique(maintain_order=True)
+    for optimizer, color in zip(trained, itertools.cycle(palette), strict=False):
+        rates = sorted(runs.filter(task=task, optimizer=optimizer)["learning_rate"].unique())
+        for name, values in _curves(runs, task, optimizer, rates[len(rates) // 2], "loss").items():
+            width = max(1, len(values) // 20)
+            shown = drawing.smooth(values, width)
+            style = drawing.Look(color, "-" if name == GREEDYLR else ":").plotly()
+            curves.append(html.Curve(f"{optimizer}, {name}", np.arange(len(shown)) + width, shown, style))
+    return html.line_figure(curves, f"step ({task})", "training loss, mean over seeds")

@@ -3,11 +3,11 @@ GreedyLR, and with hypergradient descent per parameter and per parameter group.
 
 The paper states neither its network nor its hyper learning rate. This study uses the digits network with each
 layer as a group, and for each method the hyper learning rate of a grid with the lowest training loss on seeds
-that are not reported.
+that are not reported. The report says where that rate lies at the edge of the grid.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -27,11 +27,14 @@ from experiments.studies.base import Job, publish
 from experiments.tasks import make_task
 from experiments.tasks.base import Task
 from experiments.training import loop
+from experiments.training.engine import OPTIMIZERS
 from experiments.training.store import write_atomically
 
 INITIAL_RATES = (0.01, 0.1)
-HYPER_RATES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+HYPER_RATES = tuple(10.0**exponent for exponent in range(-8, 4))
 TUNING_SEEDS = (1000, 1001)
+_GROUP_COLORS = (drawing.RED, drawing.GREEN, drawing.ORANGE, drawing.PINK, drawing.SKY, drawing.BLACK)
+_LINES = ("-", "--", ":", "-.")
 _WIDTH = 20  # steps, of the running mean in the figures
 PRESETS = {"quick": {"steps": 300, "seeds": 3}, "full": {"steps": 1200, "seeds": 10}}
 
@@ -40,13 +43,13 @@ class Method(NamedTuple):
     """A way to set the learning rate of SGD.
 
     Attributes:
-      make: initial and hyper learning rate -> the optimizer.
+      make: the optimizer with learning rate 1, initial and hyper learning rate -> the optimizer.
       look: in figures; the colours are those of the paper's figure 8.
       has_hyper_rate: whether it depends on the hyper learning rate.
       read: optimizer state and initial rate -> the learning rates to record.
     """
 
-    make: Callable[[jax.Array, jax.Array], optax.GradientTransformation]
+    make: Callable[[optax.GradientTransformation, jax.Array, jax.Array], optax.GradientTransformation]
     look: Look
     has_hyper_rate: bool
     read: Callable[[optax.OptState, jax.Array], dict[str, jax.Array]]
@@ -54,14 +57,18 @@ class Method(NamedTuple):
 
 def _layers(params: optax.Params) -> Any:
     """The layer of each array, its parameter group."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: str(path[0].key), params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: jax.tree_util.keystr(path[:1], simple=True) or "all", params
+    )
 
 
 def _hypergradient(granularity: str, look: Look) -> Method:
-    def make(rate: jax.Array, hyper_rate: jax.Array) -> optax.GradientTransformation:
+    def make(
+        optimizer: optax.GradientTransformation, rate: jax.Array, hyper_rate: jax.Array
+    ) -> optax.GradientTransformation:
         labels = _layers if granularity == "group" else None
         return greedylr_jax.hypergradient(
-            optax.sgd(1.0), rate, hyper_rate, granularity=granularity, param_labels=labels
+            optimizer, rate, hyper_rate, granularity=granularity, param_labels=labels
         )
 
     def read(state: optax.OptState, rate: jax.Array) -> dict[str, jax.Array]:
@@ -71,15 +78,18 @@ def _hypergradient(granularity: str, look: Look) -> Method:
     return Method(make, look, True, read)
 
 
+CONSTANT = "constant"
 METHODS: dict[str, Method] = {
-    "constant SGD": Method(
-        lambda rate, hyper_rate: optax.sgd(rate),
+    CONSTANT: Method(
+        lambda optimizer, rate, hyper_rate: optax.chain(optimizer, optax.scale(rate)),
         Look(drawing.RED),
         False,
         lambda state, rate: {"learning_rate": rate},
     ),
     "GreedyLR": Method(
-        lambda rate, hyper_rate: optax.chain(optax.sgd(rate), greedylr_jax.greedy_lr()),
+        lambda optimizer, rate, hyper_rate: optax.chain(
+            optimizer, optax.scale(rate), greedylr_jax.greedy_lr()
+        ),
         Look(drawing.BLACK),
         False,
         lambda state, rate: {"learning_rate": rate * greedylr_jax.get_scale(state)},
@@ -97,14 +107,20 @@ class History(NamedTuple):
     test_accuracy: np.ndarray  # shape=()
 
 
-def train(task: Task, method: str, steps: int, runs: list[tuple[int, float, float]]) -> list[History]:
+def train(
+    task: Task, optimizer: str, method: str, steps: int, runs: list[tuple[int, float, float]]
+) -> list[History]:
     """Trains runs of one method, each (seed, initial rate, hyper learning rate), in one compiled program."""
     make, _, _, read = METHODS[method]
 
     def one(run: tuple[jax.Array, jax.Array, jax.Array]) -> History:
         seed, rate, hyper_rate = run
         params, losses, rates = loop.train(
-            task, make(rate, hyper_rate), steps, seed, read=lambda state: read(state, rate)
+            task,
+            make(OPTIMIZERS[optimizer](1.0), rate, hyper_rate),
+            steps,
+            seed,
+            read=lambda state: read(state, rate),
         )
         return History(losses, rates, task.metric(params, task.test))
 
@@ -113,12 +129,12 @@ def train(task: Task, method: str, steps: int, runs: list[tuple[int, float, floa
     return [jax.tree.map(lambda leaf, row=row: leaf[row], histories) for row in range(len(runs))]
 
 
-def tune(task: Task, method: str, steps: int) -> dict[float, float]:
+def tune(task: Task, optimizer: str, method: str, steps: int) -> dict[float, float]:
     """For each initial rate the hyper learning rate with the lowest final loss on the tuning seeds."""
     if not METHODS[method].has_hyper_rate:
         return dict.fromkeys(INITIAL_RATES, 0.0)
     runs = list(itertools.product(TUNING_SEEDS, INITIAL_RATES, HYPER_RATES))
-    losses = [stage_losses(history.loss)[100] for history in train(task, method, steps, runs)]
+    losses = [stage_losses(history.loss)[100] for history in train(task, optimizer, method, steps, runs)]
     means = np.mean(np.reshape(losses, (len(TUNING_SEEDS), len(INITIAL_RATES), -1)), axis=0)
     return {rate: HYPER_RATES[int(np.argmin(row))] for rate, row in zip(INITIAL_RATES, means, strict=True)}
 
@@ -127,28 +143,30 @@ def run(job: Job) -> None:
     """Trains all runs and writes rows, table, figures and report."""
     job.refuse_cluster()
     steps, seeds = PRESETS[job.preset]["steps"], PRESETS[job.preset]["seeds"]
-    task = make_task("digits")
+    task, optimizer = make_task(job.one_task("digits")), job.one_optimizer("sgd")
     rows: list[dict[str, Any]] = []
     with make_progress(job.console, "parts") as progress:
         bar = progress.add_task("training", total=2 * len(METHODS))
         for method in METHODS:
             progress.update(bar, description=f"{method}: tuning")
-            hyper_rates = tune(task, method, steps)
+            hyper_rates = tune(task, optimizer, method, steps)
             progress.update(bar, description=f"{method}: training", advance=1)
             specs = [(seed, rate, hyper_rates[rate]) for rate in INITIAL_RATES for seed in range(seeds)]
-            histories = train(task, method, steps, specs)
+            histories = train(task, optimizer, method, steps, specs)
             rows += [_row(method, *pair) for pair in zip(specs, histories, strict=True)]
             progress.advance(bar)
     runs = pl.DataFrame(rows, infer_schema_length=None)
     table = summarize(runs)
-    title = f"digits, SGD, {steps} steps, {seeds} seeds: loss at the end"
+    title = f"{task.name}, {optimizer}, {steps} steps, {seeds} seeds: loss at the end"
     print_table(job.console, title, _HEADERS, _cells(table), left=2)
+    verdict = conclude(table)
+    job.console.print(verdict)
     write_atomically(job.out / "runs.parquet", runs.write_parquet)
     publish(
         job,
         "First-order GreedyLR",
-        "One network trained with SGD at a constant rate, with GreedyLR, and with hypergradient descent: "
-        f"{title}. Figures 8 to 10 of the first GreedyLR paper.",
+        f"One network trained with {optimizer} at a constant rate, with GreedyLR, and with hypergradient "
+        f"descent: {title}. Figures 8 to 10 of the first GreedyLR paper. {verdict}",
         tables={"table": table},
         figures={
             "fig8_losses": draw_losses(runs),
@@ -156,7 +174,27 @@ def run(job: Job) -> None:
             "fig10_rates": draw_groups(runs),
         },
         sections=_sections(runs, table),
-        recomputed_by="experiments.studies.hypergradient.summarize",
+        recomputed_by="experiments.studies.hypergradient.summarize and conclude",
+    )
+
+
+def conclude(table: pl.DataFrame) -> str:
+    """Which methods end significantly lower than a constant rate, and where the grid is too narrow."""
+    sentences, at_edge = [], []
+    for row in table.filter(pl.col("method") != CONSTANT).iter_rows(named=True):
+        lower, higher = row["difference_high"] < 0, row["difference_low"] > 0
+        relation = "significantly lower" if lower else "significantly higher" if higher else "not different"
+        name = f"{row['method']} from {row['learning_rate']:g}"
+        sentences.append(f"{name}: {relation}")
+        if (
+            METHODS[row["method"]].has_hyper_rate
+            and row["hyper_learning_rate"] in HYPER_RATES[:: len(HYPER_RATES) - 1]
+        ):
+            at_edge.append(name)
+    edge = f"is at its edge for {', '.join(at_edge)}" if at_edge else "is inside it everywhere"
+    return (
+        f"Final loss against the constant rate (95% confidence over seeds): {'; '.join(sentences)}. The best "
+        f"hyper learning rate of the grid from {HYPER_RATES[0]:g} to {HYPER_RATES[-1]:g} {edge}."
     )
 
 
@@ -178,7 +216,7 @@ def summarize(runs: pl.DataFrame) -> pl.DataFrame:
     """One row for each initial rate and method: mean final loss and its difference from constant SGD."""
     rows = []
     for (rate,), cell in runs.group_by(["learning_rate"], maintain_order=True):
-        baseline = cell.filter(pl.col("method") == "constant SGD").sort("seed")["final_loss"].to_numpy()
+        baseline = cell.filter(pl.col("method") == CONSTANT).sort("seed")["final_loss"].to_numpy()
         for (method,), group in cell.group_by(["method"], maintain_order=True):
             losses = group.sort("seed")["final_loss"].to_numpy()
             low, high = confidence_interval(losses - baseline)
@@ -209,7 +247,7 @@ def _cells(table: pl.DataFrame) -> list[list[str]]:
                 row["method"],
                 f"{row['hyper_learning_rate']:g}" if METHODS[row["method"]].has_hyper_rate else "",
                 f"{row['final_loss']:.3g}",
-                "" if row["method"] == "constant SGD" else interval_text(row, "+.2g"),
+                "" if row["method"] == CONSTANT else interval_text(row, "+.2g"),
                 f"{row['test_accuracy']:.1f}",
             ]
         )
@@ -219,16 +257,18 @@ def _cells(table: pl.DataFrame) -> list[list[str]]:
 def _sections(runs: pl.DataFrame, table: pl.DataFrame) -> list[html.Section]:
     sections = []
     for rate in INITIAL_RATES:
-        losses, rates = [], []
+        losses, rates, looks = [], [], _distinct_looks()
         for method, (_, look, _, _) in METHODS.items():
             mean = drawing.smooth(_histories(runs, method, rate, "loss").mean(axis=0), _WIDTH)
             losses.append(html.Curve(method, np.arange(len(mean)) + _WIDTH, mean, look.plotly()))
             first = runs.filter((pl.col("method") == method) & (pl.col("learning_rate") == rate))["rates"][0]
-            rates += [
-                html.Curve(f"{method}: {name}", np.arange(len(values)), values, look.plotly())
-                for name, values in first.items()
-                if values is not None
-            ]
+            shown = {name: values for name, values in first.items() if values is not None}
+            for name, values in shown.items():
+                rate_look = look if len(shown) == 1 else next(looks)
+                shown_values = _positive(np.array(values, float))
+                rates.append(
+                    html.Curve(f"{method}: {name}", np.arange(len(values)), shown_values, rate_look.plotly())
+                )
         parts = [
             html.line_figure(losses, "step", f"training loss, running mean of {_WIDTH}", y_log=True),
             html.line_figure(rates, "step", "learning rate, first seed", y_log=True),
@@ -236,6 +276,11 @@ def _sections(runs: pl.DataFrame, table: pl.DataFrame) -> list[html.Section]:
         ]
         sections.append(html.Section(f"Initial rate {rate:g}", "", parts))
     return sections
+
+
+def _distinct_looks() -> Iterator[Look]:
+    """Looks for several rates in one panel, all different as long as there are at most 24."""
+    return itertools.cycle(Look(color, line) for line in _LINES for color in _GROUP_COLORS)
 
 
 def _panels(runs: pl.DataFrame, title: str) -> tuple[plt.Figure, list[tuple[plt.Axes, float]]]:
@@ -273,9 +318,9 @@ def draw_losses(runs: pl.DataFrame) -> plt.Figure:
 
 def draw_greedy(runs: pl.DataFrame) -> plt.Figure:
     """Figure 9: the learning rate of GreedyLR and the constant one."""
-    figure, panels = _panels(runs, "Learning rate of GreedyLR (each line one seed) and of constant SGD")
+    figure, panels = _panels(runs, "Learning rate of GreedyLR (each line one seed) and the constant one")
     for axes, rate in panels:
-        for method in ("constant SGD", "GreedyLR"):
+        for method in (CONSTANT, "GreedyLR"):
             for index, values in enumerate(_histories(runs, method, rate, "learning_rate")):
                 label = method if index == 0 else None
                 axes.plot(values, **METHODS[method].look.matplotlib(), lw=1, label=label)
@@ -285,7 +330,11 @@ def draw_greedy(runs: pl.DataFrame) -> plt.Figure:
 
 
 def draw_groups(runs: pl.DataFrame) -> plt.Figure:
-    """Figure 10: learning rates per parameter (mean and range) and per group, of the first seed."""
+    """Figure 10: learning rates per parameter (mean and range) and per group, of the first seed.
+
+    A rate may be 0, which a logarithmic axis cannot show: there the curve is interrupted, and the band ends
+    at the lower edge of the panel.
+    """
     figure, panels = _panels(runs, "Learning rates of hypergradient descent (first seed)")
     for axes, rate in panels:
         low, mean, high = (
@@ -293,18 +342,32 @@ def draw_groups(runs: pl.DataFrame) -> plt.Figure:
             for name in ("min", "mean", "max")
         )
         steps = np.arange(len(mean))
-        axes.fill_between(steps, np.maximum(low, rate / 1e3), high, color=drawing.BLUE, alpha=0.2, lw=0)
-        axes.plot(
-            steps, mean, color=drawing.BLUE, lw=1.5, label="per parameter: mean (band: minimum to maximum)"
-        )
-        cell = runs.filter((pl.col("method") == "per group") & (pl.col("learning_rate") == rate))
-        groups = {name: values for name, values in cell["rates"][0].items() if values is not None}
-        groups = {name: values for name, values in groups.items() if name.endswith("/learning_rate")}
-        for (name, values), style in zip(groups.items(), ("-", "--", ":", "-."), strict=False):
-            label = f"per group: {name.removesuffix('/learning_rate')}"
-            axes.plot(steps, values, color="#CC3311", lw=1.3, ls=style, label=label)
-        axes.axhline(rate, color="#777777", lw=1, label="constant SGD")
+        groups = _group_rates(runs, rate)
+        shown = np.concatenate([mean, high, *groups.values()])
+        bottom = shown[shown > 0].min() / 2
+        axes.fill_between(steps, np.maximum(low, bottom), high, color=drawing.BLUE, alpha=0.2, lw=0)
+        label = "per parameter: mean (band: minimum to maximum)"
+        axes.plot(steps, _positive(mean), color=drawing.BLUE, lw=1.5, label=label)
+        for (name, values), look in zip(groups.items(), _distinct_looks(), strict=False):
+            axes.plot(steps, _positive(values), **look.matplotlib(), lw=1.3, label=f"per group: {name}")
+        axes.axhline(rate, color=drawing.GREY, lw=1, label=CONSTANT)
         axes.set_ylabel("learning rate")
-        axes.set_ylim(rate / 2e3, None)  # rates may be 0, which a logarithmic axis cannot show
+        axes.set_ylim(bottom, None)
     drawing.add_legend(figure, panels[0][0], columns=3)
     return figure
+
+
+def _positive(values: np.ndarray) -> np.ndarray:
+    """The values, NaN where they are not above 0."""
+    return np.where(values > 0, values, np.nan)
+
+
+def _group_rates(runs: pl.DataFrame, rate: float) -> dict[str, np.ndarray]:
+    """The learning rate of each parameter group in the first seed."""
+    cell = runs.filter((pl.col("method") == "per group") & (pl.col("learning_rate") == rate))
+    suffix = "/learning_rate"
+    return {
+        name.removesuffix(suffix): np.array(values, float)
+        for name, values in cell["rates"][0].items()
+        if values is not None and name.endswith(suffix)
+    }

@@ -1,380 +1,463 @@
-"""Accuracy of schedules and rules for initial rates from 1/1000 to 1000 times the best one.
+"""Rules without a learning rate, and defaults that nobody tunes, against cosine at the best of seven rates.
 
-The papers claim that their rules remove the choice of a learning rate. Here every schedule starts from the
-same seven initial rates, with the same seeds and batches.
+Every entry of the suite (:mod:`experiments.tasks.suite`) is a task with an optimizer. The reference is
+that optimizer with a cosine schedule at the best of seven learning rates, two for each factor of ten. Which
+one is best is decided by the median over the same seeds, so the reference is slightly optimistic. The gap of
+a rule is how much worse its median is, in tolerances; a tolerance is 2 points of accuracy, or 10% of the
+reference's loss or return.
+
+Runs of a folder are kept: a call that selects other tasks or rules trains only what is missing.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
-from rich.console import Console
 
-from experiments.reporting import drawing, html
+from experiments.errors import UsageError
+from experiments.options import names, one_of
+from experiments.reporting import drawing, html, palette
+from experiments.reporting.palette import Look
 from experiments.reporting.summary import confidence_interval
 from experiments.reporting.tables import print_table
-from experiments.studies.base import Job, Sweep, publish
-from experiments.studies.tuning import TUNING_SEEDS, best_rates, reported
-from experiments.tasks.base import LEARNING_RATES
-from experiments.tasks.suite import TUNED_ON, half
-from experiments.training.engine import RunSpec, Settings, make_specs
-from experiments.training.schedules import SCHEDULES as REGISTRY
+from experiments.studies.base import Job, Selection, Sweep, publish
+from experiments.tasks import make_task
+from experiments.tasks.base import Task
+from experiments.tasks.suite import SUITE, SuiteEntry, half
+from experiments.training.engine import RunSpec, Settings
+from experiments.training.schedules import parse
 from experiments.training.sweep import Group
 
-FACTORS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)
-SCHEDULES = (
-    "constant",
-    "linear",
-    "cosine",
-    "knee",
-    "plateau",
-    "GreedyLR",
-    "hypergradient",
-    "LRTuner",
-    "polling",
-    "ARC",
-    "schedule-free",
-    "mechanic",
-    "dog-guess",
-    "prodigy-guess",
-    "auto",
+
+class Rule(NamedTuple):
+    """A schedule or rule with a learning rate that is the same for all tasks.
+
+    Attributes:
+      name: on the command line and in the rows.
+      title: in tables and figures.
+      schedule: key of :data:`experiments.training.schedules.SCHEDULES`.
+      rate: the learning rate.
+      unit: what ``rate`` is a multiple of: "optimizer", the middle of the task's rates for its optimizer
+        (1e-3 for AdamW); "adamw", 1000 times that of AdamW, which is the unit of the parameters; "", 1.
+      own_look: colour and line style in figures; None: those of the schedule.
+    """
+
+    name: str
+    title: str
+    schedule: str
+    rate: float = 1.0
+    unit: str = ""
+    own_look: Look | None = None
+
+    def learning_rate(self, task: Task, optimizer: str) -> float:
+        """The learning rate for a task and an optimizer."""
+        if self.unit == "optimizer":
+            return self.rate * task.learning_rates[optimizer][1]
+        return self.rate * (1e3 * task.learning_rates["adamw"][1] if self.unit else 1.0)
+
+    @property
+    def look(self) -> Look:
+        """Its colour and line style in figures."""
+        return self.own_look or parse(self.schedule)[0].look
+
+
+REFERENCE = tuple(
+    Rule(f"cosine x{10 ** (exponent / 2):.3g}", "", "cosine", 10 ** (exponent / 2), "optimizer")
+    for exponent in range(-2, 5)
 )
-RULE, BASELINE = "auto", "cosine"  # the pair that the conclusion compares
-# Tasks on which the settings of auto_lr, or of an earlier version, were chosen or rejected.
-DEVELOPMENT = TUNED_ON | {entry.task for entry in half("development")}
-TOLERANCE = 2.0  # points of accuracy
-LOSS_TOLERANCE = 1.1  # times the held-out loss
-OPTIMIZERS = ("adamw", "sgd", "adagrad")
+RULES = {
+    rule.name: rule
+    for rule in (
+        Rule("cosine-1e-3", "cosine at 1e-3", "cosine", 1.0, "optimizer", Look(palette.SKY, ":")),
+        Rule("cosine-1e-2", "cosine at 1e-2", "cosine", 10.0, "optimizer"),
+        Rule("warmup-cosine", "warm-up and cosine at 1e-2", "warmup-cosine", 10.0, "optimizer"),
+        Rule("prodigy", "Prodigy", "prodigy"),
+        Rule("prodigy-cosine", "Prodigy with cosine", "prodigy-cosine"),
+        Rule("schedule-free", "schedule-free AdamW", "schedule-free", 2.5e-3, "adamw"),
+        Rule("dog", "DoG", "dog"),
+        Rule("mechanic", "Mechanic", "mechanic"),
+        Rule("auto", "auto_lr", "auto"),
+        Rule("auto-endless", "auto_lr without total_steps", "auto-endless"),
+    )
+}
+# Variants of auto_lr among which its constants were chosen, see docs/auto.md; only --rule selects them.
+VARIANTS = {
+    f"relative-{maximum:g}-{percent}": Rule(
+        f"relative-{maximum:g}-{percent}",
+        f"relative step up to {maximum:g}, warm-up {percent}%",
+        f"relative(maximum={maximum}, warm_up={percent / 100})",
+        own_look=Look(color, line),
+    )
+    for maximum, color in (
+        (0.005, palette.SKY),
+        (0.01, palette.BLUE),
+        (0.02, palette.GREEN),
+        (0.03, palette.BLACK),
+        (0.04, palette.ORANGE),
+        (0.08, palette.RED),
+    )
+    for percent, line in ((2, ":"), (30, "--"), (50, "-."))
+}
+EVERY_RULE = RULES | VARIANTS
+POINTS = 2.0  # tolerance of accuracies
+PERCENT = 10.0  # tolerance of losses and returns
+CLIP = 3.0  # of gaps in their mean, tolerances
+RESAMPLES = 1000  # of the seeds
+MIN_STEPS = 20
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
-        "tasks": ("digits-mlp", "mnist1d-mlp", "mnist1d-residual"),
-        "schedules": SCHEDULES,
-        "steps": 1000,
-        "seeds": 5,
+        "tasks": ("matrix-completion", "outliers-gross", "cancer-logistic", "mnist1d-depth-2"),
+        "steps": (250,),
+        "seeds": 3,
     },
-    # The other kinds of tasks, with the two schedules that the conclusion compares.
-    "full": {
-        "tasks": (
-            "digits-vit",
-            "digits",
-            "digits-resnet",
-            "tagging",
-            "translation-de",
-            "question-answering",
-        ),
-        "schedules": (BASELINE, RULE),
-        "steps": 1000,
-        "seeds": 5,
-    },
+    "full": {"tasks": None, "steps": (250, 1000, 5000), "seeds": 3},
 }
 
-_EXPLANATION = (
-    "Median test accuracy in percent. The best rate of each task and optimizer is the best rate of the "
-    "cosine schedule on a grid with two rates per factor of ten, on seeds that are not reported. Polling "
-    "needs seven more forward passes per step than the others; the results are not corrected for that. "
-    "Prodigy and schedule-free are variants of Adam whatever the optimizer, and DoG of SGD; for Prodigy "
-    "and DoG the initial rate is their initial estimate. auto_lr has no initial rate: its "
-    "runs are the same at all of them."
-)
+
+class Selected(NamedTuple):
+    """What to train and to report."""
+
+    entries: list[SuiteEntry]
+    rules: list[Rule]
+    steps: list[int]
+    seeds: int
+
+
+def select(preset: str, selection: Selection) -> Selected:
+    """The part of the study that the command line selects; raises ``UsageError`` if there is none."""
+    chosen = PRESETS[preset]
+    split, tasks = selection.split, chosen["tasks"]
+    if split is not None:
+        one_of("--split", split, ("development", "held-out"))
+        tasks = None
+    allowed = SUITE if split is None else {entry.name: entry for entry in half(split)}
+    if selection.task is not None:
+        tasks = names("--task", selection.task, allowed)
+    if tasks is None:
+        tasks = [entry.name for entry in half(split or "development")]
+    rules = list(RULES) if selection.rule is None else names("--rule", selection.rule, EVERY_RULE)
+    steps = list(chosen["steps"])
+    if selection.steps is not None:
+        texts = selection.steps.split(",")
+        if not all(text.strip().isdecimal() and int(text) >= MIN_STEPS for text in texts):
+            raise UsageError(f"--steps must be integers of at least {MIN_STEPS}, got {selection.steps!r}")
+        steps = [int(text) for text in texts]
+    return Selected(
+        [SUITE[name] for name in tasks], [EVERY_RULE[name] for name in rules], steps, chosen["seeds"]
+    )
 
 
 def run(job: Job) -> None:
-    """Trains all runs and writes rows, tables, figures and report; resumes an interrupted job."""
-    chosen = PRESETS[job.preset]
-    steps, seeds = chosen["steps"], chosen["seeds"]
-    described = {"preset": chosen, "factors": FACTORS, "optimizers": OPTIMIZERS}
-    sweep = Sweep(job, Settings(steps), described)
-    pairs = [(task, optimizer) for task in chosen["tasks"] for optimizer in OPTIMIZERS]
-    tuning = [Group(*pair, make_specs(("cosine",), _grid(pair[1]), TUNING_SEEDS)) for pair in pairs]
-    best = best_rates(sweep.train(tuning, keep_programs=True))
-    groups = [
-        Group(
-            *pair,
-            [
-                RunSpec(schedule, best[pair] * factor, seed, label=f"{factor:g}")
-                for seed in range(seeds)
-                for factor in FACTORS
-                for schedule in chosen["schedules"]
-            ],
+    """Trains what is missing and writes rows, tables, figures and report, in one folder for each length."""
+    selected = select(job.preset, job.selection)
+    for steps in selected.steps:
+        _run(job.in_folder(f"{steps}-steps"), selected, steps)
+
+
+def _run(job: Job, selected: Selected, steps: int) -> None:
+    groups = []
+    for entry in selected.entries:
+        task = make_task(entry.task)
+        # The reference includes the runs of the two rules that are a cosine at one rate.
+        rules = [*REFERENCE, *(rule for rule in selected.rules if rule.schedule != "cosine")]
+        specs = [
+            RunSpec(rule.schedule, rule.learning_rate(task, entry.optimizer), seed, label=rule.name)
+            for rule in rules
+            for seed in range(selected.seeds)
+        ]
+        groups.append(Group(entry.task, entry.optimizer, specs, entry.accumulation))
+    sweep = Sweep(job, Settings(steps), {}, extensible=True)  # each row has its schedule and rate
+    sweep.train(groups)
+    report(job, sweep.finish(), selected, steps)
+
+
+def report(job: Job, runs: pl.DataFrame, selected: Selected, steps: int) -> None:
+    """Prints and writes tables, figures and the report for one number of steps."""
+    measured = measure(runs, selected.entries, selected.rules)
+    by_rule, by_task = summarize(measured), gaps(measured)
+    print_table(job.console, f"{steps} steps, by rule", _RULE_HEADERS, _rule_cells(by_rule), left=1)
+    headers, cells = _task_cells(by_task)
+    print_table(job.console, f"{steps} steps, medians; +: better, -: worse", headers, cells, left=1)
+    curves = [
+        html.Curve(
+            EVERY_RULE[name].title,
+            _AXIS,
+            profile(own["gap"].to_numpy(), _AXIS),
+            EVERY_RULE[name].look.plotly(),
         )
-        for pair in pairs
+        for (name,), own in by_task.group_by(["rule"], maintain_order=True)
     ]
-    sweep.train(groups, keep_programs=True)
-    report(job, sweep.finish(), f"Initial rates: {steps} steps, {seeds} seeds")
-
-
-def report(job: Job, runs: pl.DataFrame, title: str) -> None:
-    """Prints and writes tables, figures and the report."""
-    table = summarize(runs)
-    every = gaps(runs)
-    _print(table, job.console)
-    headers, cells = _gap_cells(every)
-    print_table(job.console, _GAPS, headers, cells, left=2)
-    conclusion = conclude(every)
-    job.console.print(conclusion)
-    figures = {"initial_rate": draw(table, title)}
-    sections = [html.Section(_GAPS, conclusion, [html.Table(headers, cells)])]
-    if large := [gap for gap in every if gap.worst > TOLERANCE]:
-        figures["where_it_fails"] = draw_large(runs, large)
-        reasons = explain(runs, large)
-        job.console.print(reasons)
-        sections.append(html.Section("Gaps above the tolerance", f"{reasons} See where_it_fails.png.", []))
     publish(
         job,
-        title,
+        f"Rules without a learning rate: {steps} steps, {selected.seeds} seeds",
         _EXPLANATION,
-        tables={"table": table, "gaps": pl.DataFrame(every)},
-        figures=figures,
-        sections=[*sections, *_sections(table)],
-        recomputed_by="experiments.studies.initial_rate.summarize, gaps and explain",
+        tables={"rules": by_rule, "tasks": by_task},
+        figures={"rules": draw(measured)},
+        sections=[
+            html.Section("By rule", _INTERVALS, [html.Table(_RULE_HEADERS, _rule_cells(by_rule))]),
+            html.Section(
+                "Performance profiles",
+                "The fraction of tasks whose gap is at most that of the horizontal axis.",
+                [html.line_figure(curves, "gap, tolerances", "fraction of tasks")],
+            ),
+            html.Section(
+                "By task", "Medians over the seeds; +: better, -: worse.", [html.Table(headers, cells)]
+            ),
+        ],
+        recomputed_by="experiments.studies.initial_rate.measure, then summarize and gaps",
     )
 
 
-def _grid(optimizer: str) -> list[float]:
-    """Two rates per factor of ten, from 1/10 to 100 times the middle one of the common rates."""
-    middle = LEARNING_RATES[optimizer][1]
-    return [float(middle * 10 ** (exponent / 2)) for exponent in range(-2, 5)]
+class Measured(NamedTuple):
+    """The results of one entry.
+
+    Attributes:
+      entry: name of the entry.
+      measure: kind of its metric, as in :class:`experiments.tasks.base.Task`.
+      rates: learning rates of the reference.
+      reference: metrics of the reference, shape (rates, seeds).
+      rules: for each rule its metrics, shape (seeds,).
+    """
+
+    entry: str
+    measure: str
+    rates: np.ndarray
+    reference: np.ndarray
+    rules: dict[str, np.ndarray]
+
+    @property
+    def best(self) -> int:
+        """Index of the best rate of the reference, by the median over seeds."""
+        medians = np.median(self.reference, axis=1)
+        diverged = -np.inf if self.measure != "loss" else np.inf
+        medians = np.where(np.isfinite(medians), medians, diverged)
+        return int(np.argmin(medians) if self.measure == "loss" else np.argmax(medians))
+
+    def gap(self, values: np.ndarray) -> np.ndarray:
+        """How much worse medians over the last axis are than the reference's at its best rate, tolerances."""
+        return gap(self.measure, np.median(values, axis=-1), np.median(self.reference[self.best]))
 
 
-def summarize(runs: pl.DataFrame) -> pl.DataFrame:
-    """One row for each task, optimizer, schedule and factor.
+def gap(measure: str, values: np.ndarray, references: np.ndarray) -> np.ndarray:
+    """How much worse values are than references, in tolerances; infinite for values that are not finite.
 
-    Args:
-      runs: the rows of ``runs.parquet``, including those of the tuning seeds.
+    Examples:
+      >>> gap("accuracy", np.array([0.95, 0.99]), np.array(0.97)).round(3)
+      array([ 1., -1.])
+      >>> gap("loss", np.array([1.1, np.nan]), np.array(1.0)).round(3)
+      array([ 1., inf])
+    """
+    worse = values - references if measure == "loss" else references - values
+    tolerance = POINTS / 100 if measure == "accuracy" else PERCENT / 100 * np.abs(references)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        gaps = np.where(worse == 0, 0.0, worse / tolerance)
+    return np.where(np.isfinite(values), gaps, np.inf)
+
+
+def outcome(gaps: np.ndarray) -> np.ndarray:
+    """-1: better, 0: within the tolerance, 1: worse."""
+    slack = 1 + 1e-6  # metrics are float32
+    return (gaps > slack).astype(int) - (gaps < -slack)
+
+
+def measure(runs: pl.DataFrame, entries: Sequence[SuiteEntry], rules: Sequence[Rule]) -> list[Measured]:
+    """The results of the entries from the rows of ``runs.parquet``.
+
+    Raises:
+      UsageError: if runs are missing.
+    """
+    result = []
+    for entry in entries:
+        task = make_task(entry.task)
+        own = runs.filter(task=entry.task, optimizer=entry.optimizer)
+        values = {}
+        for rule in (*REFERENCE, *rules):
+            rate = rule.learning_rate(task, entry.optimizer)
+            close = (pl.col("learning_rate") / rate - 1).abs() < 1e-6
+            values[rule] = own.filter(close, schedule=rule.schedule).sort("seed")["test_metric"].to_numpy()
+            if not len(values[rule]):
+                raise UsageError(f"there are no runs of {entry.name} with {rule.name}")
+        rates = np.array([rule.learning_rate(task, entry.optimizer) for rule in REFERENCE])
+        reference = np.stack([values[rule] for rule in REFERENCE])
+        by_name = {rule.name: values[rule] for rule in rules}
+        result.append(Measured(entry.name, task.measure, rates, reference, by_name))
+    return result
+
+
+def gaps(measured: Sequence[Measured]) -> pl.DataFrame:
+    """One row for each entry and rule, grouped by rule.
 
     Returns:
-      A frame with ``task``, ``optimizer``, ``schedule``, ``factor`` (initial rate over the best rate), the
-      median, minimum and maximum of the test accuracy over the seeds, in percent, and the median test loss.
+      A frame with ``task`` (the entry's name), ``rule``, ``measure``; ``best_rate`` and ``reference`` of the
+      reference; ``value`` of the rule; ``gap`` in tolerances; and ``outcome``.
     """
     rows = []
-    keys = ["task", "optimizer", "schedule", "factor"]
-    for key, cell in _with_factors(runs).group_by(keys, maintain_order=True):
-        accuracy = cell["accuracy"].to_numpy()
-        rows.append(
-            dict(zip(keys, key, strict=True))
-            | {
-                "accuracy": float(np.median(accuracy)),
-                "accuracy_low": float(accuracy.min()),
-                "accuracy_high": float(accuracy.max()),
-                "test_loss": _median_loss(cell),
-            }
-        )
+    for rule in measured[0].rules:
+        for each in measured:
+            found = float(each.gap(each.rules[rule]))
+            rows.append(
+                {
+                    "task": each.entry,
+                    "rule": rule,
+                    "measure": each.measure,
+                    "best_rate": float(each.rates[each.best]),
+                    "reference": float(np.median(each.reference[each.best])),
+                    "value": float(np.median(each.rules[rule])),
+                    "gap": found,
+                    "outcome": {-1: "better", 0: "equal", 1: "worse"}[int(outcome(np.array(found)))],
+                }
+            )
     return pl.DataFrame(rows)
 
 
-def _with_factors(runs: pl.DataFrame) -> pl.DataFrame:
-    """The reported runs with their ``factor`` of the best rate and ``accuracy`` in percent."""
-    return reported(runs).with_columns(
-        factor=pl.col("label").cast(pl.Float64), accuracy=100 * pl.col("test_metric").cast(pl.Float64)
-    )
+def summarize(measured: Sequence[Measured]) -> pl.DataFrame:
+    """One row for each rule.
 
-
-def _median_loss(cell: pl.DataFrame) -> float:
-    """The median held-out loss; losses that are not finite count as infinite."""
-    losses = cell["test_loss"].cast(pl.Float64).to_numpy()
-    return float(np.median(np.where(np.isfinite(losses), losses, np.inf)))
-
-
-class Gap(NamedTuple):
-    """The gap between ``auto_lr`` and cosine from its best initial rate, for one task and optimizer."""
-
-    task: str
-    optimizer: str
-    rule_factor: float  # of the initial rate from which auto_lr is worst
-    baseline_factor: float  # of the initial rate from which cosine is best
-    best: float  # median accuracy of cosine from there, percent
-    worst: float  # best minus the median accuracy of auto_lr from rule_factor, percentage points
-    loss: float  # maximum held-out loss of auto_lr over the minimum of cosine
-    middle: float  # best minus auto_lr's median over the initial rates, mean over seeds, percentage points
-    middle_low: float  # its 95% confidence interval over seeds
-    middle_high: float
-
-
-def gaps(runs: pl.DataFrame) -> list[Gap]:
-    """The gap of each pair of a task and an optimizer, from the same rows as :func:`summarize`."""
-    result = []
-    every = _with_factors(runs)
-    for (task, optimizer), table in summarize(runs).group_by(["task", "optimizer"], maintain_order=True):
-        rule = table.filter(schedule=RULE).sort("accuracy")
-        baseline = table.filter(schedule=BASELINE).sort("accuracy")
-        best = baseline["factor"][-1]
-        own = every.filter(task=task, optimizer=optimizer)
-        median = own.filter(schedule=RULE).group_by("seed").agg(rule=pl.col("accuracy").median())
-        pairs = median.join(own.filter(schedule=BASELINE, factor=best), on="seed")
-        below = (pairs["accuracy"] - pairs["rule"]).to_numpy()
-        result.append(
-            Gap(
-                task,
-                optimizer,
-                rule_factor=rule["factor"][0],
-                baseline_factor=best,
-                best=baseline["accuracy"][-1],
-                worst=baseline["accuracy"][-1] - rule["accuracy"][0],
-                loss=_ratio(rule["test_loss"].max(), baseline["test_loss"].min()),
-                middle=float(below.mean()),
-                **dict(zip(("middle_low", "middle_high"), confidence_interval(below), strict=True)),
-            )
-        )
-    return result
-
-
-def _ratio(loss: float, minimum: float) -> float:
-    """``loss / minimum`` for losses >= 0; for a minimum of 0 it is 1 if both are 0 and infinite otherwise."""
-    if minimum > 0:
-        return loss / minimum
-    return 1.0 if loss == minimum else float("inf")
-
-
-def conclude(every: list[Gap]) -> str:
-    """How often ``auto_lr`` from its worst and its median initial rate equals cosine from its best one."""
-    sentences = []
-    for name, is_development in (("development tasks", True), ("other tasks", False)):
-        own = [gap for gap in every if (gap.task in DEVELOPMENT) == is_development]
-        if not own:
-            continue
-        near = [gap.worst <= TOLERANCE for gap in own]
-        near_by_loss = [gap.loss <= LOSS_TOLERANCE for gap in own]
-        either = [a or b for a, b in zip(near, near_by_loss, strict=True)]
-        not_below = [not gap.middle_low > 0 for gap in own]
-        sentences.append(
-            f"Over {len(own)} pairs of the {name}, the worst accuracy of auto_lr over the {len(FACTORS)} "
-            f"initial rates is within {TOLERANCE:g} points of cosine at its best rate for {sum(near)} "
-            f"(maximum gap {max(gap.worst for gap in own):.1f}), its held-out loss is within "
-            f"{LOSS_TOLERANCE - 1:.0%} of the minimum of cosine for {sum(near_by_loss)}, and at least one "
-            f"of them holds for {sum(either)}. Its median over the rates is not significantly (95%) below "
-            f"cosine at its best rate for {sum(not_below)} (maximum mean gap "
-            f"{max(gap.middle for gap in own):.1f} points)."
-        )
-    return " ".join(sentences)
-
-
-def explain(runs: pl.DataFrame, large: list[Gap]) -> str:
-    """The learning rate of ``auto_lr`` for the gaps above the tolerance, relative to that of cosine."""
-    every = _with_factors(runs)
-    sentences = []
-    for gap in large:
-        own = every.filter(task=gap.task, optimizer=gap.optimizer)
-        rule, baseline = (
-            np.stack(own.filter(schedule=schedule, factor=factor)["rate"].to_list()).astype(float)
-            for schedule, factor in ((RULE, gap.rule_factor), (BASELINE, gap.baseline_factor))
-        )
-        third = rule.shape[1] // 3  # the search has ended by then
-        at, highest = np.median(rule[:, third]), np.median(rule[:, third:].max(axis=1))
-        peak, there = np.median(baseline.max(axis=1)), np.median(baseline[:, third])
-        sentences.append(
-            f"{gap.task}, {gap.optimizer}, x{gap.rule_factor:g}: {gap.worst:.1f} points below. After a "
-            f"third of the steps its learning rate is {at / there:.2g} times that of cosine; the maximum "
-            f"from then on is {highest / peak:.2g} times the maximum of cosine. Its maximum held-out loss "
-            f"is {gap.loss:.2f} times the minimum of cosine."
-        )
-    return " ".join(sentences)
-
-
-_GAPS = f"{RULE} from its worst initial rate and {BASELINE} from its best one"
-
-
-def _gap_cells(every: list[Gap]) -> tuple[tuple[str, ...], list[list[str]]]:
-    """Headers and rows of the table of gaps."""
-    headers = (
-        "task",
-        "optimizer",
-        f"{BASELINE}, %",
-        f"{RULE}, %",
-        "points below",
-        "loss ratio",
-        "median below",
-    )
+    Returns:
+      A frame with ``rule`` and ``tasks``; ``within``, ``better``, ``equal`` and ``worse``: numbers of tasks,
+      each with a 95% bootstrap interval over the seeds (``within_low``, ``within_high``, ...); ``mean``: the
+      mean gap, each clipped to 3 tolerances, with a 95% interval over the tasks; ``worst`` and
+      ``worst_task``: the largest gap; and ``auto_better``, ``auto_equal``, ``auto_worse``: auto_lr against
+      this rule, with the rule as the reference (null if auto_lr is not among the rules).
+    """
+    rng = np.random.default_rng(0)
+    seeds = measured[0].reference.shape[1]
+    drawn = rng.integers(seeds, size=(len(measured), RESAMPLES, seeds))
     rows = []
-    for gap in every:
-        middle = f"{gap.middle:.1f} [{gap.middle_low:.1f}, {gap.middle_high:.1f}]"
-        accuracies = (gap.best, gap.best - gap.worst, gap.worst)
-        rows.append([gap.task, gap.optimizer, *(f"{x:.1f}" for x in accuracies), f"{gap.loss:.2f}", middle])
+    for rule in measured[0].rules:
+        found = np.array([each.gap(each.rules[rule]) for each in measured])
+        resampled = np.stack(
+            [
+                gap(
+                    each.measure,
+                    np.median(each.rules[rule][seeds], axis=-1),
+                    np.median(each.reference[each.best][seeds], axis=-1),
+                )
+                for each, seeds in zip(measured, drawn, strict=True)
+            ],
+            axis=1,
+        )  # shape=(resamples, tasks)
+        row: dict[str, Any] = {"rule": rule, "tasks": len(measured)}
+        for name, wanted in _COUNTS.items():
+            row[name] = int(np.isin(outcome(found), wanted).sum())
+            counts = np.isin(outcome(resampled), wanted).sum(axis=1)
+            row[f"{name}_low"], row[f"{name}_high"] = (int(np.quantile(counts, q)) for q in (0.025, 0.975))
+        clipped = np.clip(found, -CLIP, CLIP)
+        row["mean"] = float(clipped.mean())
+        row["mean_low"], row["mean_high"] = confidence_interval(clipped)
+        worst = int(np.argmax(found))
+        row["worst"], row["worst_task"] = float(found[worst]), measured[worst].entry
+        rows.append(row | _against_auto(measured, rule))
+    return pl.DataFrame(rows)
+
+
+_COUNTS: Mapping[str, tuple[int, ...]] = {"within": (-1, 0), "better": (-1,), "equal": (0,), "worse": (1,)}
+
+
+def _against_auto(measured: Sequence[Measured], rule: str) -> dict[str, int | None]:
+    """On how many tasks ``auto_lr`` is better, equal and worse than a rule."""
+    keys = ("auto_better", "auto_equal", "auto_worse")
+    if rule == "auto" or "auto" not in measured[0].rules:
+        return dict.fromkeys(keys)
+    found = [
+        int(outcome(gap(each.measure, np.median(each.rules["auto"]), np.median(each.rules[rule]))))
+        for each in measured
+    ]
+    return {key: found.count(sign) for key, sign in zip(keys, (-1, 0, 1), strict=True)}
+
+
+def profile(gaps: np.ndarray, axis: np.ndarray) -> np.ndarray:
+    """The fraction of gaps that are at most each value of ``axis``.
+
+    Examples:
+      >>> profile(np.array([-1.0, 0.0, np.inf, 0.5]), np.array([0.0, 1.0]))
+      array([0.5 , 0.75])
+    """
+    return (gaps[:, None] <= axis).mean(axis=0)
+
+
+_AXIS = np.linspace(-4, 8, 481)
+_EXPLANATION = (
+    "Reference: the optimizer of the task with a cosine schedule at the best of "
+    f"{len(REFERENCE)} rates. Gaps are in tolerances of {POINTS:g} points of accuracy, or {PERCENT:g}% of "
+    "the loss or return; positive is worse. A rule is worse, or better, if its gap is above 1, or below -1. "
+    "Rates of 1e-3 and 1e-2 are those of AdamW; for other optimizers they are the middle of the grid and ten "
+    "times that. Prodigy, schedule-free AdamW and DoG do not depend on the optimizer of the task."
+)
+_INTERVALS = (
+    "In brackets: 95% bootstrap interval over the seeds for numbers of tasks, 95% interval over the tasks "
+    f"for the mean gap, whose terms are clipped to {CLIP:g}. The last column counts the tasks on which "
+    "auto_lr is better, equal and worse than the rule."
+)
+_RULE_HEADERS = (
+    "rule",
+    "within tolerance",
+    "better",
+    "equal",
+    "worse",
+    "mean gap",
+    "worst gap",
+    "auto_lr against it",
+)
+
+
+def _rule_cells(table: pl.DataFrame) -> list[list[str]]:
+    rows = []
+    for row in table.iter_rows(named=True):
+        counts = [f"{row[name]} [{row[f'{name}_low']}, {row[f'{name}_high']}]" for name in _COUNTS]
+        counts[0] = counts[0].replace(" ", f" of {row['tasks']} ", 1)
+        against = ""
+        if row["auto_better"] is not None:
+            against = "{auto_better} / {auto_equal} / {auto_worse}".format(**row)
+        mean = "{mean:.2f} [{mean_low:.2f}, {mean_high:.2f}]".format(**row)
+        worst = "{worst:.1f}, {worst_task}".format(**row)
+        rows.append([EVERY_RULE[row["rule"]].title, *counts, mean, worst, against])
+    return rows
+
+
+def _text(measure: str, value: float) -> str:
+    return f"{100 * value:.1f}%" if measure == "accuracy" else f"{value:.3g}"
+
+
+def _task_cells(table: pl.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows of the table with a row for each task and a column for each rule."""
+    rules = table["rule"].unique(maintain_order=True).to_list()
+    headers = ["task", "best rate", "cosine", *rules]
+    rows = []
+    for (task,), own in table.group_by(["task"], maintain_order=True):
+        first = own.row(0, named=True)
+        cells = [task, f"{first['best_rate']:.2g}", _text(first["measure"], first["reference"])]
+        for row in own.iter_rows(named=True):
+            mark = {"better": " +", "equal": "", "worse": " -"}[row["outcome"]]
+            cells.append(_text(row["measure"], row["value"]) + mark)
+        rows.append(cells)
     return headers, rows
 
 
-def _cells(table: pl.DataFrame) -> list[tuple[str, str, list[list[str]]]]:
-    """For each task and optimizer the rows of the printed table, a schedule with its accuracies."""
-    result = []
-    for (task, optimizer), part in table.group_by(["task", "optimizer"], maintain_order=True):
-        rows = []
-        for schedule in _shown(part):
-            own = part.filter(pl.col("schedule") == schedule).sort("factor")["accuracy"].to_list()
-            rows.append([schedule, *(f"{value:.1f}" for value in own), f"{min(own):.1f}"])
-        result.append((task, optimizer, rows))
-    return result
-
-
-def _shown(part: pl.DataFrame) -> list[str]:
-    """The schedules of the rows, in the order of :data:`SCHEDULES`."""
-    present = set(part["schedule"])
-    return [schedule for schedule in SCHEDULES if schedule in present]
-
-
-_HEADERS = ("schedule", *(f"x{factor:g}" for factor in FACTORS), "worst")
-
-
-def _print(table: pl.DataFrame, console: Console) -> None:
-    for task, optimizer, rows in _cells(table):
-        print_table(console, f"{task}, {optimizer}: median test accuracy, %", _HEADERS, rows)
-
-
-def draw(table: pl.DataFrame, title: str) -> plt.Figure:
-    """Accuracy against the initial rate, a panel for each task and optimizer."""
-    parts = list(table.group_by(["task", "optimizer"], maintain_order=True))
-    figure, panels = drawing.panels(len(parts), len(OPTIMIZERS), sharey=True)
-    for axes, ((task, optimizer), part) in zip(panels, parts, strict=True):
-        for schedule in _shown(part):
-            entry = REGISTRY[schedule]
-            own = part.filter(pl.col("schedule") == schedule).sort("factor")
-            style = {**entry.look.matplotlib(), "lw": 2.4 if schedule == RULE else 1.4}
-            axes.plot(own["factor"], own["accuracy"], marker="o", ms=3, label=entry.label, **style)
-            if schedule in (RULE, BASELINE):
-                band = own["accuracy_low"], own["accuracy_high"]
-                axes.fill_between(own["factor"], *band, color=entry.look.color, alpha=0.12, lw=0)
-        axes.set_xscale("log")
-        axes.set_title(f"{task}, {optimizer}", fontsize=10)
-        axes.set_xlabel("initial rate / best rate")
-        axes.set_ylabel("test accuracy, %")
-    drawing.add_legend(figure, panels[0], columns=8)
-    bands = f"band of {RULE} and {BASELINE}: minimum to maximum"
-    figure.suptitle(f"{title}; line: median, {bands}", fontsize=12)
+def draw(measured: Sequence[Measured]) -> plt.Figure:
+    """Left: the gap of cosine against its rate, a line for each task. Right: the profiles of the rules."""
+    figure, (left, right) = drawing.panels(2, 2, width=5.6, height=4.2)
+    factors = [rule.rate for rule in REFERENCE]
+    curves = np.array([each.gap(each.reference) for each in measured])
+    for curve in curves:
+        left.plot(factors, np.minimum(curve, 8), color=drawing.BLUE, lw=0.6, alpha=0.5)
+    left.plot(factors, np.minimum(np.median(curves, axis=0), 8), color=drawing.BLUE, lw=2.4)
+    left.axhline(1, color=drawing.GREY, ls="--", lw=1)
+    left.set_xscale("log")
+    left.set_xlabel("learning rate of cosine / middle rate of the optimizer")
+    left.set_ylabel("gap, tolerances")
+    left.set_title("cosine at one rate for all tasks", fontsize=10)
+    for rule in measured[0].rules:
+        found = np.array([each.gap(each.rules[rule]) for each in measured])
+        width = 2.6 if rule == "auto" else 1.4
+        curve = profile(found, _AXIS)
+        right.plot(_AXIS, curve, lw=width, label=EVERY_RULE[rule].title, **EVERY_RULE[rule].look.matplotlib())
+    right.axvline(1, color=drawing.GREY, ls="--", lw=1)
+    right.set_xlabel("gap, tolerances")
+    right.set_ylabel("fraction of tasks with at most that gap")
+    right.set_ylim(-0.02, 1.02)
+    right.set_title("rules that are not tuned", fontsize=10)
+    drawing.add_legend(figure, right, columns=5)
     return figure
-
-
-def draw_large(runs: pl.DataFrame, large: list[Gap]) -> plt.Figure:
-    """Loss and learning rate of all seeds for the gaps above the tolerance, with those of cosine."""
-    every = _with_factors(runs)
-    figure, panels = drawing.panels(2 * len(large), 2)
-    for gap, pair in zip(large, zip(panels[::2], panels[1::2], strict=True), strict=True):
-        for schedule, factor in ((RULE, gap.rule_factor), (BASELINE, gap.baseline_factor)):
-            cell = every.filter(task=gap.task, optimizer=gap.optimizer, schedule=schedule, factor=factor)
-            for number, run in enumerate(cell.iter_rows(named=True)):
-                for axes, name in zip(pair, ("loss", "rate"), strict=True):
-                    values = np.array(run[name], float)
-                    label = f"{schedule}, x{factor:g}" if number == 0 else None
-                    percent = drawing.percent_of_steps(len(values))
-                    color = REGISTRY[schedule].look.color
-                    axes.plot(percent, values, color=color, lw=1, alpha=0.7, label=label)
-        for axes, name in zip(pair, ("training loss", "learning rate"), strict=True):
-            axes.set_yscale("log")
-            axes.set_title(f"{gap.task}, {gap.optimizer}: {gap.worst:.1f} points below", fontsize=10)
-            axes.set_xlabel("% of the steps")
-            axes.set_ylabel(name)
-            axes.legend(fontsize=8)
-    figure.suptitle(f"{RULE} more than {TOLERANCE:g} points below the best of {BASELINE}", fontsize=12)
-    return figure
-
-
-def _sections(table: pl.DataFrame) -> list[html.Section]:
-    sections = []
-    for task, optimizer, rows in _cells(table):
-        part = table.filter((pl.col("task") == task) & (pl.col("optimizer") == optimizer))
-        curves = []
-        for schedule in _shown(part):
-            entry = REGISTRY[schedule]
-            own = part.filter(pl.col("schedule") == schedule).sort("factor")
-            curves.append(html.Curve(entry.label, own["factor"], own["accuracy"], entry.look.plotly()))
-        figure = html.line_figure(curves, "initial rate / best rate", "test accuracy, %", x_log=True)
-        sections.append(html.Section(f"{task}, {optimizer}", "", [figure, html.Table(_HEADERS, rows)]))
-    return sections

@@ -19,6 +19,7 @@ from experiments.reporting.palette import Look
 from experiments.reporting.tables import print_table
 from experiments.studies.base import Job, Sweep, publish
 from experiments.studies.tuning import TUNING_SEEDS, reported
+from experiments.tasks.base import LEARNING_RATES
 from experiments.training.engine import RunSpec, Settings, make_specs
 from experiments.training.schedules import SCHEDULES
 from experiments.training.sweep import Group
@@ -31,11 +32,6 @@ class Submission(NamedTuple):
     optimizer: str
     schedule: str
     learning_rate: float
-
-    @property
-    def look(self) -> Look:
-        """Its colour and line style in figures: those of the schedule."""
-        return SCHEDULES[self.schedule].look
 
 
 # 0.001 is the default of Adam in its paper, PyTorch and Keras; the baselines have their own defaults.
@@ -53,6 +49,24 @@ SUBMISSIONS = (
     Submission("MoMo-Adam", "adamw", "momo", 1e-2),
     Submission("SGD, Armijo", "sgd", "Armijo", 1.0),
 )
+
+
+def submissions(optimizer: str | None) -> tuple[Submission, ...]:
+    """The submissions, with another optimizer instead of AdamW and the middle one of its common rates.
+
+    Baselines that are optimizers themselves, such as Prodigy, remain as they are.
+    """
+    if optimizer is None:
+        return SUBMISSIONS
+    rate = LEARNING_RATES[optimizer][1]
+    return tuple(
+        Submission(each.name.replace("AdamW", optimizer), optimizer, each.schedule, rate)
+        if each.name.startswith("AdamW, ")
+        else each
+        for each in SUBMISSIONS
+    )
+
+
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # of the cosine schedule that defines the targets
 EVALUATIONS = 20
 _TARGET_AT = 3 * EVALUATIONS // 4 - 1
@@ -85,18 +99,19 @@ COSTS = {"steps": "steps to the target", "seconds": "time to the target"}
 def run(job: Job) -> None:
     """Trains all runs and writes rows, tables, figures and report; resumes an interrupted job."""
     chosen = PRESETS[job.preset]
-    groups = []
-    for task in chosen["tasks"]:
-        for optimizer in ("adamw", "sgd"):
+    entered = submissions(None if job.optimizer is None else job.one_optimizer(""))
+    tasks, groups = job.tasks(chosen["tasks"]), []
+    for task in tasks:
+        for optimizer in dict.fromkeys(("adamw", *(each.optimizer for each in entered))):
             specs = make_specs(("cosine",), GRID, TUNING_SEEDS) if optimizer == "adamw" else []
             specs += [
                 RunSpec(each.schedule, each.learning_rate, seed, label=each.name)
-                for each in SUBMISSIONS
+                for each in entered
                 if each.optimizer == optimizer
                 for seed in range(chosen["seeds"])
             ]
             groups.append(Group(task, optimizer, specs))
-    described = {"preset": chosen, "submissions": SUBMISSIONS, "grid": GRID}
+    described = {"preset": chosen, "submissions": entered, "grid": GRID}
     sweep = Sweep(job, Settings(chosen["steps"], EVALUATIONS), described)
     sweep.train(groups)
     runs = sweep.finish()
@@ -105,19 +120,20 @@ def run(job: Job) -> None:
     table = summarize(measured)
     scores = "Scores: area under the performance profile from 1 to 4"
     print_table(job.console, scores, _HEADERS, _cells(table))
-    tasks = by_task(measured)
-    print_table(job.console, "Steps to the target, % of all", _task_headers(tasks), _task_cells(tasks))
+    medians = by_task(measured)
+    print_table(job.console, "Steps to the target, % of all", _task_headers(medians), _task_cells(medians))
     publish(
         job,
         "Leaderboard",
-        f"{len(chosen['tasks'])} tasks, {chosen['steps']} steps, {chosen['seeds']} seeds, default settings, "
+        f"{len(tasks)} tasks, {chosen['steps']} steps, {chosen['seeds']} seeds, default settings, "
         "nothing tuned. Target: the held-out loss of AdamW with a cosine schedule and a tuned initial rate "
         "after 75% of the steps; evaluated every 5% of the steps. Times are of this machine, whose cores "
         "the runs share; numbers of steps ignore the cost of a step.",
-        tables={"scores": table, "tasks": tasks},
+        tables={"scores": table, "tasks": medians},
         figures={"profiles": draw(measured)},
-        sections=_sections(measured, table, tasks),
+        sections=_sections(measured, table, medians),
         recomputed_by="experiments.studies.leaderboard.time_to_target, then summarize and by_task",
+        schedules=[each.schedule for each in entered],
     )
 
 
@@ -142,8 +158,8 @@ def time_to_target(runs: pl.DataFrame) -> pl.DataFrame:
       runs: the rows of ``runs.parquet``.
 
     Returns:
-      A frame with ``submission``, ``task``, ``seed``, ``steps`` (the fraction of the steps after which the
-      target is reached) and ``seconds`` (the time until then); infinite if it is not reached.
+      A frame with ``submission``, ``schedule``, ``task``, ``seed``, ``steps`` (the fraction of the steps
+      after which the target is reached) and ``seconds`` (the time until then); infinite if it is not reached.
     """
     goal, rows = targets(runs), []
     for row in reported(runs).iter_rows(named=True):
@@ -153,6 +169,7 @@ def time_to_target(runs: pl.DataFrame) -> pl.DataFrame:
         rows.append(
             {
                 "submission": row["label"],
+                "schedule": row["schedule"],
                 "task": row["task"],
                 "seed": row["seed"],
                 "steps": float(steps),
@@ -205,17 +222,23 @@ def score(times: np.ndarray) -> np.ndarray:
     return (np.clip(MAX_FACTOR - _ratios(times), 0, None) / (MAX_FACTOR - 1)).mean(axis=1)
 
 
+def _looks(measured: pl.DataFrame) -> dict[str, Look]:
+    """The colour and line style of each submission, those of its schedule."""
+    names = measured.select("submission", "schedule").unique(maintain_order=True)
+    return {name: SCHEDULES[schedule].look for name, schedule in names.iter_rows()}
+
+
 def _times(measured: pl.DataFrame, cost: str) -> np.ndarray:
-    """Medians over seeds, shape (submissions, tasks)."""
+    """Medians over seeds, shape (submissions, tasks), in the order of :func:`_looks`."""
     table = by_task(measured)
     tasks = table["task"].unique(maintain_order=True)
     return np.array(
         [
             [
-                table.filter((pl.col("submission") == each.name) & (pl.col("task") == task))[cost][0]
+                table.filter((pl.col("submission") == name) & (pl.col("task") == task))[cost][0]
                 for task in tasks
             ]
-            for each in SUBMISSIONS
+            for name in _looks(measured)
         ]
     )
 
@@ -229,7 +252,7 @@ def summarize(measured: pl.DataFrame) -> pl.DataFrame:
       ``reached``: the percent of tasks whose target it reached.
     """
     seeds = measured["seed"].unique(maintain_order=True)
-    columns: dict[str, Any] = {"submission": [each.name for each in SUBMISSIONS]}
+    columns: dict[str, Any] = {"submission": list(_looks(measured))}
     for name in COSTS:
         alone = np.array([score(_times(measured.filter(pl.col("seed") == seed), name)) for seed in seeds])
         columns[f"score_{name}"] = score(_times(measured, name))
@@ -270,9 +293,9 @@ def draw(measured: pl.DataFrame) -> plt.Figure:
     figure, panels = drawing.panels(len(COSTS), len(COSTS), width=6, height=4.4)
     for axes, (name, title) in zip(panels, COSTS.items(), strict=True):
         curves = profile(_times(measured, name), factors)
-        for each, curve in zip(SUBMISSIONS, curves, strict=True):
-            width = 2.4 if each.schedule == "GreedyLR" else 1.4
-            axes.plot(factors, curve, **each.look.matplotlib(), lw=width, label=each.name)
+        for (label, look), curve in zip(_looks(measured).items(), curves, strict=True):
+            width = 2.4 if look == SCHEDULES["GreedyLR"].look else 1.4
+            axes.plot(factors, curve, **look.matplotlib(), lw=width, label=label)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("factor of the shortest time")
         axes.set_ylabel("fraction of tasks")
@@ -289,8 +312,10 @@ def _sections(measured: pl.DataFrame, table: pl.DataFrame, tasks: pl.DataFrame) 
     ]
     for name, title in COSTS.items():
         curves = [
-            html.Curve(each.name, factors, curve, each.look.plotly())
-            for each, curve in zip(SUBMISSIONS, profile(_times(measured, name), factors), strict=True)
+            html.Curve(label, factors, curve, look.plotly())
+            for (label, look), curve in zip(
+                _looks(measured).items(), profile(_times(measured, name), factors), strict=True
+            )
         ]
         figure = html.line_figure(curves, "factor of the shortest time", "fraction of tasks")
         sections.append(html.Section(f"Profiles: {title}", "", [figure]))

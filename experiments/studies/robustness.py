@@ -103,7 +103,7 @@ def run(job: Job) -> None:
         f"{len(runs)} runs of {chosen['steps']} steps with {OPTIMIZER}. Final loss: the clean training "
         "loss, the mean over the last 5% of steps, relative to that of the undisturbed run with a constant "
         "rate and the same task and seed. Damage: the same, relative to the undisturbed run of the same "
-        f"schedule. Recovery: steps after a parameter perturbation until the loss (mean of {_WINDOW} steps) "
+        f"schedule; damaged: by more than 1%. Recovery: steps after a parameter perturbation until the loss (mean of {_WINDOW} steps) "
         "is at or below its value before it; runs that never recover are counted separately. Percentiles "
         "are over noises and seeds within a task; their median over tasks is shown.",
         tables={"table": table, "against": comparison},
@@ -182,7 +182,8 @@ def summarize(measured: pl.DataFrame) -> pl.DataFrame:
 
     Returns:
       A frame with ``target``, ``schedule``, ``runs``, ``final_10``, ``final_50``, ``final_90``,
-      ``damage_50``, ``damage_90``, ``recovery_50`` (median of the runs that recover) and ``not_recovered``
+      ``damage_50``, ``damage_90``, ``damaged`` (percent of the runs whose final loss is more than 1% above
+      that of the undisturbed run), ``recovery_50`` (median of the runs that recover) and ``not_recovered``
       (percent of the runs).
     """
     rows = []
@@ -196,6 +197,7 @@ def summarize(measured: pl.DataFrame) -> pl.DataFrame:
                 "runs": len(cell),
                 **{f"final_{p}": _percentile(cell, "final", p) for p in PERCENTILES},
                 **{f"damage_{p}": _percentile(cell, "damage", p) for p in (50, 90)},
+                "damaged": 100 * float(np.mean(~(cell["damage"].to_numpy() <= 1.01))),
                 "recovery_50": float(np.median(recovered)) if len(recovered) else None,
                 "not_recovered": 100 * float(np.mean(np.isinf(perturbed))) if len(perturbed) else None,
             }
@@ -257,6 +259,7 @@ _HEADERS = (
     *(f"final loss, {p}%" for p in PERCENTILES),
     "damage, 50%",
     "damage, 90%",
+    "damaged, %",
     "recovery, steps",
     "not recovered, %",
 )
@@ -279,6 +282,7 @@ def _cells(table: pl.DataFrame, target: str) -> list[list[str]]:
                 *finals,
                 f"{row['damage_50']:.3g}",
                 f"{row['damage_90']:.3g}",
+                f"{row['damaged']:.0f}",
                 *recovery_cells,
             ]
         )

@@ -1,12 +1,13 @@
 """Final loss as a function of GreedyLR's factor on convex functions of known smoothness: is 1 - 1/L optimal?
 
-The second GreedyLR paper derives that the factor F = 1 - 1/L_max maximizes the rate of convergence. In this
-study gradient descent with GreedyLR minimizes functions of known smoothness L from several initial rates,
-with every factor of a grid, and with exact and noisy gradients.
+The factor F = 1 - 1/L_max is attributed to the second GreedyLR paper, see
+:func:`greedylr_jax.theory.optimal_factor`. In this study gradient descent with GreedyLR minimizes functions
+of known smoothness L from several initial rates, with every factor of a grid, and with exact and noisy
+gradients.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,12 +16,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import polars as pl
-from rich.console import Console
 
 from experiments.reporting import drawing, html
 from experiments.reporting.palette import Look
 from experiments.reporting.tables import print_table
 from experiments.studies.base import Job, publish
+from experiments.training.engine import OPTIMIZERS
 from experiments.training.store import write_atomically
 from greedylr_jax import greedy_lr
 from greedylr_jax.theory import optimal_factor
@@ -57,16 +58,17 @@ OBJECTIVES = {
 
 def final_loss(
     objective: str,
+    optimizer: str,
     smoothness: jax.Array,
     factor: jax.Array,
     initial_rate: jax.Array,
     noise: jax.Array,
     seed: jax.Array,
 ) -> jax.Array:
-    """The final loss of gradient descent with GreedyLR; all arguments but the first may be traced."""
+    """The final loss of gradient descent with GreedyLR; all arguments but the first two may be traced."""
     start_key, noise_key = jax.random.split(jax.random.key(seed))
     tx = optax.chain(
-        optax.scale(-initial_rate / smoothness),
+        OPTIMIZERS[optimizer](initial_rate / smoothness),
         greedy_lr(factor, PATIENCE, window=None, min_scale=1e-3, max_scale=1e3),
     )
     loss_fn = lambda x: OBJECTIVES[objective].value(smoothness, x)  # noqa: E731
@@ -86,15 +88,20 @@ def final_loss(
 def run(job: Job) -> None:
     """Trains all runs (in seconds, so nothing is resumed) and writes rows, table, figure and report."""
     job.refuse_cluster()
-    runs = train_all(PRESETS[job.preset]["starts"])
+    optimizer = job.one_optimizer("sgd")
+    runs = train_all(PRESETS[job.preset]["starts"], job.tasks(tuple(OBJECTIVES), OBJECTIVES), optimizer)
     table = summarize(runs)
-    _print(table, job.console)
+    title = "Median final loss of the best factor and of the paper's factor"
+    print_table(job.console, title, _HEADERS, _cells(table))
+    verdict = conclude(table)
+    job.console.print(verdict)
     write_atomically(job.out / "runs.parquet", runs.write_parquet)
     publish(
         job,
         "The optimal factor",
-        f"Median final loss of gradient descent with GreedyLR after {STEPS} steps, patience {PATIENCE}, "
-        "bounds at 1/1000 and 1000 times the initial rate, against the factor; the dotted line is 1 - 1/L.",
+        f"Median final loss of {optimizer} with GreedyLR after {STEPS} steps, patience {PATIENCE}, bounds at "
+        "1/1000 and 1000 times the initial rate, against the factor; the dotted line is 1 - 1/L. "
+        f"{verdict}",
         tables={"table": table},
         figures={"theory": draw(runs)},
         sections=_sections(runs, table),
@@ -102,14 +109,16 @@ def run(job: Job) -> None:
     )
 
 
-def train_all(starts: int) -> pl.DataFrame:
+def train_all(
+    starts: int, objectives: Sequence[str] = tuple(OBJECTIVES), optimizer: str = "sgd"
+) -> pl.DataFrame:
     """One row per run, for every objective, smoothness, factor (including 1 - 1/L), rate, noise and seed.
 
     Returns:
       A frame with these columns, ``is_claimed`` (whether the factor is the paper's) and ``loss``.
     """
     frames = []
-    for objective in OBJECTIVES:
+    for objective in objectives:
         grid = [
             (smoothness, factor, rate, noise, seed, factor == claimed(smoothness))
             for smoothness in SMOOTHNESS
@@ -117,7 +126,7 @@ def train_all(starts: int) -> pl.DataFrame:
             for rate, noise, seed in itertools.product(INITIAL_RATES, NOISES, range(starts))
         ]
         columns = [np.array(column) for column in zip(*grid, strict=True)]
-        mapped = jax.vmap(lambda *arguments, name=objective: final_loss(name, *arguments))
+        mapped = jax.vmap(lambda *arguments, name=objective: final_loss(name, optimizer, *arguments))
         losses = jax.jit(mapped)(*(jnp.asarray(column, jnp.float32) for column in columns[:4]), columns[4])
         names = ("smoothness", "factor", "initial_rate", "noise", "seed", "is_claimed")
         frame = pl.DataFrame(dict(zip(names, columns, strict=True)))
@@ -184,14 +193,15 @@ def _cells(table: pl.DataFrame) -> list[list[str]]:
     ]
 
 
-def _print(table: pl.DataFrame, console: Console) -> None:
-    print_table(
-        console, "Median final loss of the best factor and of the paper's factor", _HEADERS, _cells(table)
-    )
+def conclude(table: pl.DataFrame) -> str:
+    """How often the paper's factor is the best one, and whether the best one depends on the smoothness."""
     ranks = table["claimed_rank"].to_numpy()
-    console.print(
+    cells = table.group_by("objective", "initial_rate", "noise").agg(pl.col("best_factor").n_unique())
+    return (
         f"1 - 1/L is the best factor of the grid in {np.sum(ranks == 1)} of {len(ranks)} cells; its median "
-        f"rank is {np.median(ranks):g} of about {table['num_factors'].median():g}."
+        f"rank is {np.median(ranks):g} of about {table['num_factors'].median():g}. The best factor is the "
+        f"same for all L in {(cells['best_factor'] == 1).sum()} of {len(cells)} combinations of function, "
+        "initial rate and noise."
     )
 
 
@@ -215,10 +225,12 @@ LINES = dict(zip(INITIAL_RATES, (":", "--", "-"), strict=True))
 
 def draw(runs: pl.DataFrame) -> plt.Figure:
     """Loss against factor, a panel for each objective and noise; dots mark the paper's factor."""
+    objectives = runs["objective"].unique(maintain_order=True)
+    size = (11, 4 * len(objectives))
     figure, grid = plt.subplots(
-        len(OBJECTIVES), len(NOISES), figsize=(11, 8), sharex=True, squeeze=False, layout="constrained"
+        len(objectives), len(NOISES), figsize=size, sharex=True, squeeze=False, layout="constrained"
     )
-    for (objective, noise), axes in zip(itertools.product(OBJECTIVES, NOISES), grid.flat, strict=True):
+    for (objective, noise), axes in zip(itertools.product(objectives, NOISES), grid.flat, strict=True):
         for smoothness, rate, cell in _curves(runs, objective, noise):
             label = f"L = {smoothness:g}, rate {rate:g}/L"
             look = Look(COLORS[smoothness], LINES[rate])
@@ -241,7 +253,7 @@ def draw(runs: pl.DataFrame) -> plt.Figure:
 
 def _sections(runs: pl.DataFrame, table: pl.DataFrame) -> list[html.Section]:
     sections = []
-    for objective, noise in itertools.product(OBJECTIVES, NOISES):
+    for objective, noise in itertools.product(runs["objective"].unique(maintain_order=True), NOISES):
         figure = html.line_figure(
             [
                 html.Curve(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from experiments.errors import UsageError
 from experiments.tasks.base import Task
+from experiments.tasks.named import with_wrong_labels
 from experiments.tasks.variants import Variant
 
 
@@ -105,6 +106,38 @@ SUITE_TASKS: dict[str, Entry] = dict(
         _named("digits-batch-norm", "image classification, ResNet, batch normalisation", "batch_norm"),
     ]
 )
+_FINE_TUNED = {
+    "tagging": "tagging of tokens, encoder transformer",
+    "question-answering": "extractive question answering, encoder transformer",
+    "summarization": "summarisation, encoder-decoder transformer",
+    "translation-fr": "translation to French, encoder-decoder transformer",
+    "docstrings": "docstring generation, decoder transformer",
+    "digits": "image classification, ResNet, digits 5 to 9",
+}
+_METHODS = {
+    "finetuned": "all parameters from pretrained ones",
+    "lora": "low-rank adapters of a pretrained network",
+    "scratch": "the same network without pretraining",
+}
+# Fine-tuning and pretraining; the networks of the preset full have this suffix.
+_SIZES = {"quick": "", "full": "-full"}
+FINE_TUNING_TASKS: dict[str, Entry] = dict(
+    _named(
+        f"{kind}-{method}{suffix}", f"{task}, {start} ({preset})", "finetuning", "make", kind, method, preset
+    )
+    for preset, suffix in _SIZES.items()
+    for kind, task in _FINE_TUNED.items()
+    for method, start in _METHODS.items()
+)
+PRETRAINING_TASKS: dict[str, Entry] = dict(
+    _named(f"pretraining-{kind}{suffix}", f"{task} ({preset})", "pretraining", "make", kind, preset)
+    for preset, suffix in _SIZES.items()
+    for kind, task in (
+        ("encoder", "masked language modelling, encoder transformer, Python source"),
+        ("decoder", "causal language modelling, decoder transformer, Python source"),
+        ("image", "image classification, ResNet, digits 0 to 4"),
+    )
+)
 TASKS: dict[str, Entry] = {
     "digits": Entry("image classification, CNN, 8x8 digits", "digits_cnn"),
     "digits-mlp": Entry("image classification, MLP, 8x8 digits", "mlp", "make_digits"),
@@ -152,14 +185,31 @@ TASKS: dict[str, Entry] = {
         )
         for name, classes in (("cifar10", 10), ("cifar100", 100), ("svhn_cropped", 10))
     },
+    **{
+        f"{data}-resnet18": Entry(
+            f"image classification, ResNet-18, public set {data}",
+            "resnet18",
+            arguments=(f"{data}-resnet18", data, classes, 128),
+        )
+        for data, classes in (("cifar10", 10), ("cifar100", 100))
+    },
     "imdb-transformer": Entry("text classification, encoder transformer, public set imdb_reviews", "reviews"),
+    **PRETRAINING_TASKS,
+    **FINE_TUNING_TASKS,
     **SUITE_TASKS,
 }
+_WRONG = "+wrong-labels-at-"
 
 
 @functools.cache  # loads the data once per process
 def make_task(name: str, data_dir: Path | None = None) -> Task:
-    """Builds a task by its name; raises ``UsageError`` for an unknown name."""
+    """Builds a task by its name; raises ``UsageError`` for an unknown name.
+
+    ``NAME+wrong-labels-at-STEP`` is a task whose labels are wrong in five batches from a step on.
+    """
+    plain, mark, step = name.partition(_WRONG)
+    if mark and step.isdigit():
+        return with_wrong_labels(make_task(plain, data_dir), int(step))._replace(name=name)
     if name not in TASKS:
         raise UsageError(f"unknown task {name!r}; there are: {', '.join(TASKS)}")
     return TASKS[name].make(data_dir)

@@ -14,8 +14,9 @@ from experiments.tasks.base import Batch, Params, Task
 from experiments.tasks.networks import classification_task, cross_entropy, dense, init_mlp, mlp
 from experiments.tasks.variants import load_flat
 
-_HIDDEN, _CLASSES, _RANK = 128, 5, 4
-_SCALE = 2.0  # of the product of A and B, alpha / rank in the paper
+_HIDDEN, _CLASSES = 128, 5
+RANK = 4
+SCALE = 2.0  # of the product of A and B, alpha / rank in the paper
 _PRETRAINING_STEPS, _PRETRAINING_BATCH = 500, 64
 
 
@@ -39,6 +40,14 @@ def _pretrained(train: Batch, sizes: tuple[int, ...]) -> Params:
     return jax.device_get(params)
 
 
+def init_adapter(key: jax.Array, inputs: int, outputs: int, rank: int) -> Params:
+    """The factors A, random, and B, 0, of an adapter of a matrix, shape (inputs, outputs)."""
+    return {
+        "A": jax.nn.initializers.lecun_normal()(key, (inputs, rank)),
+        "B": jnp.zeros((rank, outputs)),
+    }
+
+
 def make(name: str, data: str, data_dir: Path | None = None) -> Task:
     """Adapters of rank 4 at each layer of a perceptron trained on classes 0 to 4 learn classes 5 to 9.
 
@@ -55,17 +64,13 @@ def make(name: str, data: str, data_dir: Path | None = None) -> Task:
     def init(key: jax.Array) -> Params:
         keys = jax.random.split(key, len(frozen))
         return [
-            {
-                "A": jax.nn.initializers.lecun_normal()(key, (layer["kernel"].shape[0], _RANK)),
-                "B": jnp.zeros((_RANK, layer["kernel"].shape[1])),
-            }
-            for key, layer in zip(keys, frozen, strict=True)
+            init_adapter(key, *layer["kernel"].shape, RANK) for key, layer in zip(keys, frozen, strict=True)
         ]
 
     def apply(params: Params, inputs: jax.Array) -> jax.Array:
         hidden = inputs
         for index, (layer, adapter) in enumerate(zip(frozen, params, strict=True)):
-            hidden = dense(layer, hidden) + _SCALE * (hidden @ adapter["A"]) @ adapter["B"]
+            hidden = dense(layer, hidden) + SCALE * (hidden @ adapter["A"]) @ adapter["B"]
             hidden = jax.nn.relu(hidden) if index < len(frozen) - 1 else hidden
         return hidden
 

@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -17,6 +18,7 @@ LEARNING_RATES: Mapping[str, tuple[float, ...]] = {
     "adagrad": (1e-3, 1e-2, 1e-1),
     "adafactor": (1e-4, 1e-3, 1e-2),
     "momentum": (1e-3, 1e-2, 1e-1),
+    "momentum-decay": (1e-3, 1e-2, 1e-1),
     "adam": (1e-4, 1e-3, 1e-2),
     "lion": (1e-5, 1e-4, 1e-3),
     "muon": (1e-3, 1e-2, 1e-1),
@@ -42,6 +44,21 @@ class Collector(NamedTuple):
 DRAWN = Collector(lambda key, params: (), lambda state, params, batch: (state, batch))
 
 
+class TextScore(NamedTuple):
+    """A score of predicted text, computed after training because it is not a function of arrays alone.
+
+    Attributes:
+      name: such as "BLEU" or "F1".
+      predict: parameters and held-out examples -> integers, the leading axis is the example. In
+        :func:`module_task`, the module instead of the parameters.
+      score: these integers for all held-out examples of the task -> the score in percent.
+    """
+
+    name: str
+    predict: Callable[[Any, Batch], jax.Array]
+    score: Callable[[np.ndarray], float]
+
+
 class Task(NamedTuple):
     """A fixed model, data set, loss, metric and batch size.
 
@@ -59,6 +76,7 @@ class Task(NamedTuple):
         better; "loss", 0 or more, lower is better.
       test_loss: the loss of held-out examples, if it differs from ``loss`` (dropout, reinforcement learning).
       collector: makes each step's batch from the drawn training examples; :data:`DRAWN` leaves them alone.
+      text: a score of predicted text, for tasks on text that have one.
     """
 
     name: str
@@ -73,6 +91,7 @@ class Task(NamedTuple):
     measure: Literal["accuracy", "return", "loss"] = "accuracy"
     test_loss: Callable[[Params, Batch], jax.Array] | None = None
     collector: Collector = DRAWN
+    text: TextScore | None = None
 
     @property
     def held_out_loss(self) -> Callable[[Params, Batch], jax.Array]:
@@ -106,6 +125,7 @@ def module_task(
     test: Batch,
     batch_size: int,
     learning_rates: Mapping[str, tuple[float, ...]] = LEARNING_RATES,
+    text: TextScore | None = None,
 ) -> Task:
     """Builds a task from a Flax NNX module whose state consists of ``nnx.Param`` only.
 
@@ -117,6 +137,7 @@ def module_task(
       test: as in :class:`Task`.
       batch_size: as in :class:`Task`.
       learning_rates: as in :class:`Task`.
+      text: as in :class:`Task`, with a prediction from the module.
     """
     graph, _ = nnx.split(nnx.eval_shape(lambda: make_module(nnx.Rngs(0))), nnx.Param)
     return Task(
@@ -129,6 +150,8 @@ def module_task(
         test=test,
         batch_size=batch_size,
         learning_rates=learning_rates,
+        text=text
+        and text._replace(predict=lambda params, batch: text.predict(nnx.merge(graph, params), batch)),
     )
 
 

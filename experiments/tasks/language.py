@@ -14,7 +14,7 @@ from flax import nnx
 from experiments.data.loading import load_split
 from experiments.data.stdlib import StdlibText
 from experiments.tasks.base import CLASSIFICATION, Batch, Task, module_task
-from experiments.tasks.transformer import Transformer, causal_mask
+from experiments.tasks.transformer import Transformer, at_positions, causal_mask
 
 _CONTEXT, _CHARACTERS, _WIDTH = 64, 128, 48
 _TEST_WINDOWS = 512
@@ -35,15 +35,15 @@ class LstmModel(nnx.Module):
 
 
 class TransformerModel(nnx.Module):
-    """A causal transformer over characters."""
+    """A causal transformer over characters or words."""
 
-    def __init__(self, *, rngs: nnx.Rngs):
-        self.transformer = Transformer(_CHARACTERS, _CONTEXT, _WIDTH, layers=2, rngs=rngs)
-        self.logits = nnx.Linear(_WIDTH, _CHARACTERS, rngs=rngs)
+    def __init__(self, transformer: Transformer, *, rngs: nnx.Rngs):
+        self.transformer = transformer
+        self.logits = nnx.Linear(transformer.width, transformer.tokens.num_embeddings, rngs=rngs)
 
-    def __call__(self, characters: jax.Array) -> jax.Array:
-        """Logits of each next character, shape (batch, length, characters)."""
-        return self.logits(self.transformer(characters, causal_mask(characters)))
+    def __call__(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+        """Logits of each next token, shape (batch, length, vocabulary), or those at some positions."""
+        return self.logits(at_positions(self.transformer(tokens, causal_mask(tokens)), positions))
 
 
 def _load(split: str, data_dir: Path | None) -> Batch:
@@ -58,16 +58,21 @@ def _load(split: str, data_dir: Path | None) -> Batch:
     return {"input": rows[:, :-1], "label": rows[:, 1:]}
 
 
-def _make(name: str, model: Callable[..., nnx.Module], data_dir: Path | None) -> Task:
+def _make(name: str, model: Callable[[nnx.Rngs], nnx.Module], data_dir: Path | None) -> Task:
     splits = (_load(split, data_dir) for split in ("train", "test"))
-    return module_task(name, lambda rngs: model(rngs=rngs), CLASSIFICATION, *splits, batch_size=16)
+    return module_task(name, model, CLASSIFICATION, *splits, batch_size=16)
 
 
 def make_lstm(data_dir: Path | None = None) -> Task:
     """Windows of 64 characters, 96 hidden units."""
-    return _make("language-lstm", LstmModel, data_dir)
+    return _make("language-lstm", lambda rngs: LstmModel(rngs=rngs), data_dir)
 
 
 def make_transformer(data_dir: Path | None = None) -> Task:
     """Windows of 64 characters, two layers."""
-    return _make("language-transformer", TransformerModel, data_dir)
+
+    def model(rngs: nnx.Rngs) -> TransformerModel:
+        transformer = Transformer(_CHARACTERS, _CONTEXT, _WIDTH, layers=2, rngs=rngs)
+        return TransformerModel(transformer, rngs=rngs)
+
+    return _make("language-transformer", model, data_dir)

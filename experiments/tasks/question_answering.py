@@ -16,6 +16,7 @@ from flax import nnx
 from experiments.data.loading import load_split
 from experiments.data.stdlib import StdlibDefaults
 from experiments.tasks.base import Batch, Objective, Task, module_task
+from experiments.tasks.text_scores import answer_score
 from experiments.tasks.transformer import Transformer, padding_mask
 
 _WIDTH, _LAYERS = 48, 2
@@ -26,9 +27,9 @@ _WORD = re.compile(r"\w+|[^\w\s]")
 class SpanFinder(nnx.Module):
     """An encoder over question and context, with scores of each position as start and end of the answer."""
 
-    def __init__(self, *, rngs: nnx.Rngs):
-        self.encoder = Transformer(_WORDS, _LENGTH, _WIDTH, _LAYERS, rngs=rngs)
-        self.span = nnx.Linear(_WIDTH, 2, rngs=rngs)
+    def __init__(self, encoder: Transformer, *, rngs: nnx.Rngs):
+        self.encoder = encoder
+        self.span = nnx.Linear(encoder.width, 2, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Scores, shape (batch, 2, length); -1e9 for padding."""
@@ -44,9 +45,17 @@ def _loss(module: SpanFinder, batch: Batch) -> jax.Array:
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(scores, batch["span"]))
 
 
+def _answer(module: SpanFinder, batch: Batch) -> jax.Array:
+    """The most probable first and last position of each answer, shape (batch, 2)."""
+    return jnp.argmax(module(batch["input"]), axis=-1)
+
+
 def _exact_match(module: SpanFinder, batch: Batch) -> jax.Array:
     """Fraction of answers with correct start and end."""
-    return jnp.mean(jnp.all(jnp.argmax(module(batch["input"]), axis=-1) == batch["span"], axis=-1))
+    return jnp.mean(jnp.all(_answer(module, batch) == batch["span"], axis=-1))
+
+
+OBJECTIVE = Objective(_loss, _exact_match, "exact match")
 
 
 def _encode(parameter: str, signature: str, start: int, end: int) -> tuple[list[int], list[int]]:
@@ -76,11 +85,13 @@ def make(data_dir: Path | None = None) -> Task:
                 spans.append(span)
         return {"input": np.array(tokens, np.int32), "span": np.array(spans, np.int32)}
 
+    test = load("test")
     return module_task(
         "question-answering",
-        lambda rngs: SpanFinder(rngs=rngs),
-        Objective(_loss, _exact_match, "exact match"),
+        lambda rngs: SpanFinder(Transformer(_WORDS, _LENGTH, _WIDTH, _LAYERS, rngs=rngs), rngs=rngs),
+        OBJECTIVE,
         load("train"),
-        load("test"),
+        test,
         batch_size=16,
+        text=answer_score(test["input"], test["span"], _answer),
     )

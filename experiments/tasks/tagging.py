@@ -10,7 +10,7 @@ from experiments.data.loading import load_split
 from experiments.data.stdlib import ROLES, WINDOW, StdlibTokens
 from experiments.data.vocabulary import Vocabulary
 from experiments.tasks.base import CLASSIFICATION, Batch, Task, module_task
-from experiments.tasks.transformer import Transformer, padding_mask
+from experiments.tasks.transformer import Transformer, at_positions, padding_mask
 
 _WORDS, _WIDTH, _LAYERS = 500, 48, 2
 _MAX_TEST = 500
@@ -19,13 +19,13 @@ _MAX_TEST = 500
 class Tagger(nnx.Module):
     """An encoder with a linear classifier of each token."""
 
-    def __init__(self, words: int, *, rngs: nnx.Rngs):
-        self.encoder = Transformer(words, WINDOW, _WIDTH, _LAYERS, rngs=rngs)
-        self.logits = nnx.Linear(_WIDTH, len(ROLES), rngs=rngs)
+    def __init__(self, encoder: Transformer, classes: int, *, rngs: nnx.Rngs):
+        self.encoder = encoder
+        self.logits = nnx.Linear(encoder.width, classes, rngs=rngs)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Logits, shape (batch, length, roles)."""
-        return self.logits(self.encoder(tokens, padding_mask(tokens)))
+    def __call__(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+        """Logits, shape (batch, length, classes), or those at some positions, (batch, n, classes)."""
+        return self.logits(at_positions(self.encoder(tokens, padding_mask(tokens)), positions))
 
 
 def make(data_dir: Path | None = None) -> Task:
@@ -40,7 +40,9 @@ def make(data_dir: Path | None = None) -> Task:
 
     return module_task(
         "tagging",
-        lambda rngs: Tagger(len(vocabulary), rngs=rngs),
+        lambda rngs: Tagger(
+            Transformer(len(vocabulary), WINDOW, _WIDTH, _LAYERS, rngs=rngs), len(ROLES), rngs=rngs
+        ),
         CLASSIFICATION,
         encode("train", None),
         encode("test", _MAX_TEST),

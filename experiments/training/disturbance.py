@@ -1,11 +1,12 @@
-"""Disturbances of training: nine kinds of noise, and the quantities of a training step that they change.
+"""Disturbances of training: eight kinds of noise, and the quantities of a training step that they change.
 
 The second GreedyLR paper names the kinds. In its published code the noise is a constant that is added to the
 loss before the backward pass, while the scheduler is given the clean loss, so it affects neither. Here a
 disturbance has one of these targets:
 
 - ``observe``: the loss that a rule is given; gradients and parameters are unchanged.
-- ``gradient``: the gradients.
+- ``gradient``: the gradients. The norm of the noise does not fall with that of the gradient: noise in proportion
+  to the current gradient vanishes at the minimum, and hardly changes where a training ends.
 - ``parameters``: the parameters, once, at the step with the maximum noise (a parameter perturbation).
 - ``all``: all of these.
 """
@@ -64,7 +65,7 @@ class Disturbance(NamedTuple):
 
     Attributes:
       observe: added to the observed loss, in units of the initial loss.
-      gradient: norm of the noise added to the gradient, in units of the gradient's norm.
+      gradient: norm of the noise added to the gradient, in units of the norm of the run's first gradient.
       parameters: norm of the perturbation of the parameters, in units of their initial norm.
       ascent: whether both are directed against descent instead of in a random direction.
     """

@@ -35,6 +35,10 @@ OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
     # As in the Hugging Face trainer: the learning rate is absolute, not relative to the parameters.
     "adafactor": lambda rate: optax.adafactor(rate, multiply_by_parameter_scale=False),
     "momentum": lambda rate: optax.sgd(rate, momentum=0.9),
+    # The weight decay of ResNet-18 on CIFAR-10 in paper 002.
+    "momentum-decay": lambda rate: optax.chain(
+        optax.add_decayed_weights(5e-4), optax.sgd(rate, momentum=0.9)
+    ),
     "adam": optax.adam,
     "lion": optax.lion,
     "muon": optax.contrib.muon,
@@ -82,12 +86,15 @@ class Settings(NamedTuple):
       disturbed: whether runs have disturbances, which cost random numbers.
       validated: whether every other held-out example is used for validation losses, which are given to the
         schedules that read them before each evaluation; results are then of the other half.
+      text: whether the final parameters predict the text of the held-out examples, on tasks that have a
+        :class:`~experiments.tasks.base.TextScore`.
     """
 
     steps: int
     evaluations: int = 1
     disturbed: bool = False
     validated: bool = False
+    text: bool = False
 
 
 class RunResult(NamedTuple):
@@ -97,6 +104,7 @@ class RunResult(NamedTuple):
     rate: np.ndarray  # shape=(steps,); the learning rate of each update
     test_loss: np.ndarray  # shape=(evaluations,)
     test_metric: np.ndarray  # shape=(evaluations,)
+    predictions: np.ndarray | None = None  # of the task's text score, of the final parameters
 
 
 class Inputs(NamedTuple):
@@ -181,13 +189,22 @@ class Engine:
     :class:`~experiments.training.schedules.RateOptimizer` has another one for each of its settings.
     """
 
-    def __init__(self, task: Task, optimizer: str, settings: Settings):
+    def __init__(self, task: Task, optimizer: str, settings: Settings, accumulation: int = 1):
+        """Places the data on the devices.
+
+        Args:
+          task: what is trained.
+          optimizer: key of :data:`OPTIMIZERS`.
+          settings: of all runs.
+          accumulation: number of steps whose gradients are averaged for one update, >= 1.
+        """
         if settings.steps % settings.evaluations:
             raise ValueError(
                 f"steps must be a multiple of evaluations, got steps={settings.steps} and "
                 f"evaluations={settings.evaluations}."
             )
         self.task, self.optimizer, self.settings = task, optimizer, settings
+        self.accumulation = accumulation
         self._mesh = device_mesh()
         parts = (slice(0, None, 2), slice(1, None, 2)) if settings.validated else (slice(0), slice(None))
         validation, test = (jax.tree.map(lambda rows, part=part: rows[part], task.test) for part in parts)
@@ -256,7 +273,8 @@ class Engine:
         """The runs of one device, ``count`` of them; the other rows of the result are zero."""
         steps, evaluations = self.settings.steps, self.settings.evaluations
         results = RunResult(
-            *(jnp.zeros((RUNS_PER_DEVICE, n)) for n in (steps, steps, evaluations, evaluations))
+            *(jnp.zeros((RUNS_PER_DEVICE, n)) for n in (steps, steps, evaluations, evaluations)),
+            predictions=self._no_predictions(data[-1]),
         )
 
         def body(index: jax.Array, results: RunResult) -> RunResult:
@@ -265,13 +283,32 @@ class Engine:
 
         return jax.lax.fori_loop(0, count[0], body, results)
 
+    @property
+    def _predicts(self) -> bool:
+        return self.settings.text and self.task.text is not None
+
+    def _no_predictions(self, test: Batch) -> jax.Array | None:
+        """Zeros for the predictions of the runs of one device."""
+        if not self._predicts:
+            return None
+        params = jax.eval_shape(self.task.init, jax.random.key(0))
+        shape = jax.eval_shape(self.task.text.predict, params, test)
+        return jnp.zeros((RUNS_PER_DEVICE, *shape.shape), shape.dtype)
+
     def _run(self, key: str | None, inputs: Inputs, data: tuple[Batch, Batch, Batch]) -> RunResult:
-        task, (steps, evaluations, disturbed, validated) = self.task, self.settings
+        task, (steps, evaluations, disturbed, validated, _) = self.task, self.settings
         train, validation, test = data
         init_key, batch_key = jax.random.split(jax.random.key(inputs.seed))
         params = task.init(init_key)
         optimizer = optax.with_extra_args_support(OPTIMIZERS[self.optimizer](1.0))
-        stepper = make_stepper(key, optimizer, inputs.schedule, task, steps, validated=validated)
+        stepper = make_stepper(
+            key,
+            optimizer,
+            inputs.schedule,
+            steps,
+            validated=validated,
+            accumulation=self.accumulation,
+        )
         batches = batch_indices(task, steps, batch_key)
         source = task.collector.init(jax.random.fold_in(batch_key, 2), params)
         if disturbed:
@@ -281,7 +318,7 @@ class Engine:
             noise_key = jax.random.fold_in(batch_key, 1)
 
         def body(carry: Any, step_inputs: Any) -> Any:
-            params, state, source = carry
+            params, state, source, first_gradient = carry
             rate, step, indices, noise = step_inputs
             source, batch = task.collector.collect(source, params, take(train, indices))
             loss, grads = jax.value_and_grad(task.loss)(params, batch)
@@ -297,27 +334,30 @@ class Engine:
                 step_key = jax.random.fold_in(noise_key, step)
                 direction = _direction(step_key, grads, inputs.disturbance.ascent)
                 observed = loss + noise[0] * first_loss
-                grads = optax.tree.add_scale(grads, noise[1] * optax.tree.norm(grads), direction)
+                first_gradient = jnp.where(step == 0, optax.tree.norm(grads), first_gradient)
+                grads = optax.tree.add_scale(grads, noise[1] * first_gradient, direction)
             updates, state, rate = stepper.update(
                 grads, state, params, rate, observed, value_fn, validation_fn
             )
             params = optax.apply_updates(params, updates)
             if disturbed:
                 params = optax.tree.add_scale(params, -noise[2] * first_norm, direction)
-            return (params, state, source), (loss, rate)
+            return (params, state, source, first_gradient), (loss, rate)
 
         def segment(carry: Any, segment_inputs: Any) -> Any:
             carry, histories = jax.lax.scan(body, carry, segment_inputs)
-            params, state, _ = carry
+            params, state, *_ = carry
             final = stepper.evaluation_params(state, params)
             return carry, (*histories, task.held_out_loss(final, test), task.metric(final, test))
 
         noise = inputs.disturbance[:3] if disturbed else None
         xs = (inputs.schedule.rates, jnp.arange(steps), batches, noise)
         xs = jax.tree.map(lambda leaf: leaf.reshape(evaluations, -1, *leaf.shape[1:]), xs)
-        carry = (params, stepper.init(params), source)
-        _, (loss, rate, *tests) = jax.lax.scan(segment, carry, xs)
-        return RunResult(loss.ravel(), rate.ravel(), *tests)
+        carry = (params, stepper.init(params), source, jnp.zeros(()))
+        (params, state, *_), (loss, rate, *tests) = jax.lax.scan(segment, carry, xs)
+        final = stepper.evaluation_params(state, params)
+        predictions = task.text.predict(final, test) if self._predicts else None
+        return RunResult(loss.ravel(), rate.ravel(), *tests, predictions=predictions)
 
 
 def _value_fn(

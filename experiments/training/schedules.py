@@ -27,6 +27,8 @@ from experiments.reporting import palette
 from experiments.reporting.palette import Look
 from greedylr_jax.schedules import knee_schedule
 
+EVALUATIONS = 50  # of the training loss per run, each the mean loss of as many steps
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Schedule:
@@ -73,7 +75,8 @@ class AdaptiveScale(Schedule):
     """A rule that multiplies the learning rate by a scale.
 
     Attributes:
-      transform: steps per epoch and settings -> the rule as a transformation of the updates.
+      transform: steps per evaluation of the training loss (a 50th of the run's steps) and settings -> the rule
+        as a transformation of the updates.
       traced: the settings with their defaults, inputs of the compiled program.
     """
 
@@ -97,7 +100,8 @@ class RateOptimizer(Schedule):
     Attributes:
       optimizer: the run's optimizer built with learning rate 1, the initial learning rate, the number of
         steps and keyword-only settings -> the optimizer to train with.
-      superbatch: number of batches that ``value_fn`` averages over; 1 is the batch of the step.
+      superbatch: number of batches that ``value_fn`` averages over, a further setting; 1 is the batch of the
+        step, and then it is not a setting.
       reads_validation: whether it uses validation losses, in runs that have them.
       reports_rate: whether the learning rate of a step is read from the optimizer's state by
         :func:`greedylr_jax.metrics`; otherwise the initial one is recorded.
@@ -110,13 +114,28 @@ class RateOptimizer(Schedule):
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """The keyword-only parameters of ``optimizer`` with their defaults."""
+        """The keyword-only parameters of ``optimizer`` with their defaults, and the superbatch."""
         parameters = inspect.signature(self.optimizer).parameters.values()
-        return {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
+        own = {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
+        return own | ({"superbatch": self.superbatch} if self.superbatch > 1 else {})
+
+    def make(
+        self,
+        optimizer: optax.GradientTransformation,
+        rate: jax.Array | float,
+        steps: int,
+        settings: Mapping[str, Any],
+    ) -> tuple[optax.GradientTransformation, int]:
+        """The optimizer to train with and the superbatch."""
+        own = {name: value for name, value in settings.items() if name != "superbatch"}
+        superbatch = settings.get("superbatch", self.superbatch)
+        if not (isinstance(superbatch, int) and superbatch >= 1):
+            raise ValueError(f"superbatch must be an integer >= 1, got {superbatch!r}")
+        return self.optimizer(optimizer, rate, steps, **own), superbatch
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Makes the optimizer once."""
-        self.optimizer(optax.sgd(1.0), 1.0, 100, **settings)
+        self.make(optax.sgd(1.0), 1.0, 100, settings)
 
 
 def _inverse_sqrt(warmup: int) -> optax.Schedule:
@@ -134,6 +153,19 @@ def _cyclic_cosine(steps: int) -> optax.Schedule:
     periods = (steps // 3, steps - steps // 3)
     common = {"init_value": 1.0, "peak_value": 1.0, "warmup_steps": 0, "end_value": 0.02}
     return optax.sgdr_schedule([{**common, "decay_steps": period} for period in periods])
+
+
+def _three_cosines(steps: int) -> optax.Schedule:
+    """Three periods of cosine decay to 2%, each twice as long as the previous one."""
+    first = steps // 7
+    common = {"init_value": 1.0, "peak_value": 1.0, "warmup_steps": 0, "end_value": 0.02}
+    periods = (first, 2 * first, steps - 3 * first)
+    return optax.sgdr_schedule([{**common, "decay_steps": max(1, period)} for period in periods])
+
+
+def _staircase(epochs: int, factor: float) -> Callable[[int], optax.Schedule]:
+    """Multiplies by ``factor`` after each of ``epochs`` equal parts of the training."""
+    return lambda steps: lambda step: jnp.float32(factor) ** (epochs * step // steps)
 
 
 def _defaults(function: Callable[..., Any], *names: str) -> dict[str, float]:
@@ -160,18 +192,48 @@ def _arc(
 
 
 def _lr_tuner(
-    optimizer: optax.GradientTransformation, rate: jax.Array, steps: int
+    optimizer: optax.GradientTransformation,
+    rate: jax.Array,
+    steps: int,
+    *,
+    explore: float = 0.25,
+    decisions: int = 20,
+    bound: float = 2.0,
+    samples: int = 3,
+    saturation: float = 100.0,
+    rollback: float = 0.1,
 ) -> optax.GradientTransformation:
-    """LRTuner as its paper advises: explore for a quarter of the steps; epsilon threshold of the order of
-    the learning rate.
+    """LRTuner, with the fraction of the steps that explore, and ``bound``: how far a decision may change the
+    rate at a loss of 1, in initial rates.
     """
     return greedylr_jax.lr_tuner(
         optimizer,
         rate,
-        explore_steps=steps // 4,
-        recompute_every=max(1, steps // 20),
-        epsilon_threshold=(2 * rate) ** 3,
+        explore_steps=round(explore * steps),
+        recompute_every=max(1, steps // decisions),
+        num_samples=samples,
+        epsilon_threshold=(bound * rate) ** 3,
+        saturation_threshold=saturation,
+        rollback_threshold=rollback,
     )
+
+
+def _relative(
+    optimizer: optax.GradientTransformation,
+    rate: jax.Array,
+    steps: int,
+    *,
+    maximum: float = 0.03,
+    warm_up: float = 0.3,
+) -> optax.GradientTransformation:
+    """Updates relative to the parameters with a linear warm-up over a share of the steps, times a cosine."""
+    del rate
+    cosine = optax.cosine_decay_schedule(maximum, steps)
+
+    def relative_step(step: jax.Array) -> jax.Array:
+        return jnp.minimum((step + 1) / (warm_up * steps), 1) * cosine(step)
+
+    return optax.chain(optimizer, greedylr_jax.scale_to_parameters(relative_step))
 
 
 def _polling(*factors: float) -> Callable[..., optax.GradientTransformation]:
@@ -185,31 +247,33 @@ _ARC_PAPER = "X. Dong et al., paper 003, Section 4"
 _ENTRIES: tuple[Schedule, ...] = (
     PassiveSchedule(
         name="constant",
-        source="no schedule",
+        source="the initial rate throughout; a baseline of papers 003 and 004",
         look=Look(palette.SKY),
         fractions=lambda steps: optax.constant_schedule(1.0),
     ),
     PassiveSchedule(
         name="linear",
-        source="J. Devlin et al., BERT, 2019",
+        source="J. Devlin et al., BERT, 2019; a baseline of papers 000, 002 and 004",
         look=Look(palette.BLUE, ":"),
         fractions=lambda steps: optax.linear_schedule(1.0, 0.0, steps),
     ),
     PassiveSchedule(
         name="cosine",
-        source="I. Loshchilov and F. Hutter, SGDR, 2017",
+        source="I. Loshchilov and F. Hutter, SGDR, 2017; one period, to 0; a baseline of all papers but 002",
         look=Look(palette.BLUE),
         fractions=lambda steps: optax.cosine_decay_schedule(1.0, steps),
     ),
     PassiveSchedule(
         name="polynomial",
-        source="quadratic decay, a baseline of paper 000",
+        source="transformers.get_polynomial_decay_schedule_with_warmup, power 1 (its default); a baseline of "
+        "paper 000",
         look=Look(palette.BLUE, "-."),
-        fractions=lambda steps: optax.polynomial_schedule(1.0, 0.0, 2, steps),
+        fractions=lambda steps: optax.polynomial_schedule(1.0, 0.0, 1, steps),
     ),
     PassiveSchedule(
         name="step",
-        source="K. He et al., Deep Residual Learning, 2016",
+        source="K. He et al., Deep Residual Learning, 2016; divided by 10 at 50% and 75% of the steps, as in "
+        "paper 002 on CIFAR-10",
         look=Look(palette.GREY, ":"),
         fractions=lambda steps: optax.piecewise_constant_schedule(
             1.0, {steps // 2: 0.1, 3 * steps // 4: 0.1}
@@ -217,13 +281,23 @@ _ENTRIES: tuple[Schedule, ...] = (
     ),
     PassiveSchedule(
         name="warmup",
-        source="linear warm-up over 10% of the steps, then constant; a baseline of paper 000",
+        label="constant with warm-up",
+        source="transformers.get_constant_schedule_with_warmup, 10% of the steps; a baseline of paper 000, "
+        "which does not state the length",
         look=Look(palette.SKY, ":"),
         fractions=lambda steps: optax.linear_schedule(0.0, 1.0, max(1, steps // 10)),
     ),
     PassiveSchedule(
+        name="warmup-cosine",
+        label="warm-up, cosine",
+        source="I. Loshchilov and F. Hutter, SGDR, 2017, after a linear warm-up over 10% of the steps",
+        look=Look(palette.SKY, "-."),
+        fractions=lambda steps: optax.warmup_cosine_decay_schedule(0.0, 1.0, max(1, steps // 10), steps),
+    ),
+    PassiveSchedule(
         name="inverse-sqrt",
-        source="A. Vaswani et al., Attention Is All You Need, 2017",
+        source="A. Vaswani et al., Attention Is All You Need, 2017, 10% of the steps; a baseline of paper "
+        "002",
         look=Look(palette.PINK, ":"),
         fractions=lambda steps: _inverse_sqrt(max(1, steps // 10)),
     ),
@@ -235,15 +309,29 @@ _ENTRIES: tuple[Schedule, ...] = (
     ),
     PassiveSchedule(
         name="cyclic-cosine",
-        source=_ARC_PAPER,
+        source=f"{_ARC_PAPER}.1: periods of 10 and 20 of 30 epochs",
         look=Look(palette.BLUE, "--"),
         fractions=_cyclic_cosine,
     ),
     PassiveSchedule(
+        name="cyclic-cosine-text",
+        label="cyclic cosine, three periods",
+        source=f"{_ARC_PAPER}.3: periods of 14, 28 and 56 of 98 epochs",
+        look=Look(palette.SKY, "-."),
+        fractions=_three_cosines,
+    ),
+    PassiveSchedule(
         name="exponential",
-        source=f"{_ARC_PAPER}: times 0.9 in each of thirty epochs",
+        source=f"torch.optim.lr_scheduler.ExponentialLR; {_ARC_PAPER}.1: times 0.9 in each of 30 epochs",
         look=Look(palette.GREY, "-."),
-        fractions=lambda steps: optax.exponential_decay(1.0, max(1, steps // 30), 0.9, staircase=True),
+        fractions=_staircase(30, 0.9),
+    ),
+    PassiveSchedule(
+        name="exponential-text",
+        label="exponential, 98 epochs",
+        source=f"torch.optim.lr_scheduler.ExponentialLR; {_ARC_PAPER}.3: times 0.96 in each of 98 epochs",
+        look=Look(palette.GREY),
+        fractions=_staircase(98, 0.96),
     ),
     PassiveSchedule(
         name="one-cycle",
@@ -253,19 +341,22 @@ _ENTRIES: tuple[Schedule, ...] = (
     ),
     AdaptiveScale(
         name="plateau",
-        # One decision per epoch, as in PyTorch and Keras. Their default patience of 10 epochs would rarely
-        # act in runs this short.
-        source="torch.optim.lr_scheduler.ReduceLROnPlateau with factor 0.5 and patience 2",
+        # Factor 0.1, patience 10 and a relative threshold of 1e-4 are the defaults of Optax, Keras and
+        # PyTorch (PyTorch waits for one evaluation more). The floor is that of He et al., who divide the rate
+        # by 10 twice when the error plateaus. Their evaluations are epochs, of which runs this short have too
+        # few.
+        source="optax.contrib.reduce_on_plateau with its defaults, 50 evaluations, and a minimum of 1% of the "
+        "initial rate as in K. He et al., Deep Residual Learning, 2016",
         look=Look(palette.GREY, "--"),
-        transform=lambda steps_per_epoch, settings: optax.contrib.reduce_on_plateau(
-            factor=0.5, patience=2, accumulation_size=steps_per_epoch
+        transform=lambda steps_per_evaluation, settings: optax.contrib.reduce_on_plateau(
+            factor=0.1, patience=10, rtol=1e-4, accumulation_size=steps_per_evaluation, min_scale=0.01
         ),
     ),
     AdaptiveScale(
         name="GreedyLR",
         source="papers 000 and 001, with the published settings",
         look=Look(palette.RED),
-        transform=lambda steps_per_epoch, settings: greedylr_jax.greedy_lr(**settings),
+        transform=lambda steps_per_evaluation, settings: greedylr_jax.greedy_lr(**settings),
         traced=_defaults(
             greedylr_jax.greedy_lr,
             "factor",
@@ -275,6 +366,16 @@ _ENTRIES: tuple[Schedule, ...] = (
             "warmup",
             "min_scale",
             "max_scale",
+        ),
+    ),
+    AdaptiveScale(
+        name="plateau-torch",
+        label="plateau, PyTorch's patience",
+        # PyTorch lowers the rate at the eleventh epoch without improvement, Keras and Optax at the tenth.
+        source="torch.optim.lr_scheduler.ReduceLROnPlateau with its defaults and a minimum of 1%",
+        look=Look(palette.VIOLET, "--"),
+        transform=lambda steps_per_epoch, settings: optax.contrib.reduce_on_plateau(
+            factor=0.1, patience=11, rtol=1e-4, accumulation_size=steps_per_epoch, min_scale=0.01
         ),
     ),
     RateOptimizer(
@@ -300,6 +401,19 @@ _ENTRIES: tuple[Schedule, ...] = (
         source="greedylr_jax.auto_lr; it has no initial rate, so its runs are equal at all of them",
         look=Look(palette.BLACK),
         optimizer=lambda optimizer, rate, steps: greedylr_jax.auto_lr(optimizer, total_steps=max(10, steps)),
+    ),
+    RateOptimizer(
+        name="auto-endless",
+        label="auto, unknown number of steps",
+        source="greedylr_jax.auto_lr without total_steps; it has no initial rate",
+        look=Look(palette.BROWN, ":"),
+        optimizer=lambda optimizer, rate, steps: greedylr_jax.auto_lr(optimizer),
+    ),
+    RateOptimizer(
+        name="relative",
+        source="greedylr_jax.scale_to_parameters; with the default settings it is auto_lr",
+        look=Look(palette.BROWN, "-."),
+        optimizer=_relative,
     ),
     RateOptimizer(
         name="polling-3",
@@ -354,11 +468,29 @@ _ENTRIES: tuple[Schedule, ...] = (
         reports_rate=False,
     ),
     RateOptimizer(
+        name="prodigy-cosine",
+        label="prodigy, cosine",
+        source="K. Mishchenko and A. Defazio, Prodigy, 2024, with the schedule that they advise",
+        look=Look(palette.ORANGE, ":"),
+        optimizer=lambda optimizer, rate, steps: optax.contrib.prodigy(
+            optax.cosine_decay_schedule(rate, steps)
+        ),
+        reports_rate=False,
+    ),
+    RateOptimizer(
         name="prodigy-guess",
         label="prodigy, initial estimate",
         source="K. Mishchenko and A. Defazio, Prodigy, 2024; the initial rate is its first estimate",
         look=Look(palette.ORANGE, "--"),
         optimizer=lambda optimizer, rate, steps: optax.contrib.prodigy(1.0, estim_lr0=rate),
+        reports_rate=False,
+    ),
+    RateOptimizer(
+        name="dog",
+        label="DoG",
+        source="M. Ivgi et al., DoG is SGD's Best Friend, 2023",
+        look=Look(palette.VIOLET, "--"),
+        optimizer=lambda optimizer, rate, steps: optax.contrib.dog(rate),
         reports_rate=False,
     ),
     RateOptimizer(
@@ -515,10 +647,11 @@ def switch(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def adaptive_scale(inputs: ScheduleInputs, steps_per_epoch: int) -> optax.GradientTransformationExtraArgs:
+def adaptive_scale(inputs: ScheduleInputs) -> optax.GradientTransformationExtraArgs:
     """The adaptive scale that ``inputs`` selects, or the identity."""
+    steps_per_evaluation = max(1, len(inputs.rates) // EVALUATIONS)
     scales = [
-        scale.transform(steps_per_epoch, settings)
+        scale.transform(steps_per_evaluation, settings)
         for scale, settings in zip(_scales(), inputs.settings, strict=True)
     ]
     return switch(inputs.scale_index, [optax.identity(), *scales])

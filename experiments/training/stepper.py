@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 import greedylr_jax
-from experiments.tasks.base import Params, Task
+from experiments.tasks.base import Params
 from experiments.training.schedules import RateOptimizer, ScheduleInputs, adaptive_scale, parse
 
 
@@ -33,10 +33,10 @@ def make_stepper(
     schedule: str | None,
     optimizer: optax.GradientTransformationExtraArgs,
     inputs: ScheduleInputs,
-    task: Task,
     steps: int,
     *,
     validated: bool,
+    accumulation: int = 1,
 ) -> Stepper:
     """The stepper of a program.
 
@@ -45,23 +45,31 @@ def make_stepper(
         schedule or adaptive scale, whichever ``inputs`` selects.
       optimizer: built with learning rate 1.
       inputs: of the run.
-      task: what is trained.
       steps: number of steps.
       validated: whether there are validation losses.
+      accumulation: number of steps whose gradients ``optax.MultiSteps`` averages for one update.
     """
     if schedule is None:
-        return _shared_stepper(optimizer, inputs, task.steps_per_epoch)
+        return _shared_stepper(_accumulated(optimizer, accumulation), inputs)
     entry, settings = parse(schedule)
     assert isinstance(entry, RateOptimizer)
-    tx = entry.optimizer(optimizer, inputs.rates[0], steps, **settings)
-    return _rate_optimizer_stepper(tx, entry, validated=validated and entry.reads_validation)
+    tx, superbatch = entry.make(optimizer, inputs.rates[0], steps // accumulation, settings)
+    tx = _accumulated(tx, accumulation)
+    validated = validated and entry.reads_validation
+    return _rate_optimizer_stepper(tx, entry, superbatch, validated=validated)
 
 
-def _shared_stepper(
-    optimizer: optax.GradientTransformationExtraArgs, inputs: ScheduleInputs, steps_per_epoch: int
-) -> Stepper:
+def _accumulated(
+    tx: optax.GradientTransformation, accumulation: int
+) -> optax.GradientTransformationExtraArgs:
+    if accumulation > 1:
+        tx = optax.MultiSteps(tx, accumulation).gradient_transformation()
+    return optax.with_extra_args_support(tx)
+
+
+def _shared_stepper(optimizer: optax.GradientTransformationExtraArgs, inputs: ScheduleInputs) -> Stepper:
     """Any passive schedule or adaptive scale, selected by an input of the program."""
-    rule = adaptive_scale(inputs, steps_per_epoch)
+    rule = adaptive_scale(inputs)
 
     def update(grads, state, params, rate, loss, value_fn, validation_fn):
         del value_fn, validation_fn
@@ -79,10 +87,9 @@ def _shared_stepper(
 
 
 def _rate_optimizer_stepper(
-    tx: optax.GradientTransformation, entry: RateOptimizer, *, validated: bool
+    tx: optax.GradientTransformationExtraArgs, entry: RateOptimizer, superbatch: int, *, validated: bool
 ) -> Stepper:
     """An optimizer with its own learning rate."""
-    tx = optax.with_extra_args_support(tx)
 
     def update(grads, state, params, rate, loss, value_fn, validation_fn):
         extra = {"validation_value": validation_fn(params)} if validated else {}
@@ -91,8 +98,9 @@ def _rate_optimizer_stepper(
         return updates, state, read.get("learning_rate", rate * read.get("scale", 1))
 
     def evaluation_params(state, params):
+        state = state.inner_opt_state if isinstance(state, optax.MultiStepsState) else state
         if isinstance(state, optax.contrib.ScheduleFreeState):
             return optax.contrib.schedule_free_eval_params(state, params)
         return params
 
-    return Stepper(tx.init, update, evaluation_params, entry.superbatch)
+    return Stepper(tx.init, update, evaluation_params, superbatch)

@@ -94,9 +94,14 @@ class RunStore:
         """The complete files; the name of a file that was being written at a kill starts with a dot."""
         return sorted(part for part in self._parts.glob("*.parquet") if not part.name.startswith("."))
 
-    def finish(self) -> pl.DataFrame:
-        """Writes all runs to ``runs.parquet`` and returns them."""
+    def finish(self, *, extensible: bool = False) -> pl.DataFrame:
+        """Writes all runs to ``runs.parquet`` and returns them.
+
+        Args:
+          extensible: whether a later call with the same settings may add runs to these.
+        """
         runs = self.rows()
         write_atomically(self.folder / "runs.parquet", runs.write_parquet)
-        shutil.rmtree(self._parts)
+        if not extensible:
+            shutil.rmtree(self._parts)
         return runs

@@ -1,6 +1,7 @@
 """Training many runs of several tasks and optimizers, stored on disk as they finish."""
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from rich.console import Console
 
 from experiments.progress import make_progress
 from experiments.tasks import make_task
+from experiments.tasks.base import Task
 from experiments.training import cluster
 from experiments.training.engine import Engine, RunResult, RunSpec, Settings
 from experiments.training.store import RunStore
@@ -22,6 +24,7 @@ class Group(NamedTuple):
     task: str
     optimizer: str
     specs: Sequence[RunSpec]
+    accumulation: int = 1  # steps whose gradients are averaged for one update
 
 
 def run_sweep(
@@ -46,9 +49,9 @@ def run_sweep(
     """
     stored = store.rows()
     missing = []
-    for task, optimizer, specs in groups:
-        done = finished(stored, task, optimizer)
-        missing.append(Group(task, optimizer, [spec for spec in specs if spec not in done]))
+    for group in groups:
+        done = finished(stored, group.task, group.optimizer)
+        missing.append(group._replace(specs=[spec for spec in group.specs if spec not in done]))
     missing = [group for group in missing if group.specs]
     with make_progress(console, "runs") as progress:
         total, rest = (sum(len(group.specs) for group in each) for each in (groups, missing))
@@ -84,9 +87,9 @@ def train_group(
     key = group.task, group.optimizer
     engines = {} if engines is None else engines
     if key not in engines:
-        engines[key] = Engine(make_task(group.task), group.optimizer, settings)
+        engines[key] = Engine(make_task(group.task), group.optimizer, settings, group.accumulation)
     for batch in engines[key].train(group.specs):
-        yield [_row(group, settings.steps, *run) for run in batch]
+        yield [_row(group, engines[key].task, settings.steps, *run) for run in batch]
 
 
 def finished(rows: pl.DataFrame | None, task: str, optimizer: str) -> set[RunSpec]:
@@ -97,7 +100,8 @@ def finished(rows: pl.DataFrame | None, task: str, optimizer: str) -> set[RunSpe
     return {RunSpec(*key) for key in own.select(RunSpec._fields).iter_rows()}
 
 
-def _row(group: Group, steps: int, spec: RunSpec, result: RunResult, seconds: float) -> Row:
+def _row(group: Group, task: Task, steps: int, spec: RunSpec, result: RunResult, seconds: float) -> Row:
+    predicted = task.text is not None and result.predictions is not None
     return {
         "task": group.task,
         "optimizer": group.optimizer,
@@ -105,6 +109,7 @@ def _row(group: Group, steps: int, spec: RunSpec, result: RunResult, seconds: fl
         "steps": steps,
         "test_loss": float(result.test_loss[-1]),
         "test_metric": float(result.test_metric[-1]),
+        "text_score": task.text.score(result.predictions) if predicted else math.nan,
         "seconds": seconds,
         "loss": result.loss.tolist(),
         "rate": result.rate.tolist(),

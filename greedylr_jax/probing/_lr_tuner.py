@@ -6,7 +6,7 @@ a few perturbed rates, and a parabola fitted to it (equation 2),
 
     L(params - (eta + eps) d) = k0 + k1 eps + k2 eps^2,    minimum at eps = -k1 / (2 k2),
 
-bounded by |eps|^3 < r L(params) (equation 3). In the *explore* phase the rate may only increase, in the
+bounded by ``|eps|^3 < r L(params)`` (equation 3). In the *explore* phase the rate may only increase, in the
 *exploit* phase only decrease, and only once the loss has saturated (Appendix B). A bad change of rate is
 rolled back: rate, parameters and optimizer state.
 

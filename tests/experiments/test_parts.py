@@ -19,12 +19,13 @@ from experiments.reporting.palette import Look
 from experiments.studies import (
     compare,
     greedylr,
-    initial_rate,
     leaderboard,
     lrtuner,
     polling,
+    rate_sensitivity,
     robustness,
 )
+from experiments.studies.base import sources
 from experiments.tasks import make_task
 from experiments.tasks.convolution import matmul_convolution
 from experiments.training.engine import Engine, RunSpec, Settings
@@ -111,7 +112,7 @@ def test_a_run_of_the_engine_equals_plain_training(data_dir, monkeypatch):
     assert engine.num_compilations == 1
     np.testing.assert_array_equal(got["halves"].rate, np.float32([rate] * 30 + [rate / 2] * 30))
 
-    plateau = SCHEDULES["plateau"].transform(task.steps_per_epoch, {})
+    plateau = SCHEDULES["plateau"].transform(1, {})  # 60 steps: every step is an evaluation
     transformations = {
         "GreedyLR": optax.chain(optax.sgd(rate), greedylr_jax.greedy_lr()),
         tuned: optax.chain(optax.sgd(rate), greedylr_jax.greedy_lr(0.5, 2)),
@@ -134,8 +135,45 @@ def test_every_schedule_has_a_look_and_a_label_of_its_own():
     assert all(name == entry.name and entry.source for name, entry in SCHEDULES.items())
 
 
+def fractions(name, steps=980):
+    return schedule_inputs(name, 1.0, steps).rates
+
+
+def test_passive_schedules_are_those_of_their_sources():
+    np.testing.assert_allclose(fractions("polynomial"), fractions("linear"), atol=1e-6)  # power 1
+    warm = fractions("warmup")
+    assert warm[0] == 0 and warm[49] == pytest.approx(0.5) and set(warm[98:]) == {1.0}
+    for name, epochs, factor in (("exponential", 30, 0.9), ("exponential-text", 98, 0.96)):
+        rates = fractions(name)
+        np.testing.assert_allclose(np.unique(rates)[::-1], factor ** np.arange(epochs), rtol=1e-5)
+        assert np.ptp(np.diff(np.flatnonzero(np.diff(rates)))) <= 1  # equal epochs
+    starts = np.flatnonzero(np.diff(fractions("cyclic-cosine-text")) > 0) + 1
+    np.testing.assert_array_equal(starts, [140, 420])  # 14 and 14 + 28 of 98 epochs
+
+
+def test_the_patience_of_pytorch_is_one_epoch_longer_than_that_of_keras_and_optax():
+    tx, patience = SCHEDULES["plateau-torch"].transform(1, {}), 10  # PyTorch's default
+    state = tx.init(jnp.ones(()))
+    scales = []
+    for _ in range(2 * patience):  # the first loss is the best; Optax would lower the rate at number 10
+        scale, state = tx.update(jnp.ones(()), state, value=1.0)
+        scales.append(float(scale))
+    assert np.flatnonzero(np.diff(scales)).tolist() == [patience]
+    assert scales[-1] == pytest.approx(0.1)
+
+
+def test_reports_list_the_source_of_each_schedule():
+    section = sources(("cosine", "warmup", "GreedyLR(patience=5)", "cosine"))
+    assert [row[0] for row in section.parts[0].rows] == [
+        "cosine",
+        "constant with warm-up",
+        "GreedyLR(patience=5)",
+    ]
+    assert "SGDR" in section.parts[0].rows[0][1] and "papers 000 and 001" in section.parts[0].rows[2][1]
+
+
 @pytest.mark.parametrize(
-    "study", [compare, greedylr, initial_rate, leaderboard, lrtuner, polling, robustness]
+    "study", [compare, greedylr, leaderboard, lrtuner, polling, rate_sensitivity, robustness]
 )
 def test_studies_choose_schedules_from_the_registry(study):
     names = {*getattr(study, "SCHEDULES", ())}

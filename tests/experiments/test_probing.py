@@ -159,7 +159,7 @@ def test_the_figures_of_the_study_have_titles_and_a_legend(draw):
 @pytest.mark.slow
 def test_with_hyper_learning_rate_zero_groups_have_the_constant_rate(task):
     constant, group = (
-        study.train(task, method, 20, [(3, 0.05, 0.0)])[0] for method in ("constant SGD", "per group")
+        study.train(task, "sgd", method, 20, [(3, 0.05, 0.0)])[0] for method in ("constant", "per group")
     )
     np.testing.assert_allclose(group.loss, constant.loss, rtol=1e-5)
     assert sorted(group.rates) == [f"{layer}/learning_rate" for layer in ("first", "logits", "second")]
@@ -179,7 +179,7 @@ def test_the_study_writes_table_figures_and_rows(tmp_path, monkeypatch):
     for row in runs.iter_rows(named=True):
         assert len(row["loss"]) == 40 and np.isfinite(row["loss"]).all()
         histories = {name: values for name, values in row["rates"].items() if values is not None}
-        expected = {"constant SGD": 1, "GreedyLR": 1, "per parameter": 3, "per group": 3}
+        expected = {"constant": 1, "GreedyLR": 1, "per parameter": 3, "per group": 3}
         assert len(histories) == expected[row["method"]]
     for name in ("fig8_losses.png", "fig9_greedylr.png", "fig10_rates.png"):
         assert_is_drawn(tmp_path / name)

@@ -1,24 +1,30 @@
 """Studies: their numbers, that these are computed from the rows, and that the reports open."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+import tensorflow_datasets as tfds
 from rich.console import Console
 
+from experiments.errors import UsageError
 from experiments.studies import (
     STUDIES,
     greedylr,
     hypergradient,
-    initial_rate,
     leaderboard,
     lrtuner,
+    lrtuner_appendix,
     polling,
+    rate_sensitivity,
     robustness,
     theory,
 )
-from experiments.studies.base import Job
+from experiments.studies.base import Job, Selection
+from experiments.tasks import make_task
+from experiments.training.schedules import parse
 from tests.experiments.browser import HAS_BROWSER, open_and_click
 from tests.experiments.figures import assert_is_drawn, lines_of
 
@@ -205,9 +211,9 @@ def shrink(monkeypatch, study):
     presets = {
         "greedylr": {"tasks": 1, "rates": 1, "steps": 40, "seeds": 2},
         "robustness": {"tasks": ("quadratic-10", "digits-mlp"), "steps": 100, "seeds": 1},
-        "initial-rate": {
+        "rate-sensitivity": {
             "tasks": ("digits-mlp",),
-            "schedules": initial_rate.SCHEDULES,
+            "schedules": rate_sensitivity.SCHEDULES,
             "steps": 30,
             "seeds": 2,
         },
@@ -220,7 +226,7 @@ def shrink(monkeypatch, study):
     modules = {
         "greedylr": greedylr,
         "robustness": robustness,
-        "initial-rate": initial_rate,
+        "rate-sensitivity": rate_sensitivity,
         "lrtuner": lrtuner,
         "polling": polling,
         "hypergradient": hypergradient,
@@ -235,28 +241,30 @@ def shrink(monkeypatch, study):
             greedylr, "SHOWN", (("tagging", "adagrad"), ("summarization", "sgd"), ("tagging", "adamw"))
         )
         monkeypatch.setattr(greedylr, "LEARNING_RATES", {name: (0.01, 0.01) for name in greedylr.PAIRS})
-    if study == "initial-rate":
-        monkeypatch.setattr(initial_rate, "OPTIMIZERS", ("sgd",))
+    if study == "rate-sensitivity":
+        monkeypatch.setattr(rate_sensitivity, "OPTIMIZERS", ("sgd",))
     if study == "lrtuner":
         cases = tuple(
             case._replace(task="digits-mlp", table=str(i)) for i, case in enumerate(lrtuner.CASES[1:3])
         )
         monkeypatch.setattr(lrtuner, "CASES", cases[:1])
+        monkeypatch.setattr(lrtuner, "SUPERBATCH", 3)
+        monkeypatch.setattr(lrtuner_appendix, "SIZES", (1, 2))
     if study == "polling":
         monkeypatch.setattr(polling, "TASKS", ("digits-mlp",))
     return modules[study]
 
 
 RECOMPUTED = {
-    "greedylr": lambda runs: {"table": greedylr.summarize(runs)},
+    "greedylr": lambda runs: {
+        "table": greedylr.summarize(runs),
+        "further": greedylr.summarize(runs, "exponential"),
+    },
     "robustness": lambda runs: {
         "table": robustness.summarize(robustness.run_metrics(runs)),
         "against": robustness.compare(robustness.run_metrics(runs)),
     },
-    "initial-rate": lambda runs: {
-        "table": initial_rate.summarize(runs),
-        "gaps": pl.DataFrame(initial_rate.gaps(runs)),
-    },
+    "rate-sensitivity": lambda runs: {"table": rate_sensitivity.summarize(runs)},
     "lrtuner": lambda runs: {"table": lrtuner.summarize(runs)},
     "polling": lambda runs: {"table": polling.summarize(runs)},
     "hypergradient": lambda runs: {"table": hypergradient.summarize(runs)},
@@ -269,7 +277,7 @@ RECOMPUTED = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("study", STUDIES)
+@pytest.mark.parametrize("study", RECOMPUTED)
 def test_a_study_from_end_to_end(study, tmp_path, monkeypatch):
     module = shrink(monkeypatch, study)
     console = Console(record=True, width=200)
@@ -294,91 +302,100 @@ def test_a_study_from_end_to_end(study, tmp_path, monkeypatch):
         open_and_click(tmp_path / "report.html")
 
 
-def rate_runs(accuracies, losses=None, seeds=(0, 1, 1000), spread=0.0):
-    """Runs of three steps; accuracies and losses by task, schedule and rate (0.1 and 1 times the best)."""
-    rows = []
-    for (task, schedule), values in accuracies.items():
-        for number, (rate, accuracy) in enumerate(zip((0.1, 1.0), values, strict=True)):
-            for seed in seeds:
-                rows.append(
-                    {
-                        "task": task,
-                        "optimizer": "sgd",
-                        "schedule": schedule,
-                        "learning_rate": rate,
-                        "label": f"{rate:g}",
-                        "seed": seed,
-                        "test_metric": accuracy + spread * (seed == 1) * (schedule == "auto"),
-                        "test_loss": (losses or {}).get((task, schedule), (1.0, 1.0))[number],
-                        "loss": [2.0, 1.0, 1.0 - accuracy],
-                        "rate": [rate, rate, rate],
-                    }
-                )
+@pytest.mark.slow
+@pytest.mark.parametrize("study", ["greedylr", "hypergradient", "rate-sensitivity", "leaderboard", "lrtuner"])
+def test_a_study_trains_the_given_task_with_the_given_optimizer(study, tmp_path, monkeypatch):
+    module = shrink(monkeypatch, study)
+    monkeypatch.setattr(rate_sensitivity, "SCHEDULES", ("cosine", "auto"))
+    console = Console(record=True, width=200)
+    selection = Selection(task="imdb-transformer", optimizer="adam")
+    with tfds.testing.mock_data(num_examples=70):
+        make_task.cache_clear()
+        module.run(Job(study, "quick", tmp_path, console, selection=selection))
+        make_task.cache_clear()
+    runs = pl.read_parquet(tmp_path / "runs.parquet")
+    if study != "hypergradient":
+        assert set(runs["task"]) == {"imdb-transformer"} and "adam" in set(runs["optimizer"])
+    page = (tmp_path / "report.html").read_text()
+    assert f"{study} --preset quick --task imdb-transformer --optimizer adam." in page
+
+
+def test_options_of_a_study_are_checked():
+    selection = Selection(task="quadratic", optimizer="sgd,adam")
+    job = Job("theory", "quick", Path("nowhere"), Console(), selection=selection)
+    assert job.tasks(("pseudo-Huber",), theory.OBJECTIVES) == ("quadratic",)
+    assert job.optimizers(("adamw",)) == ("sgd", "adam")
+    with pytest.raises(UsageError, match=r"--task must be one or more of digits, .*got 'quadratic'"):
+        job.tasks(())
+    with pytest.raises(UsageError, match="--optimizer must be one name for study theory, got 'sgd,adam'"):
+        job.one_optimizer("sgd")
+    assert job._replace(selection=Selection()).tasks(("digits",)) == ("digits",)
+    assert job.call.endswith("study theory --preset quick --task quadratic --optimizer sgd,adam")
+
+
+def text_runs():
+    """Two seeds of the three variants of LRTuner on translation."""
+    rows = [
+        dict(task="translation-fr", optimizer="adamw", schedule=schedule, label=label, seed=seed,
+             learning_rate=rate, test_metric=metric + 0.01 * seed, test_metrics=[metric] * 4, test_loss=1.0,
+             text_score=30.0 + seed, loss=[2.0] * 20, rate=[rate] * 20)
+        for seed in (0, 1)
+        for schedule, label, rate, metric in (
+            ("inverse-sqrt", lrtuner.BASELINE, 0.1, 0.4),
+            ("LRTuner(superbatch=100)", lrtuner.PAPER, 0.002, 0.3),
+            ("LRTuner", lrtuner.OURS, 0.1, 0.5),
+        )
+    ]  # fmt: skip
     return pl.DataFrame(rows)
 
 
-def test_the_conclusion_on_initial_rates_compares_the_worst_with_the_best_of_cosine():
-    runs = rate_runs(
-        {
-            ("digits-mlp", "cosine"): (0.5, 0.9),
-            ("digits-mlp", "auto"): (0.9, 0.885),
-            ("digits", "cosine"): (0.5, 0.9),
-            ("digits", "auto"): (0.9, 0.87),
-            ("tagging", "cosine"): (0.5, 0.9),
-            ("tagging", "auto"): (0.8, 0.8),
-        },
-        {("digits", "cosine"): (1.0, 0.5), ("digits", "auto"): (0.4, 0.54)},
+def test_lrtuner_reports_perplexity_and_bleu_on_text():
+    table = lrtuner.summarize(text_runs())
+    cells = dict(zip(lrtuner._HEADERS, lrtuner._cells(table)[0], strict=True))
+    assert cells["perplexity, training"] == "7.39" and cells["held out"] == "2.72"
+    assert cells["text score, %"] == "BLEU 30.50 (0.71)" and cells["table"] == "4"
+    text = lrtuner.conclude(table)
+    assert (
+        "paper's settings: held-out metric significantly above the baseline's on 0, below on 1 of 1" in text
     )
-    text = initial_rate.conclude(initial_rate.gaps(runs))
-    assert "Over 1 pairs of the development tasks" in text and "for 1 (maximum gap 1.5)" in text
-    # Digits because of its loss, 0.54 against 0.5; tagging because all of its losses are equal.
-    assert "Over 2 pairs of the other tasks" in text and "for 0 (maximum gap 10.0)" in text
-    assert "of cosine for 2, and at least one of them holds for 2" in text
-    # The medians are 0.75, 1.5 and 10 points below cosine, equally in each seed.
-    assert "for 0 (maximum mean gap 10.0 points)" in text
+    assert "our defaults: held-out metric significantly above the baseline's on 1, below on 0 of 1" in text
 
 
-def test_a_median_gap_is_not_significant_if_seeds_disagree():
-    runs = rate_runs({("digits", "cosine"): (0.5, 0.9), ("digits", "auto"): (0.88, 0.88)}, spread=0.1)
-    (gap,) = initial_rate.gaps(runs)
-    assert gap.middle == pytest.approx(-3.0) and gap.middle_low < -3 < 0 < gap.middle_high
-    (gap,) = initial_rate.gaps(runs.filter(pl.col("seed") != 1))  # no interval for a single seed
-    assert gap.middle == pytest.approx(2.0) and math.isnan(gap.middle_low)
+def test_the_settings_of_lrtuner_are_those_of_the_papers_table_5():
+    text, answers = lrtuner.CASES[3], lrtuner.CASES[2]
+    _, settings = parse(text.paper_schedule)
+    assert settings == {
+        "explore": 10 / 50,
+        "bound": 215.0,
+        "samples": 5,
+        "saturation": 5.0,
+        "rollback": 1.0,
+        "superbatch": 100,
+    }
+    seed, peak = 1e-5, 5e-4
+    assert text.start == seed / peak
+    assert (text.bound * seed) ** 3 == pytest.approx(1e-8, rel=0.01)
+    assert (answers.bound * 2e-5) ** 3 == pytest.approx(1e-12, rel=0.01)
+    assert answers.saturation == 2.0 and answers.start == 1.0
 
 
-def test_a_loss_that_is_not_finite_is_the_maximum():
-    losses = {("digits", "auto"): (1.0, math.nan), ("digits", "cosine"): (math.nan, 1.0)}
-    runs = rate_runs({("digits", "cosine"): (0.5, 0.9), ("digits", "auto"): (0.9, 0.9)}, losses)
-    (gap,) = initial_rate.gaps(runs)
-    assert gap.loss == math.inf
+def test_the_parabola_of_a_quadratic_has_no_error_and_a_noisy_loss_deviates_less_in_larger_superbatches():
+    fits, deviations = lrtuner_appendix.measure([("digits-mlp", "sgd", 0.1, 1.0)], 20)
+    errors = lrtuner_appendix.fit_errors(fits)
+    assert errors["within"].max() < 0.05
+    assert len(fits) == 2 * (lrtuner_appendix.SAMPLES + lrtuner_appendix.TESTS + 1)
+    assert (fits["epsilon"].abs() <= fits["bound"] * (1 + 1e-6)).all()
+    assert deviations["deviation"][-1] < deviations["deviation"][0] / 3
 
 
-@pytest.mark.parametrize(("loss", "ratio"), [(0.0, 1.0), (0.1, math.inf)])
-def test_the_ratio_to_a_minimum_loss_of_zero_is_one_or_infinite(loss, ratio):
-    losses = {("digits", "auto"): (loss, 0.0), ("digits", "cosine"): (0.0, 1.0)}
-    runs = rate_runs({("digits", "cosine"): (0.5, 0.9), ("digits", "auto"): (0.9, 0.9)}, losses)
-    (gap,) = initial_rate.gaps(runs)
-    assert gap.loss == ratio
+@pytest.mark.parametrize(("minimum", "bound", "is_clipped"), [(2.0, 2.0, True), (0.5, 2.0, False)])
+def test_errors_of_the_fit_are_relative_to_the_range_of_the_losses(minimum, bound, is_clipped):
+    def row(kind, epsilon, loss, parabola):
+        about = {"task": "t", "optimizer": "sgd", "stage": 0.1, "bound": bound}
+        return about | {"kind": kind, "epsilon": epsilon, "loss": loss, "parabola": parabola}
 
-
-def test_the_histories_of_large_gaps_are_drawn():
-    runs = rate_runs({("digits-mlp", "cosine"): (0.5, 0.9), ("digits-mlp", "auto"): (0.9, 0.8)})
-    (large,) = initial_rate.gaps(runs)
-    assert large[:4] == ("digits-mlp", "sgd", 1.0, 1.0) and large.best == pytest.approx(90.0)
-    assert large.worst == pytest.approx(10.0) and large.middle == pytest.approx(5.0)
-    figure = initial_rate.draw_large(runs, [large])
-    # Two seeds of each; the third is a tuning seed.
-    assert [len(axes.lines) for axes in figure.axes[:2]] == [4, 4]
-    lines = lines_of(figure.axes[0])
-    np.testing.assert_allclose(lines["auto, x1"][1], [2.0, 1.0, 0.2])
-    np.testing.assert_allclose(lines["cosine, x1"][1], [2.0, 1.0, 0.1])
-    rates = {"auto": [1.0, 0.2, 0.7], "cosine": [1.0, 0.5, 0.0]}
-    with_rates = runs.with_columns(rate=pl.Series([rates[schedule] for schedule in runs["schedule"]]))
-    assert initial_rate.explain(with_rates, [large]) == (
-        "digits-mlp, sgd, x1: 10.0 points below. After a third of the steps its learning rate is 0.4 times "
-        "that of cosine; the maximum from then on is 0.7 times the maximum of cosine. Its maximum held-out "
-        "loss is 1.00 times the minimum of cosine."
-    )
-    better = runs.with_columns(test_metric=pl.lit(0.9))
-    (gap,) = initial_rate.gaps(better)
-    assert gap.worst == pytest.approx(0.0)
+    rows = [row("fitted", epsilon, 1.0, 1.0) for epsilon in (-1.0, 0.0, 1.0)]
+    rows += [row("tested", 0.5, 1.0, 1.1), row("tested", -2.0, 3.0, 2.0), row("minimum", minimum, 1.0, 1.4)]
+    (errors,) = lrtuner_appendix.fit_errors(pl.DataFrame(rows)).iter_rows(named=True)
+    assert errors["within"] == pytest.approx(0.05) and errors["beyond"] == pytest.approx(0.5)
+    assert errors["at_minimum"] == pytest.approx(0.2) and errors["is_clipped"] is is_clipped

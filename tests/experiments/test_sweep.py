@@ -1,4 +1,4 @@
-"""Sweeps: optimizers with their own learning rates, resumption, the initial-rate study, reports."""
+"""Sweeps: optimizers with their own learning rates, resumption, the study of rate sensitivity, reports."""
 
 import re
 
@@ -17,7 +17,7 @@ from experiments.data.loading import load_split
 from experiments.data.mnist1d import Mnist1d
 from experiments.errors import UsageError
 from experiments.reporting import html
-from experiments.studies import initial_rate, theory
+from experiments.studies import rate_sensitivity, theory
 from experiments.studies.base import Job
 from experiments.studies.tuning import best_rates
 from experiments.tasks import make_task
@@ -145,15 +145,14 @@ SMALL = {
 
 @pytest.fixture
 def small_study(monkeypatch):
-    monkeypatch.setitem(initial_rate.PRESETS, "quick", SMALL)
-    monkeypatch.setattr(initial_rate, "RULE", "GreedyLR")
-    monkeypatch.setattr(initial_rate, "OPTIMIZERS", ("sgd",))
+    monkeypatch.setitem(rate_sensitivity.PRESETS, "quick", SMALL)
+    monkeypatch.setattr(rate_sensitivity, "OPTIMIZERS", ("sgd",))
     engines = {}
 
-    def shared_engine(task, optimizer, settings):
+    def shared_engine(task, optimizer, settings, accumulation):
         key = task.name, optimizer, settings
         if key not in engines:
-            engines[key] = Engine(task, optimizer, settings)
+            engines[key] = Engine(task, optimizer, settings, accumulation)
         return engines[key]
 
     monkeypatch.setattr(sweep, "Engine", shared_engine)  # three calls of the study compile one program
@@ -172,37 +171,39 @@ def run_interrupted(job, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Engine, "train", interrupted)
-        initial_rate.run(job)
+        rate_sensitivity.run(job)
     assert not (job.out / "runs.parquet").exists()
 
 
 @pytest.mark.slow
 def test_a_resumed_study_ends_as_an_uninterrupted_one(small_study, tmp_path, monkeypatch):
     console = Console(record=True, width=100)
-    whole_job, cut_job = (Job("initial-rate", "quick", tmp_path / name, console) for name in ("whole", "cut"))
-    initial_rate.run(whole_job)
+    whole_job, cut_job = (
+        Job("rate-sensitivity", "quick", tmp_path / name, console) for name in ("whole", "cut")
+    )
+    rate_sensitivity.run(whole_job)
     assert "digits-mlp, sgd: median test accuracy" in console.export_text()
     run_interrupted(cut_job, monkeypatch)
-    initial_rate.run(cut_job)
+    rate_sensitivity.run(cut_job)
     whole, cut = (pl.read_parquet(job.out / "runs.parquet") for job in (whole_job, cut_job))
     keys = ["schedule", "label", "seed", "learning_rate"]
     assert cut.sort(keys).drop("seconds").equals(whole.sort(keys).drop("seconds"))
     assert len(whole) == 7 * 2 + 3 * 7 * 2  # tuning; schedules x rates x seeds
 
     table = pl.read_csv(whole_job.out / "table.csv")
-    recomputed = initial_rate.summarize(whole)
+    recomputed = rate_sensitivity.summarize(whole)
     keys = ["schedule", "factor"]
     assert table.sort(keys)["accuracy"].to_list() == pytest.approx(
         recomputed.sort(keys)["accuracy"].to_list()
     )
-    assert sorted(set(table["factor"])) == sorted(initial_rate.FACTORS)
-    lines = lines_of(initial_rate.draw(recomputed, "title").axes[0])
+    assert sorted(set(table["factor"])) == sorted(rate_sensitivity.FACTORS)
+    lines = lines_of(rate_sensitivity.draw(recomputed, "title").axes[0])
     assert set(lines) == set(SMALL["schedules"])
     for schedule, (factors, accuracies) in lines.items():
         own = recomputed.filter(schedule=schedule).sort("factor")
         np.testing.assert_array_equal(factors, own["factor"])
         np.testing.assert_array_equal(accuracies, own["accuracy"])
-    assert_is_drawn(whole_job.out / "initial_rate.png", colors=3)
+    assert_is_drawn(whole_job.out / "rate_sensitivity.png", colors=3)
     assert "GreedyLR" in (whole_job.out / "report.html").read_text()
 
 
@@ -218,7 +219,7 @@ def test_the_best_rate_is_chosen_on_seeds_that_are_not_reported():
     reported = rows(seed=[0, 1, 2, 0], learning_rate=[1.0, 1.0, 1.0, 0.001], test_metric=[0.1, 0.3, 0.9, 0.7])
     tuning, reported = (frame.with_columns(test_loss=pl.lit(1.0)) for frame in (tuning, reported))
     assert best_rates(tuning) == {("t", "o"): 1.0}
-    table = initial_rate.summarize(pl.concat([tuning, reported])).sort("factor")
+    table = rate_sensitivity.summarize(pl.concat([tuning, reported])).sort("factor")
     assert table["factor"].to_list() == [0.001, 1.0]
     assert table["accuracy"].to_list() == pytest.approx([70.0, 30.0])
     assert table["accuracy_low"].to_list() == pytest.approx([70.0, 10.0])

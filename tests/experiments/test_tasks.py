@@ -8,8 +8,19 @@ import pytest
 import tensorflow_datasets as tfds
 from flax import nnx
 
+from experiments.data.vocabulary import END, PAD, START, UNKNOWN, Vocabulary
 from experiments.errors import UsageError
-from experiments.tasks import SUITE_TASKS, TASKS, detection, functions, make_task, question_answering, seq2seq
+from experiments.tasks import (
+    SUITE_TASKS,
+    TASKS,
+    detection,
+    functions,
+    make_task,
+    question_answering,
+    resnet18,
+    seq2seq,
+    text_scores,
+)
 from experiments.tasks.base import CLASSIFICATION
 from experiments.tasks.segmentation import _mean_iou
 from experiments.tasks.transformer import Transformer, causal_mask, padding_mask
@@ -71,6 +82,55 @@ def test_a_public_task_is_built_from_mock_data(name, tmp_path):
     params = task.init(jax.random.key(0))
     batch = jax.tree.map(lambda leaf: jnp.asarray(leaf[:4]), task.train)
     assert np.isfinite(task.loss(params, batch)) and 0 <= task.metric(params, batch) <= 1
+
+
+def test_resnet_18_is_that_of_the_papers():
+    shapes = jax.eval_shape(lambda key: resnet18.init(key, 10), jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 11_173_962  # pytorch-cifar's
+    images = jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.float32)
+    logits, statistics = jax.eval_shape(resnet18.apply, shapes, images)
+    assert logits.shape == (8, 10) and len(statistics) == 1 + 8 * 2 + 3
+
+
+def test_images_are_shifted_and_mirrored():
+    image = jnp.arange(1.0, 32 * 32 + 1).reshape(1, 32, 32, 1)
+    images = jnp.repeat(image, 64, axis=0)
+    augmented = np.asarray(resnet18.augment(jax.random.key(0), images))
+    padded = np.pad(np.asarray(image[0]), ((4, 4), (4, 4), (0, 0)))
+    crops = [padded[row : row + 32, column : column + 32] for row in range(9) for column in range(9)]
+    possible = {crop.tobytes() for crop in crops} | {crop[:, ::-1].tobytes() for crop in crops}
+    assert {row.tobytes() for row in augmented} <= possible
+    assert len({row.tobytes() for row in augmented}) > 32
+
+
+def test_greedy_decoding_stops_at_the_end():
+    def module(source, target):
+        """The next word is the previous one plus 1, the first is the source's, and 7 is the last."""
+        following = jnp.where(target == START, source, jnp.where(target == 7, END, target + 1))
+        return jax.nn.one_hot(following, 20)
+
+    decoded = text_scores.decode_greedily(module, jnp.array([[5], [9]]), 5)
+    np.testing.assert_array_equal(decoded, [[5, 6, 7, END, PAD], [9, 10, 11, 12, 13]])
+
+
+def test_bleu_is_that_of_the_words_up_to_the_end():
+    pytest.importorskip("sacrebleu")
+    vocabulary = Vocabulary([["open", "the", "new", "file", "now"]], 20)
+    reference = ["open", "the", "new", "file", "now"]
+    row = vocabulary.encode([*reference, "x"], 7)
+    row[5:] = [END, row[0]]  # what follows the end does not count
+    score = text_scores.bleu_score(vocabulary, [reference], 7)
+    assert score.score(row[None]) == pytest.approx(100.0)
+    # One unknown word of five: precisions 4/5, 2/4, 1/3 and 1/4 of 2 (smoothed).
+    row[2] = UNKNOWN
+    expected = 100 * (4 / 5 * 2 / 4 * (1 / 2) / 3 * (1 / 4) / 2) ** 0.25
+    assert score.score(row[None]) == pytest.approx(expected)
+
+
+def test_f1_counts_the_words_that_answers_share():
+    tokens = np.array([[9, 5, 6, 6, 7], [9, 5, 6, 6, 7]])
+    score = text_scores.answer_score(tokens, np.array([[1, 2], [3, 4]]), None).score
+    assert score(np.array([[1, 3], [4, 3]])) == pytest.approx(100 * (2 * 2 / 5 + 0) / 2)
 
 
 def test_an_unknown_task_lists_the_available_ones():

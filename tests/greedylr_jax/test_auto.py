@@ -159,14 +159,34 @@ def test_updates_that_are_not_finite_leave_the_parameters_alone():
     assert (updates < 0).all()
 
 
-def test_the_compiled_step_has_no_branch_and_the_state_no_copy_of_the_parameters():
+@pytest.mark.parametrize("total_steps", [None, STEPS])
+def test_the_compiled_step_has_no_loop_and_no_branch(total_steps):
     params = {"w": jnp.ones((64, 64)), "b": jnp.zeros(64)}
-    tx = auto_lr(optax.adam(1.0), total_steps=1000)
-    state = tx.init(params)
-    text = jax.jit(tx.update).lower(params, state, params).compile().as_text()
-    assert not [
-        word for word in ("while(", "conditional(", "call(") if f" {word}" in text and word != "call("
-    ]
-    extra = sum(leaf.size for leaf in jax.tree.leaves(state.relative))
-    assert extra < 0.01 * params["w"].size
-    assert state.inner_state[0].mu["w"].shape == (64, 64)
+    tx = auto_lr(optax.adamw(1.0), total_steps=total_steps)
+    compiled = jax.jit(tx.update).lower(params, tx.init(params), params).compile().as_text()
+    assert "fusion" in compiled  # the names of operations are where they are looked for
+    assert not [name for name in ("while", "conditional") if f" {name}(" in compiled]
+
+
+def test_the_state_has_no_copy_of_the_parameters():
+    params = {"w": jnp.ones((64, 64)), "b": jnp.zeros(64)}
+    inner = optax.adamw(1.0)
+    own, bare = (
+        sum(leaf.size for leaf in jax.tree.leaves(tx.init(params)))
+        for tx in (auto_lr(inner, total_steps=STEPS), inner)
+    )
+    assert own - bare == 2 + len(params)  # learning rate, step, and the size of each leaf
+
+
+def test_the_eps_of_adam_breaks_the_invariance_to_the_unit_of_the_loss():
+    """With gradients far below ``eps`` Adam is momentum; with ``eps=0`` the updates have no unit."""
+
+    def first_update(eps, unit):
+        tx = auto_lr(optax.adam(1.0, eps=eps))
+        params = jnp.ones(2)
+        return tx.update(unit * jnp.array([1.0, 4.0]), tx.init(params), params)[0]
+
+    np.testing.assert_array_equal(first_update(0.0, 2.0**-40), first_update(0.0, 1.0))
+    small = first_update(1e-8, 2.0**-40)
+    np.testing.assert_allclose(small[1] / small[0], 4.0, rtol=1e-3)
+    np.testing.assert_allclose(jnp.std(first_update(1e-8, 1.0)), 0, atol=1e-6)

@@ -1,11 +1,21 @@
 """Reading the scale and the learning rate out of optimizer states."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 
-from greedylr_jax import get_learning_rate, get_scale, greedy_lr, greedy_lr_schedule, metrics
+from greedylr_jax import (
+    get_learning_rate,
+    get_scale,
+    greedy_lr,
+    greedy_lr_schedule,
+    lr_tuner,
+    metrics,
+    with_rollback,
+)
 
 PARAMS = {"encoder": jnp.ones(2), "decoder": jnp.ones(3)}
 # With patience 0 the first loss already raises the rate: scale 2 for the rule, 4 for the schedule.
@@ -103,6 +113,43 @@ def test_metrics_number_two_rules_of_one_chain():
     read = metrics(state_after_one_step(optax.chain(optax.sgd(1.0), RULE, greedy_lr())))
     assert read["scale"] == 2.0
     assert read["1/scale"] == 1.0
+
+
+def _counting(inner):
+    return with_rollback(inner, window=2)
+
+
+COUNTING = {
+    "with_rollback without a rule": (_counting(optax.adam(0.1)), {"": (0, 1)}),
+    "with_rollback and a rule": (_counting(optax.chain(optax.sgd(0.1), RULE)), {"": (0, 1)}),
+    "inside a chain": (optax.chain(optax.clip(1.0), _counting(optax.sgd(0.1))), {"": (0, 1)}),
+    "nested": (_counting(_counting(optax.sgd(0.1))), {"": (0, 0), "1/": (0, 1)}),
+    "lr_tuner": (lr_tuner(optax.sgd(1.0), 0.1, explore_steps=4, recompute_every=2), {"": (0, 1)}),
+    "in a dictionary": (
+        optax.named_chain(("guard", _counting(optax.sgd(0.1)))),
+        {"guard/": (0, 1)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COUNTING)
+def test_metrics_count_restored_and_skipped_steps(name):
+    tx, expected = COUNTING[name]
+    bad = jax.tree.map(lambda leaf: leaf * jnp.nan, PARAMS)
+    _, state = tx.update(bad, tx.init(PARAMS), PARAMS, value=1.0, value_fn=lambda params: 1.0)
+    logged = metrics(state)
+    counts = {key: value for key, value in logged.items() if key.endswith(("rollbacks", "skipped"))}
+    assert len(counts) == 2 * len(expected)
+    for prefix, (rollbacks, skipped) in expected.items():
+        assert counts[prefix + "num_rollbacks"] == rollbacks
+        assert counts[prefix + "num_skipped"] == skipped
+
+
+def test_metrics_leave_out_fields_of_other_packages():
+    class State(NamedTuple):
+        num_skipped: jax.Array
+
+    assert "num_skipped" not in metrics((State(jnp.zeros(())), RULE.init(PARAMS)))
 
 
 def test_metrics_work_under_jit():
