@@ -26,6 +26,14 @@ def oldest(session: nox.Session) -> None:
 
 
 @nox.session(python="3.11")
+def clients(session: nox.Session) -> None:
+    """Run the tests with libraries that have training loops of their own, such as Keras and tunix."""
+    session.install("-e", ".[test,clients]")
+    session.install("--no-deps", "brax>=0.14")  # of which one file is tested, without the physics engine
+    session.run("pytest", "tests/clients", *session.posargs, env={"KERAS_BACKEND": "jax"})
+
+
+@nox.session(python="3.11")
 def lint(session: nox.Session) -> None:
     """Check lint, format and types."""
     session.install("-e", ".[lint,test]")  # pyright needs the optional dependencies

@@ -279,7 +279,7 @@ def published_tables() -> pl.DataFrame:
 
 _LOOKS = {name: SCHEDULES[name].look for name in (*PASSIVE_SCHEDULES, SUPERCONVERGENCE, LINE_SEARCH, ARC)} | {
     ARC_NO_VALIDATION: drawing.Look(drawing.ORANGE),
-    ARC_PUBLISHED: drawing.Look(drawing.YELLOW),
+    ARC_PUBLISHED: drawing.Look(drawing.VIOLET),
 }
 _COLORS = {name: look.color for name, look in _LOOKS.items()}
 

@@ -394,6 +394,6 @@ def _figure(runs: pl.DataFrame, task: str) -> go.Figure:
         for name, values in _curves(runs, task, optimizer, rates[len(rates) // 2], "loss").items():
             width = max(1, len(values) // 20)
             shown = drawing.smooth(values, width)
-            style = {"color": color, "dash": "solid" if name == GREEDYLR else "dot"}
+            style = drawing.Look(color, "-" if name == GREEDYLR else ":").plotly()
             curves.append(html.Curve(f"{optimizer}, {name}", np.arange(len(shown)) + width, shown, style))
     return html.line_figure(curves, f"step ({task})", "training loss, mean over seeds")

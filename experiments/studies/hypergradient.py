@@ -82,7 +82,7 @@ CONSTANT = "constant"
 METHODS: dict[str, Method] = {
     CONSTANT: Method(
         lambda optimizer, rate, hyper_rate: optax.chain(optimizer, optax.scale(rate)),
-        Look("#CC3311"),
+        Look(drawing.RED),
         False,
         lambda state, rate: {"learning_rate": rate},
     ),
@@ -90,7 +90,7 @@ METHODS: dict[str, Method] = {
         lambda optimizer, rate, hyper_rate: optax.chain(
             optimizer, optax.scale(rate), greedylr_jax.greedy_lr()
         ),
-        Look("#111111"),
+        Look(drawing.BLACK),
         False,
         lambda state, rate: {"learning_rate": rate * greedylr_jax.get_scale(state)},
     ),

@@ -388,7 +388,8 @@ def _sections(
                 f"{schedule}, {p}%",
                 (0.0, *STRENGTHS),
                 values,
-                {"color": REGISTRY[schedule].look.color, "dash": dash},
+                REGISTRY[schedule].look.plotly()
+                | {"line": {"color": REGISTRY[schedule].look.color, "dash": dash}},
             )
             for schedule in SCHEDULES
             for p, values, dash in zip(

@@ -12,7 +12,6 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +20,7 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
+from experiments import welcome
 from experiments.tasks.base import Batch, Params, Task
 from experiments.training.disturbance import Disturbance, disturbance_inputs
 from experiments.training.loop import batch_indices, take
@@ -127,8 +127,7 @@ def configure(cpus: int | None = None) -> None:
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", cpus or os.cpu_count() or 1)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "greedylr_jax" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_compilation_cache_dir", str(welcome.cache_folder()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
@@ -159,6 +158,22 @@ def side_by_side(
     runs, replicated = PartitionSpec("runs"), PartitionSpec()
     in_specs = tuple(runs if is_split else replicated for is_split in split)
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=runs, check_vma=False)
+
+
+def step_flops(task: Task, optimizer: str) -> float:
+    """Floating-point operations of a training step, counted before the compiler optimizes it."""
+    tx = OPTIMIZERS[optimizer](1.0)
+
+    def step(params: Params, batch: Batch) -> Any:
+        loss, grads = jax.value_and_grad(task.loss)(params, batch)
+        return loss, tx.update(grads, tx.init(params), params)
+
+    def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((task.batch_size, *leaf.shape[1:]), leaf.dtype)
+
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    counted = jax.jit(step).lower(params, jax.tree.map(shape_of, task.train)).cost_analysis()
+    return float((counted or {}).get("flops", 0.0))
 
 
 def compiler_options() -> dict[str, int] | None:

@@ -373,7 +373,7 @@ _ENTRIES: tuple[Schedule, ...] = (
         label="plateau, PyTorch's patience",
         # PyTorch lowers the rate at the eleventh epoch without improvement, Keras and Optax at the tenth.
         source="torch.optim.lr_scheduler.ReduceLROnPlateau with its defaults and a minimum of 1%",
-        look=Look(palette.YELLOW, "--"),
+        look=Look(palette.VIOLET, "--"),
         transform=lambda steps_per_epoch, settings: optax.contrib.reduce_on_plateau(
             factor=0.1, patience=11, rtol=1e-4, accumulation_size=steps_per_epoch, min_scale=0.01
         ),
@@ -389,7 +389,7 @@ _ENTRIES: tuple[Schedule, ...] = (
     RateOptimizer(
         name="LRTuner",
         source="LRTuner: A Learning Rate Tuner for Deep Neural Networks, paper 002",
-        look=Look(palette.YELLOW),
+        look=Look(palette.VIOLET),
         optimizer=_lr_tuner,
         superbatch=10,
     ),
@@ -489,7 +489,7 @@ _ENTRIES: tuple[Schedule, ...] = (
         name="dog",
         label="DoG",
         source="M. Ivgi et al., DoG is SGD's Best Friend, 2023",
-        look=Look(palette.YELLOW, "--"),
+        look=Look(palette.VIOLET, "--"),
         optimizer=lambda optimizer, rate, steps: optax.contrib.dog(rate),
         reports_rate=False,
     ),
