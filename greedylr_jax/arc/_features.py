@@ -116,7 +116,9 @@ class History(NamedTuple):
     What a row held before is not erased: every loss that is used is written before the end of its cycle.
     """
 
-    train: jax.Array  # shape=(3, used + 1), dtype=float32; the losses that features use; last one that they do not
+    train: (
+        jax.Array
+    )  # shape=(3, used + 1), dtype=float32; the losses that features use; last one that they do not
     validation: jax.Array  # shape=(3, max_validations), dtype=float32
     validation_count: jax.Array  # shape=(3,), dtype=int32
     rates: jax.Array  # shape=(3,), dtype=float; at the end of each cycle
