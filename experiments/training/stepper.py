@@ -40,8 +40,8 @@ def make_stepper(
     """The stepper of a program.
 
     Args:
-      schedule: a :class:`~experiments.training.schedules.RateOptimizer` with its settings; None: any passive
-        schedule or adaptive scale, whichever ``inputs`` selects.
+      schedule: a :class:`~experiments.training.schedules.RateOptimizer` with the settings that are not
+        traced; None: any passive schedule or adaptive scale, whichever ``inputs`` selects.
       optimizer: built with learning rate 1.
       inputs: of the run.
       steps: number of steps.
@@ -51,13 +51,11 @@ def make_stepper(
         return _shared_stepper(optimizer, inputs)
     entry, settings = parse(schedule)
     assert isinstance(entry, RateOptimizer)
-    tx = entry.optimizer(optimizer, inputs.rates[0], steps, **settings)
+    tx = entry.optimizer(optimizer, inputs.rates[0], steps, **settings, **inputs.own)
     return _rate_optimizer_stepper(tx, entry, validated=validated and entry.reads_validation)
 
 
-def _shared_stepper(
-    optimizer: optax.GradientTransformationExtraArgs, inputs: ScheduleInputs
-) -> Stepper:
+def _shared_stepper(optimizer: optax.GradientTransformationExtraArgs, inputs: ScheduleInputs) -> Stepper:
     """Any passive schedule or adaptive scale, selected by an input of the program."""
     rule = adaptive_scale(inputs)
 
