@@ -93,8 +93,13 @@ def train(
     samples: Annotated[Path, typer.Option(help="Samples from arc generate.")] = ROOT / "samples/runs.parquet",
     out: OutOption = None,
     fresh: FreshOption = False,
+    architecture: Annotated[
+        str,
+        typer.Option(help="small (9,315 parameters, as in the package) or published (79,043, the paper's)."),
+    ] = "small",
 ) -> None:
     """Train candidates of ARC's network on the samples."""
+    one_of("--architecture", architecture, ("small", "published"))
     sizes, console = _set_up(preset)
     for option, value in (("--candidates", candidates), ("--epochs", epochs)):
         if value is not None:
@@ -105,7 +110,10 @@ def train(
     from experiments.arc.training import train as run
 
     settings = CandidateSettings(
-        candidates or sizes.candidates, epochs or sizes.epochs, learning_rate or sizes.learning_rate
+        candidates or sizes.candidates,
+        epochs or sizes.epochs,
+        learning_rate or sizes.learning_rate,
+        architecture,
     )
     run(samples, out or ROOT / "candidates", settings, console, fresh=fresh)
 
