@@ -103,9 +103,9 @@ def run(job: Job) -> None:
         f"{len(runs)} runs of {chosen['steps']} steps with {OPTIMIZER}. Final loss: the clean training "
         "loss, the mean over the last 5% of steps, relative to that of the undisturbed run with a constant "
         "rate and the same task and seed. Damage: the same, relative to the undisturbed run of the same "
-        f"schedule; damaged: by more than 1%. Recovery: steps after a parameter perturbation until the loss (mean of {_WINDOW} steps) "
-        "is at or below its value before it; runs that never recover are counted separately. Percentiles "
-        "are over noises and seeds within a task; their median over tasks is shown.",
+        "schedule; damaged: by more than 1%. Recovery: steps after a parameter perturbation until the loss "
+        f"(mean of {_WINDOW} steps) is at or below its value before it; runs that never recover are counted "
+        "separately. Percentiles are over noises and seeds within a task; their median over tasks is shown.",
         tables={"table": table, "against": comparison},
         figures={"bands": draw_bands(measured), "recovery": draw_recovery(runs)},
         sections=_sections(runs, measured, table, comparison),
