@@ -159,14 +159,14 @@ def run(job: Job) -> None:
     table = summarize(runs)
     title = f"{task.name}, {optimizer}, {steps} steps, {seeds} seeds: loss at the end"
     print_table(job.console, title, _HEADERS, _cells(table), left=2)
-    verdict = conclude(table)
-    job.console.print(verdict)
+    conclusion = conclude(table)
+    job.console.print(conclusion)
     write_atomically(job.out / "runs.parquet", runs.write_parquet)
     publish(
         job,
         "First-order GreedyLR",
         f"One network trained with {optimizer} at a constant rate, with GreedyLR, and with hypergradient "
-        f"descent: {title}. Figures 8 to 10 of the first GreedyLR paper. {verdict}",
+        f"descent: {title}. Figures 8 to 10 of the first GreedyLR paper. {conclusion}",
         tables={"table": table},
         figures={
             "fig8_losses": draw_losses(runs),

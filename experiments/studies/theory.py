@@ -93,15 +93,15 @@ def run(job: Job) -> None:
     table = summarize(runs)
     title = "Median final loss of the best factor and of the paper's factor"
     print_table(job.console, title, _HEADERS, _cells(table))
-    verdict = conclude(table)
-    job.console.print(verdict)
+    conclusion = conclude(table)
+    job.console.print(conclusion)
     write_atomically(job.out / "runs.parquet", runs.write_parquet)
     publish(
         job,
         "The optimal factor",
         f"Median final loss of {optimizer} with GreedyLR after {STEPS} steps, patience {PATIENCE}, bounds at "
         "1/1000 and 1000 times the initial rate, against the factor; the dotted line is 1 - 1/L. "
-        f"{verdict}",
+        f"{conclusion}",
         tables={"table": table},
         figures={"theory": draw(runs)},
         sections=_sections(runs, table),
