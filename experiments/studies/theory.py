@@ -69,7 +69,8 @@ def final_loss(
     start_key, noise_key = jax.random.split(jax.random.key(seed))
     tx = optax.chain(
         OPTIMIZERS[optimizer](initial_rate / smoothness),
-        greedy_lr(factor, PATIENCE, window=None, min_scale=1e-3, max_scale=1e3),
+        # A relative threshold, so that the unit of the loss changes no decision.
+        greedy_lr(factor, PATIENCE, threshold_mode="rel", window=None, min_scale=1e-3, max_scale=1e3),
     )
     loss_fn = lambda x: OBJECTIVES[objective].value(smoothness, x)  # noqa: E731
 
