@@ -11,7 +11,7 @@ from experiments.tasks import make_task
 from experiments.training.engine import Settings, make_specs
 from experiments.training.sweep import Group
 
-SCHEDULES = ("constant", "warmup", "linear", "cosine", "exponential", "plateau", "plateau-torch", "GreedyLR")
+SCHEDULES = ("constant", "linear", "cosine", "exponential", "plateau", "GreedyLR")
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
