@@ -69,7 +69,7 @@ def compare(
         bool, typer.Option("--fresh", help="Discard an unfinished comparison instead of resuming it.")
     ] = False,
 ) -> None:
-    """Compare GreedyLR with constant, linear, cosine and reduce-on-plateau schedules on real data."""
+    """Compare GreedyLR with common schedules on real data: constant, linear, cosine, exponential, plateau."""
     from experiments.studies.base import Job
     from experiments.studies.compare import Comparison
     from experiments.studies.compare import compare as run

@@ -166,6 +166,26 @@ def test_the_study_pairs_differences_from_constant_sgd_by_seed():
     assert same["difference"] == 0
 
 
+def test_the_conclusion_names_hyper_learning_rates_at_the_edge_of_the_grid():
+    table = study.summarize(made_up_runs())
+    text = study.conclude(table)
+    assert "GreedyLR from 0.01: significantly higher; per parameter from 0.01: not different" in text
+    assert text.endswith(
+        "The best hyper learning rate of the grid from 1e-08 to 1000 is inside it everywhere."
+    )
+    edge = pl.when(pl.col("method") == "per group").then(1e-8).otherwise(pl.col("hyper_learning_rate"))
+    text = study.conclude(table.with_columns(hyper_learning_rate=edge))
+    assert text.endswith("is at its edge for per group from 0.01, per group from 0.1.")
+
+
+def test_figure_10_shows_each_group_in_its_own_look_and_rates_of_zero():
+    lines = study.draw_groups(made_up_runs()).axes[0].lines
+    groups = [line for line in lines if line.get_label().startswith("per group")]
+    assert len({(line.get_color(), line.get_linestyle()) for line in groups}) == len(groups) == 2
+    (low, _) = lines[0].axes.get_ylim()
+    assert low == 0 and lines[0].axes.get_yscale() == "symlog"
+
+
 @pytest.mark.parametrize("draw", [study.draw_losses, study.draw_greedy, study.draw_groups])
 def test_the_figures_of_the_study_have_titles_and_a_legend(draw):
     figure = draw(made_up_runs())
