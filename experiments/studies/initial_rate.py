@@ -6,8 +6,8 @@ one is best is decided by the median over the same seeds, so the reference is sl
 a rule is how much worse its median is, in tolerances; a tolerance is 2 points of accuracy, or 10% of the
 reference's loss or return.
 
-Runs of a folder are kept: a call that selects other tasks or rules trains only what is missing, and ``--fresh``
-discards them.
+Runs of a folder are kept: a call that selects other tasks or rules trains only what is missing, and
+``--fresh`` discards them.
 """
 
 from collections.abc import Mapping, Sequence
