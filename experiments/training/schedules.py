@@ -481,7 +481,7 @@ _ENTRIES: tuple[Schedule, ...] = (
         optimizer=lambda optimizer, rate, steps: greedylr_jax.auto_lr(optimizer, total_steps=max(10, steps)),
     ),
     RateOptimizer(
-        name="auto-endless",
+        name="auto-without-steps",
         label="auto, unknown number of steps",
         source="greedylr_jax.auto_lr without total_steps; it has no initial rate",
         look=Look(palette.BROWN, ":"),
