@@ -271,7 +271,7 @@ def recovery(loss: np.ndarray, start: int) -> float:
       >>> recovery(loss, 20)
       20.0
     """
-    before = np.mean(loss[start - _WINDOW : start])
+    before = np.mean(loss[start - _WINDOW : start]) * (1 + 1e-6)  # rounding
     after = drawing.smooth(loss[start + WRONG_BATCHES :], _WINDOW)
     recovered = np.flatnonzero(after <= before)
     return float(recovered[0] + _WINDOW) if len(recovered) else math.inf

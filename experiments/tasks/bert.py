@@ -2,8 +2,8 @@
 parameters of :class:`~experiments.tasks.transformer.Transformer`, and the words of ``vocab.txt``.
 
 A checkpoint is a folder with ``model.safetensors``, ``config.json`` and, for the words, ``vocab.txt``, such
-as one that was downloaded from Hugging Face. Source: J. Devlin et al., "BERT", 2018. All tokens are of the first
-segment: its embedding is added to those of the positions.
+as one that was downloaded from Hugging Face. Source: J. Devlin et al., "BERT", 2018. All tokens are of the
+first segment: its embedding is added to those of the positions.
 """
 
 import json

@@ -18,6 +18,7 @@ from experiments.reporting import summary
 from experiments.reporting.palette import Look
 from experiments.studies import (
     compare,
+    finetune,
     greedylr,
     initial_rate,
     leaderboard,
@@ -135,7 +136,7 @@ def test_every_schedule_has_a_look_and_a_label_of_its_own():
 
 
 @pytest.mark.parametrize(
-    "study", [compare, greedylr, initial_rate, leaderboard, lrtuner, polling, robustness]
+    "study", [compare, finetune, greedylr, initial_rate, leaderboard, lrtuner, polling, robustness]
 )
 def test_studies_choose_schedules_from_the_registry(study):
     names = {*getattr(study, "SCHEDULES", ())}

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from experiments.studies import (
     STUDIES,
+    finetune,
     greedylr,
     hypergradient,
     initial_rate,
@@ -19,6 +20,7 @@ from experiments.studies import (
     theory,
 )
 from experiments.studies.base import Job
+from tests.experiments import test_finetune_study
 from tests.experiments.browser import HAS_BROWSER, open_and_click
 from tests.experiments.figures import assert_is_drawn, lines_of
 
@@ -216,6 +218,7 @@ def shrink(monkeypatch, study):
         "hypergradient": {"steps": 40, "seeds": 2},
         "theory": {"starts": 2},
         "leaderboard": {"tasks": ("quadratic-10", "ackley"), "steps": 40, "seeds": 2},
+        "finetune": test_finetune_study.SMALL,
     }
     modules = {
         "greedylr": greedylr,
@@ -226,6 +229,7 @@ def shrink(monkeypatch, study):
         "hypergradient": hypergradient,
         "theory": theory,
         "leaderboard": leaderboard,
+        "finetune": finetune,
     }
     monkeypatch.setitem(modules[study].PRESETS, "quick", presets[study])
     if study == "greedylr":
@@ -242,6 +246,8 @@ def shrink(monkeypatch, study):
             case._replace(task="digits-mlp", table=str(i)) for i, case in enumerate(lrtuner.CASES[1:3])
         )
         monkeypatch.setattr(lrtuner, "CASES", cases[:1])
+    if study == "finetune":
+        test_finetune_study.use_tiny_networks(monkeypatch)
     if study == "polling":
         monkeypatch.setattr(polling, "TASKS", ("digits-mlp",))
     return modules[study]
@@ -261,6 +267,11 @@ RECOMPUTED = {
     "polling": lambda runs: {"table": polling.summarize(runs)},
     "hypergradient": lambda runs: {"table": hypergradient.summarize(runs)},
     "theory": lambda runs: {"table": theory.summarize(runs)},
+    "finetune": lambda runs: {
+        "table": finetune.summarize(runs),
+        "claims": finetune.compare(runs),
+        "recovery": finetune.recovery_table(runs),
+    },
     "leaderboard": lambda runs: {
         "scores": leaderboard.summarize(leaderboard.time_to_target(runs)),
         "tasks": leaderboard.by_task(leaderboard.time_to_target(runs)),

@@ -9,7 +9,17 @@ import tensorflow_datasets as tfds
 from flax import nnx
 
 from experiments.errors import UsageError
-from experiments.tasks import SUITE_TASKS, TASKS, detection, functions, make_task, question_answering, seq2seq
+from experiments.tasks import (
+    FINE_TUNING_TASKS,
+    PRETRAINING_TASKS,
+    SUITE_TASKS,
+    TASKS,
+    detection,
+    functions,
+    make_task,
+    question_answering,
+    seq2seq,
+)
 from experiments.tasks.base import CLASSIFICATION
 from experiments.tasks.segmentation import _mean_iou
 from experiments.tasks.transformer import Transformer, causal_mask, padding_mask
@@ -49,7 +59,7 @@ def train(task, steps):
     [
         pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
         for name in TASKS
-        if name not in (*PUBLIC, *SUITE_TASKS)
+        if name not in (*PUBLIC, *SUITE_TASKS, *PRETRAINING_TASKS, *FINE_TUNING_TASKS)
     ],
 )
 def test_a_task_can_be_learned(name):
