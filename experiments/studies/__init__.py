@@ -37,6 +37,7 @@ STUDIES: dict[str, Study] = {
             "theory",
             "final loss as a function of GreedyLR's factor for functions of known smoothness (paper 001)",
         ),
+        ("finetune", "GreedyLR in pre-training and fine-tuning, full and by adapters (paper 001)"),
         ("leaderboard", "all rules and baselines from Optax on all tasks: performance profiles"),
     )
 }

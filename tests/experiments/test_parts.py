@@ -18,6 +18,7 @@ from experiments.reporting import summary
 from experiments.reporting.palette import Look
 from experiments.studies import (
     compare,
+    finetune,
     greedylr,
     leaderboard,
     lrtuner,
@@ -173,7 +174,7 @@ def test_reports_list_the_source_of_each_schedule():
 
 
 @pytest.mark.parametrize(
-    "study", [compare, greedylr, leaderboard, lrtuner, polling, rate_sensitivity, robustness]
+    "study", [compare, finetune, greedylr, leaderboard, lrtuner, polling, rate_sensitivity, robustness]
 )
 def test_studies_choose_schedules_from_the_registry(study):
     names = {*getattr(study, "SCHEDULES", ())}
