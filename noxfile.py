@@ -26,6 +26,21 @@ def oldest(session: nox.Session) -> None:
 
 
 @nox.session(python="3.11")
+def clients(session: nox.Session) -> None:
+    """Run the tests with libraries that have training loops of their own, such as Keras and tunix."""
+    session.install("-e", ".[test,clients]")
+    session.install("--no-deps", "brax>=0.14")  # of which one file is tested, without the physics engine
+    session.run("pytest", "tests/clients", *session.posargs, env={"KERAS_BACKEND": "jax"})
+
+
+@nox.session(python="3.11")
+def accelerators(session: nox.Session) -> None:
+    """Compile a train step with every rule for TPU and GPU, which needs neither (half an hour)."""
+    session.install("-e", ".[test,tpu,cuda]")
+    session.run("pytest", "-m", "accelerator", "tests/accelerators", *session.posargs)
+
+
+@nox.session(python="3.11")
 def lint(session: nox.Session) -> None:
     """Check lint, format and types."""
     session.install("-e", ".[lint,test]")  # pyright needs the optional dependencies

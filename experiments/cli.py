@@ -8,11 +8,12 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
+from experiments import welcome
 from experiments.arc import commands as arc_commands
 from experiments.errors import UsageError
 from experiments.options import at_least, make_console, names, one_of, rates
 
-BENCHMARKS = ("arc", "overhead", "probing", "published", "sweep")
+BENCHMARKS = ("accelerators", "arc", "overhead", "probing", "published", "sweep")
 MIN_STEPS = 20  # the table shows the loss at 10% of the steps, a mean over 5% of them
 
 
@@ -31,9 +32,17 @@ app = typer.Typer(
     cls=_Interruptible,
     help="Experiments with learning-rate rules: same seeds, same batches, several initial rates.",
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback(invoke_without_command=True)
+def overview(context: typer.Context) -> None:
+    """Experiments with learning-rate rules: same seeds, same batches, several initial rates."""
+    if context.invoked_subcommand is None:
+        typer.echo(welcome.OVERVIEW, nl=False)
+
+
 app.add_typer(arc_commands.app, name="arc")
 
 
@@ -60,7 +69,7 @@ def compare(
         bool, typer.Option("--fresh", help="Discard an unfinished comparison instead of resuming it.")
     ] = False,
 ) -> None:
-    """Compare GreedyLR with constant, linear, cosine and reduce-on-plateau schedules on real data."""
+    """Compare GreedyLR with common schedules on real data: constant, linear, cosine, exponential, plateau."""
     from experiments.studies.base import Job
     from experiments.studies.compare import Comparison
     from experiments.studies.compare import compare as run
@@ -70,11 +79,13 @@ def compare(
     at_least("--steps", steps, MIN_STEPS)
     at_least("--seeds", seeds, 1)
     initial_rates = None if learning_rates is None else rates("--learning-rates", learning_rates)
+    console = make_console()
+    welcome.explain_first_run(console)
     engine.configure()
     arguments = f"--task {task} --optimizer {','.join(optimizers)} --steps {steps} --seeds {seeds}"
     if initial_rates is not None:
         arguments += f" --learning-rates {','.join(f'{rate:g}' for rate in initial_rates)}"
-    job = Job("compare", "", out, make_console(), fresh=fresh, command="compare", arguments=arguments)
+    job = Job("compare", "", out, console, fresh=fresh, command="compare", arguments=arguments)
     run(job, Comparison(task, optimizers, steps, seeds, initial_rates))
 
 
@@ -133,9 +144,11 @@ def study(
 
     selection = Selection(task, optimizer, split, rule, steps)
     check_options(name, selection)
+    console = make_console()
+    welcome.explain_first_run(console)
     engine.configure()
     out = out or Path("results") / name
-    job = Job(name, preset, out, make_console(), cluster, fresh, selection=selection)
+    job = Job(name, preset, out, console, cluster, fresh, selection=selection)
     STUDIES[name].load()(job)
 
 
@@ -149,8 +162,10 @@ def pretrain(
     from experiments import pretraining
     from experiments.training import engine
 
+    console = make_console()
+    welcome.explain_first_run(console)
     engine.configure()
-    pretraining.pretrain(preset, make_console(), fresh=fresh)
+    pretraining.pretrain(preset, console, fresh=fresh)
 
 
 @app.command()

@@ -7,7 +7,6 @@ this code. An unfinished training is a file beside it, replaced atomically every
 command resumes; the weights equal those of an uninterrupted training.
 """
 
-import functools
 import hashlib
 import json
 import os
@@ -140,8 +139,8 @@ def _train(kind: str, preset: str, console: Console, data_dir: Path | None) -> N
         bar = progress.add_task(f"{kind}: data", total=steps)
         task = make_task(kind, preset, data_dir=data_dir)
         tx = optimizer(steps, size.learning_rate)
-        params = task.init(jax.random.key(0))
-        state, losses = _resume(_unfinished(path), (params, tx.init(params)))
+        initial = jax.jit(lambda key: _initial(task, tx, key))(jax.random.key(0))
+        state, losses = _resume(_unfinished(path), initial)
         batches = batch_indices(task, steps, jax.random.key(1))
         chunk = min(CHUNK, steps)
         done = chunk * len(losses)
@@ -158,6 +157,11 @@ def _train(kind: str, preset: str, console: Console, data_dir: Path | None) -> N
     metadata = {name: json.dumps(value) for name, value in fields.items()}
     _write(path, jax.device_get(state[0]), metadata)
     _unfinished(path).unlink()
+
+
+def _initial(task: Task, tx: optax.GradientTransformationExtraArgs, key: jax.Array) -> tuple[Arrays, Any]:
+    params = task.init(key)
+    return params, tx.init(params)
 
 
 def _compile(
@@ -179,7 +183,8 @@ def _compile(
         return (params, tx_state), losses.mean()
 
     lowered = jax.jit(run).lower(*state, batches, np.int32(0), train)
-    return functools.partial(lowered.compile(compiler_options=compiler_options()), train=train)
+    compiled = lowered.compile(compiler_options=compiler_options())
+    return lambda params, tx_state, batches, start: compiled(params, tx_state, batches, start, train)
 
 
 def _save(path: Path, state: Any, losses: list[float]) -> None:

@@ -46,6 +46,16 @@ def where(condition: ArrayLike, on_true: ArrayLike, on_false: ArrayLike) -> jax.
     return jax.lax.select(condition, array(on_true), array(on_false))
 
 
+def overwrite(previous: jax.Array, new: jax.Array) -> jax.Array:
+    """``new``, for a field of a state that is written at every step and never read.
+
+    ``jax.jit`` drops arguments that are not read, and pairs the other donated arguments with results by their
+    order: if one is missing, XLA copies each later field that a step does not change. The select is not in the
+    compiled program.
+    """
+    return jax.lax.select(np.False_, previous, new)
+
+
 def fresh(array: jax.Array) -> jax.Array:
     """A copy of an array of a state, which stays valid if the state is donated; a tracer as it is."""
     return array if _checks.is_traced(array) else jnp.array(array)

@@ -13,7 +13,7 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 def read(path):
@@ -24,7 +24,7 @@ def test_the_readme_lists_all_notebooks():
     readme = (ROOT / "README.md").read_text()
     assert len(NOTEBOOKS) == 3
     for path in NOTEBOOKS:
-        assert f"docs/notebooks/{path.name}" in readme
+        assert f"notebooks/{path.name}" in readme
 
 
 @pytest.mark.parametrize(
@@ -79,10 +79,10 @@ def test_notebook_installs_the_library_from_the_checkout_it_is_in(tmp_path, monk
     empty.mkdir(parents=True)
     command = [python, "-c", install]
     failed = subprocess.run(command, check=False, cwd=empty, text=True, capture_output=True)
-    assert failed.returncode and "pip found no greedylr-jax at SOURCE='../..'. Set SOURCE" in failed.stderr
+    assert failed.returncode and "pip found no greedylr-jax at SOURCE='..'. Set SOURCE" in failed.stderr
 
     checkout = tmp_path / "checkout"  # a copy, since pip leaves files of the build in it
-    for folder in ("greedylr_jax", "docs/notebooks"):
+    for folder in ("greedylr_jax", "notebooks"):
         shutil.copytree(ROOT / folder, checkout / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, checkout)
@@ -92,10 +92,10 @@ def test_notebook_installs_the_library_from_the_checkout_it_is_in(tmp_path, monk
     spec = {"argv": arguments, "display_name": "bare", "language": "python"}
     (kernel / "kernel.json").write_text(json.dumps(spec))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
-    notebook = read(checkout / "docs" / "notebooks" / "quickstart.ipynb")
+    notebook = read(checkout / "notebooks" / "quickstart.ipynb")
     where = "import greedylr_jax; print(greedylr_jax.__file__)"
     notebook.cells.append(nbformat.v4.new_code_cell(where))
-    resources = {"metadata": {"path": str(checkout / "docs" / "notebooks")}}
+    resources = {"metadata": {"path": str(checkout / "notebooks")}}
     nbclient.NotebookClient(notebook, timeout=300, kernel_name="bare", resources=resources).execute()
     assert str(tmp_path / "environment") in notebook.cells[-1].outputs[0]["text"]
 

@@ -6,13 +6,14 @@ compiles a train step for a :class:`Target`, and :func:`experiments.bench.hlo.re
 optimized program what a step costs there. Where JAX has an accelerator, the steps are timed on it as well.
 """
 
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -228,7 +229,7 @@ def compile_step(
       specs: pytrees of ``PartitionSpec`` for the parameters and the state; None: all on every device.
 
     Returns:
-      The compiled program. It runs only if the devices exist; ``as_text()`` is for :func:`hlo.read_program`.
+      The compiled program, which JAX's persistent compilation cache does not hold. It runs only if the devices exist; ``as_text()`` is for :func:`hlo.read_program`.
     """
     if specs is None:
         specs = jax.tree.map(lambda _: PartitionSpec(), shapes[:2])
@@ -239,7 +240,8 @@ def compile_step(
         specs,
     )
     options = _GPU_OPTIONS if mesh.devices.flat[0].platform in ("gpu", "cuda") else None
-    return jax.jit(step, donate_argnums=(0, 1)).trace(*placed).lower().compile(compiler_options=options)
+    with _without_cache():
+        return jax.jit(step, donate_argnums=(0, 1)).trace(*placed).lower().compile(compiler_options=options)
 
 
 def program_of(rule: str, target: Target, num_devices: int = 1, **network: Any) -> hlo.Program:
@@ -310,13 +312,13 @@ def run(console: Console, out: Path, repeats: int) -> dict[str, Any]:
         if reasons[name] is not None:
             console.print(f"Skipped: {reasons[name]}")
             continue
-        rows += _without_cache(functools.partial(predicted_rows, target))
+        rows += predicted_rows(target)
         _print_rows(console, f"{name}, compiled", rows)
     device = jax.devices()[0]
     if device.platform == "cpu":
         console.print("JAX has no GPU or TPU here, so that no step was timed.")
     else:
-        rows += _without_cache(functools.partial(measured_rows, device, repeats))
+        rows += measured_rows(device, repeats)
         _print_rows(console, f"{device.device_kind}, timed", rows)
     result = {
         "versions": {package: _version(package) for package in _PACKAGES},
@@ -353,13 +355,14 @@ def _cells(row: Row, bare: Row) -> tuple[str, ...]:
     return (row.rule, *counts, megabytes, compilation, step)
 
 
-def _without_cache(make_rows: Callable[[], list[Row]]) -> list[Row]:
-    """Calls a function with JAX's persistent compilation cache switched off, for its compile times."""
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """Switches JAX's persistent compilation cache off, which cannot load programs for described devices."""
     folder = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()  # the cache stays bound to its first folder otherwise
     try:
-        return make_rows()
+        yield
     finally:
         jax.config.update("jax_compilation_cache_dir", folder)
         compilation_cache.reset_cache()

@@ -20,7 +20,7 @@ from experiments.reporting.palette import (  # noqa: F401  (figures use them as 
     PINK,
     RED,
     SKY,
-    YELLOW,
+    VIOLET,
     Look,
 )
 from experiments.training.store import write_atomically

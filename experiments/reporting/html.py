@@ -14,7 +14,7 @@ from experiments.training.store import write_atomically
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2rem auto; }
 table { border-collapse: collapse; font-size: 13px; margin: 1rem 0; }
-th, td { border-bottom: 1px solid #ddd; padding: 3px 10px; text-align: right; white-space: nowrap; }
+th, td { border-bottom: 1px solid #ddd; padding: 3px 10px; text-align: right; }
 th:first-child, td:first-child { text-align: left; }
 th { border-bottom: 2px solid #888; }
 """
@@ -64,12 +64,12 @@ def write_page(path: Path, title: str, text: str, sections: Sequence[Section]) -
 
 
 class Curve(NamedTuple):
-    """A line of a figure; ``line`` is its style as Plotly takes it, such as ``Look.plotly()``."""
+    """A line of a figure; ``style`` holds arguments of a Plotly ``Scatter``, such as ``Look.plotly()``."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
-    line: dict[str, Any] = {}  # noqa: RUF012  (never changed)
+    style: dict[str, Any] = {}  # noqa: RUF012  (never changed)
 
 
 def line_figure(
@@ -77,8 +77,9 @@ def line_figure(
 ) -> go.Figure:
     """An interactive figure of curves."""
     figure = go.Figure()
-    for name, x, y, line in curves:
-        figure.add_scatter(x=list(x), y=list(y), name=name, line=line, mode="lines")
+    for name, x, y, style in curves:
+        mode = "lines+markers" if "marker" in style else "lines"
+        figure.add_scatter(x=list(x), y=list(y), name=name, mode=mode, **style)
     figure.update_xaxes(title=x_title, **({"type": "log", "dtick": 1} if x_log else {}))
     figure.update_yaxes(title=y_title, **({"type": "log", "exponentformat": "power"} if y_log else {}))
     figure.update_layout(height=430, margin={"t": 20}, showlegend=True)

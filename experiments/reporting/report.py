@@ -1,6 +1,7 @@
 """The table, the figures and the report of the command ``compare``."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -144,7 +145,9 @@ def draw_histories(runs: pl.DataFrame, title: str) -> plt.Figure:
     for axes in grid[-1]:
         axes.set_xlabel("step")
     drawing.add_legend(figure, grid[0, 0], columns=8)
-    figure.suptitle(f"{title}; line: median, band: minimum to maximum", fontsize=12)
+    words = f"{title}; line: median, band: minimum to maximum"
+    characters = int(11 * figure.get_figwidth())  # in a line of the figure's width
+    figure.suptitle(textwrap.fill(words, characters), fontsize=12)
     return figure
 
 

@@ -1,5 +1,6 @@
 """The parts that all studies share: the job, the training, and the output."""
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -190,8 +191,10 @@ def publish(
     source = f"All numbers are computed from runs.parquet by {recomputed_by}. Command: {job.call}."
     if schedules:
         sections = [*sections, sources(schedules)]
-    html.write_page(job.out / "report.html", title, f"{text} {source}", sections)
-    job.console.print(f"Tables, figures, runs.parquet and report.html are in {job.out}.")
+    page = job.out / "report.html"
+    html.write_page(page, title, f"{text} {source}", [*sections, *_settings_section(job.out)])
+    job.console.print(f"Tables, figures and runs.parquet are in {job.out}.")
+    job.console.print(f"Report: {page.resolve()}", soft_wrap=True)
 
 
 def sources(schedules: Sequence[str]) -> html.Section:
@@ -199,3 +202,12 @@ def sources(schedules: Sequence[str]) -> html.Section:
     entries = [(name, parse(name)[0]) for name in dict.fromkeys(schedules)]
     rows = [(entry.label if entry.name == name else name, entry.source) for name, entry in entries]
     return html.Section("Schedules and rules", "", [html.Table(("schedule", "source"), rows)])
+
+
+def _settings_section(folder: Path) -> list[html.Section]:
+    """The stored settings as a table; nothing if the study stores none."""
+    path = folder / "settings.json"
+    if not path.exists():
+        return []
+    rows = [(name, json.dumps(value)) for name, value in json.loads(path.read_text()).items()]
+    return [html.Section("Settings", "", [html.Table(("setting", "value"), rows)])]

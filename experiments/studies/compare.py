@@ -5,13 +5,14 @@ from typing import Any, NamedTuple
 
 import jax
 
-from experiments.reporting import report, summary
+from experiments import welcome
+from experiments.reporting import html, report, summary
 from experiments.studies.base import Job, Sweep, publish
 from experiments.tasks import make_task
-from experiments.training.engine import Settings, make_specs
+from experiments.training.engine import Settings, device_mesh, make_specs, step_flops
 from experiments.training.sweep import Group
 
-SCHEDULES = ("constant", "warmup", "linear", "cosine", "exponential", "plateau", "plateau-torch", "GreedyLR")
+SCHEDULES = ("constant", "linear", "cosine", "exponential", "plateau", "GreedyLR")
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -40,15 +41,23 @@ def compare(job: Job, comparison: Comparison) -> None:
       UsageError: if the task is unknown or the output folder cannot be used.
     """
     task_name, optimizers, steps, seeds, learning_rates = comparison
+    is_cached = welcome.cache_folder().exists()
     task = make_task(task_name)
     rates = {name: tuple(learning_rates or task.learning_rates[name]) for name in optimizers}
     described = {"compared": task_name, "seeds": seeds, "learning_rates": rates, "schedules": SCHEDULES}
     sweep = Sweep(job, Settings(steps), described)
-    compilations = _CompilationCount()
     groups = [
         Group(task_name, optimizer, make_specs(SCHEDULES, rates[optimizer], range(seeds)))
         for optimizer in optimizers
     ]
+    runs_each, devices = len(groups[0].specs), device_mesh().size
+    duration = "see the bar for the time"
+    if jax.default_backend() == "cpu":
+        flops = [step_flops(task, name) for name in optimizers]
+        seconds = welcome.estimate_seconds(flops, runs_each, steps, devices, is_cached=is_cached)
+        duration = f"{welcome.duration_text(seconds)}, roughly"
+    job.console.print(f"{runs_each * len(groups)} runs of {steps} steps, {devices} at a time: {duration}.")
+    compilations = _CompilationCount()
     sweep.train(groups, keep_programs=True)
     runs = sweep.finish()
     compilations.stop()
@@ -65,10 +74,10 @@ def compare(job: Job, comparison: Comparison) -> None:
     publish(
         job,
         f"GreedyLR and common schedules: {task_name}",
-        f"{title}. {conclusion}",
+        f"{title}.",
         tables={"table": table},
         figures={"table": report.draw_table(table, title), "histories": report.draw_histories(runs, title)},
-        sections=report.sections(runs, table),
+        sections=[html.Section("Result", conclusion, []), *report.sections(runs, table)],
         recomputed_by="experiments.reporting.summary.summarize",
         schedules=SCHEDULES,
     )

@@ -98,8 +98,8 @@ def run(job: Job) -> None:
     print_table(job.console, "Tables II to IV", _SUMMARY_HEADERS, rows)
     for kind in table["kind"].unique(maintain_order=True):
         print_table(job.console, _title(kind), _HEADERS, _cells(table, kind), left=4)
-    verdict = " ".join([_conclude(table), *(_conclude(further.filter(schedule=name)) for name in FURTHER)])
-    job.console.print(verdict)
+    conclusion = " ".join([_conclude(table), *(_conclude(further.filter(schedule=name)) for name in FURTHER)])
+    job.console.print(conclusion)
     publish(
         job,
         "GreedyLR against common schedules",
@@ -107,7 +107,7 @@ def run(job: Job) -> None:
         "GreedyLR. Yes: GreedyLR's loss is lower; *: by less than 0.1; losses are means over seeds of the "
         "mean over the 5% of steps before a stage. Difference: the baseline's final loss minus GreedyLR's, "
         "with "
-        f"its 95% confidence interval over seeds; positive if GreedyLR is better. {verdict}",
+        f"its 95% confidence interval over seeds; positive if GreedyLR is better. {conclusion}",
         tables={
             "table": table,
             "further": further,
@@ -394,6 +394,6 @@ def _figure(runs: pl.DataFrame, task: str) -> go.Figure:
         for name, values in _curves(runs, task, optimizer, rates[len(rates) // 2], "loss").items():
             width = max(1, len(values) // 20)
             shown = drawing.smooth(values, width)
-            style = {"color": color, "dash": "solid" if name == GREEDYLR else "dot"}
+            style = drawing.Look(color, "-" if name == GREEDYLR else ":").plotly()
             curves.append(html.Curve(f"{optimizer}, {name}", np.arange(len(shown)) + width, shown, style))
     return html.line_figure(curves, f"step ({task})", "training loss, mean over seeds")

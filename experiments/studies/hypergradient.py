@@ -82,7 +82,7 @@ CONSTANT = "constant"
 METHODS: dict[str, Method] = {
     CONSTANT: Method(
         lambda optimizer, rate, hyper_rate: optax.chain(optimizer, optax.scale(rate)),
-        Look("#CC3311"),
+        Look(drawing.RED),
         False,
         lambda state, rate: {"learning_rate": rate},
     ),
@@ -90,7 +90,7 @@ METHODS: dict[str, Method] = {
         lambda optimizer, rate, hyper_rate: optax.chain(
             optimizer, optax.scale(rate), greedylr_jax.greedy_lr()
         ),
-        Look("#111111"),
+        Look(drawing.BLACK),
         False,
         lambda state, rate: {"learning_rate": rate * greedylr_jax.get_scale(state)},
     ),
@@ -159,14 +159,14 @@ def run(job: Job) -> None:
     table = summarize(runs)
     title = f"{task.name}, {optimizer}, {steps} steps, {seeds} seeds: loss at the end"
     print_table(job.console, title, _HEADERS, _cells(table), left=2)
-    verdict = conclude(table)
-    job.console.print(verdict)
+    conclusion = conclude(table)
+    job.console.print(conclusion)
     write_atomically(job.out / "runs.parquet", runs.write_parquet)
     publish(
         job,
         "First-order GreedyLR",
         f"One network trained with {optimizer} at a constant rate, with GreedyLR, and with hypergradient "
-        f"descent: {title}. Figures 8 to 10 of the first GreedyLR paper. {verdict}",
+        f"descent: {title}. Figures 8 to 10 of the first GreedyLR paper. {conclusion}",
         tables={"table": table},
         figures={
             "fig8_losses": draw_losses(runs),
@@ -265,13 +265,14 @@ def _sections(runs: pl.DataFrame, table: pl.DataFrame) -> list[html.Section]:
             shown = {name: values for name, values in first.items() if values is not None}
             for name, values in shown.items():
                 rate_look = look if len(shown) == 1 else next(looks)
-                shown_values = _positive(np.array(values, float))
-                rates.append(
-                    html.Curve(f"{method}: {name}", np.arange(len(values)), shown_values, rate_look.plotly())
-                )
+                smoothed = drawing.smooth(np.array(values, float), _WIDTH)
+                steps = np.arange(len(smoothed)) + _WIDTH
+                rates.append(html.Curve(f"{method}: {name}", steps, smoothed, rate_look.plotly()))
         parts = [
             html.line_figure(losses, "step", f"training loss, running mean of {_WIDTH}", y_log=True),
-            html.line_figure(rates, "step", "learning rate, first seed", y_log=True),
+            html.line_figure(
+                rates, "step", f"learning rate, first seed, running mean of {_WIDTH}", y_log=True
+            ),
             html.Table(_HEADERS, _cells(table.filter(pl.col("learning_rate") == rate))),
         ]
         sections.append(html.Section(f"Initial rate {rate:g}", "", parts))
@@ -332,34 +333,29 @@ def draw_greedy(runs: pl.DataFrame) -> plt.Figure:
 def draw_groups(runs: pl.DataFrame) -> plt.Figure:
     """Figure 10: learning rates per parameter (mean and range) and per group, of the first seed.
 
-    A rate may be 0, which a logarithmic axis cannot show: there the curve is interrupted, and the band ends
-    at the lower edge of the panel.
+    Single rates are 0 in single steps, so running means are drawn, and the axis is linear near 0.
     """
-    figure, panels = _panels(runs, "Learning rates of hypergradient descent (first seed)")
+    title = f"Learning rates of hypergradient descent (first seed, running mean over {_WIDTH} steps)"
+    figure, panels = _panels(runs, title)
     for axes, rate in panels:
         low, mean, high = (
-            _histories(runs, "per parameter", rate, f"learning_rate_{name}")[0]
+            drawing.smooth(_histories(runs, "per parameter", rate, f"learning_rate_{name}")[0], _WIDTH)
             for name in ("min", "mean", "max")
         )
-        steps = np.arange(len(mean))
-        groups = _group_rates(runs, rate)
-        shown = np.concatenate([mean, high, *groups.values()])
-        bottom = shown[shown > 0].min() / 2
-        axes.fill_between(steps, np.maximum(low, bottom), high, color=drawing.BLUE, alpha=0.2, lw=0)
+        steps = np.arange(len(mean)) + _WIDTH
+        axes.fill_between(steps, low, high, color=drawing.BLUE, alpha=0.2, lw=0)
         label = "per parameter: mean (band: minimum to maximum)"
-        axes.plot(steps, _positive(mean), color=drawing.BLUE, lw=1.5, label=label)
+        axes.plot(steps, mean, color=drawing.BLUE, lw=1.5, label=label)
+        groups = _group_rates(runs, rate)
         for (name, values), look in zip(groups.items(), _distinct_looks(), strict=False):
-            axes.plot(steps, _positive(values), **look.matplotlib(), lw=1.3, label=f"per group: {name}")
+            smoothed = drawing.smooth(values, _WIDTH)
+            axes.plot(steps, smoothed, **look.matplotlib(), lw=1.3, label=f"per group: {name}")
         axes.axhline(rate, color=drawing.GREY, lw=1, label=CONSTANT)
         axes.set_ylabel("learning rate")
-        axes.set_ylim(bottom, None)
+        axes.set_yscale("symlog", linthresh=rate / 10)
+        axes.set_ylim(0, None)
     drawing.add_legend(figure, panels[0][0], columns=3)
     return figure
-
-
-def _positive(values: np.ndarray) -> np.ndarray:
-    """The values, NaN where they are not above 0."""
-    return np.where(values > 0, values, np.nan)
 
 
 def _group_rates(runs: pl.DataFrame, rate: float) -> dict[str, np.ndarray]:

@@ -53,15 +53,16 @@ def run(job: Job) -> None:
     """Trains all runs and writes rows, table, figures and report; resumes an interrupted job."""
     chosen = PRESETS[job.preset]
     sweep = Sweep(job, Settings(chosen["steps"], EVALUATIONS), {"preset": chosen, "schedules": SCHEDULES})
-    tuning = [Group(task, OPTIMIZER, make_specs(("cosine",), GRID, TUNING_SEEDS)) for task in TASKS]
+    tasks, optimizer = job.tasks(TASKS), job.one_optimizer(OPTIMIZER)
+    tuning = [Group(task, optimizer, make_specs(("cosine",), GRID, TUNING_SEEDS)) for task in tasks]
     best = best_rates(sweep.train(tuning, keep_programs=True))
     seeds = range(chosen["seeds"])
     groups = []
-    for task in TASKS:
-        rate = best[task, OPTIMIZER]
+    for task in tasks:
+        rate = best[task, optimizer]
         specs = make_specs(SCHEDULES, (rate,), seeds, label=BEST)
         specs += make_specs(("constant", *FACTORS), (TOO_LARGE * rate,), seeds, label=LARGE)
-        groups.append(Group(task, OPTIMIZER, specs))
+        groups.append(Group(task, optimizer, specs))
     sweep.train(groups, keep_programs=True)
     runs = sweep.finish()
     table = summarize(runs)
@@ -69,7 +70,7 @@ def run(job: Job) -> None:
     publish(
         job,
         "Factor polling",
-        f"{chosen['steps']} steps, {chosen['seeds']} seeds, {OPTIMIZER}; initial rate: the best of a grid "
+        f"{chosen['steps']} steps, {chosen['seeds']} seeds, {optimizer}; initial rate: the best of a grid "
         "for the cosine schedule on seeds that are not reported, and 200 times that rate. A step with n "
         "factors costs n more forward passes on each evaluation batch; the results are not corrected for "
         "that. Difference: from the constant rate, paired by seed.",
@@ -77,6 +78,7 @@ def run(job: Job) -> None:
         figures={"fig2_factors": draw(runs, FACTORS), "fig3_batches": draw(runs, BATCHES)},
         sections=_sections(runs, table),
         recomputed_by="experiments.studies.polling.summarize",
+        schedules=SCHEDULES,
     )
 
 
@@ -146,10 +148,11 @@ def _histories(runs: pl.DataFrame, task: str, schedule: str, column: str) -> np.
 
 def draw(runs: pl.DataFrame, schedules: tuple[str, ...]) -> plt.Figure:
     """Held-out loss above learning rate for the constant schedule and some variants of polling."""
-    figure, panels = drawing.panels(2 * len(TASKS), len(TASKS), width=5.2, height=3.4)
-    for column, task in enumerate(TASKS):
+    tasks = runs["task"].unique(maintain_order=True)
+    figure, panels = drawing.panels(2 * len(tasks), len(tasks), width=5.2, height=3.4)
+    for column, task in enumerate(tasks):
         for row, (name, title) in enumerate((("test_losses", "held-out loss"), ("rate", "learning rate"))):
-            axes = panels[row * len(TASKS) + column]
+            axes = panels[row * len(tasks) + column]
             for schedule in ("constant", *schedules):
                 values = _histories(runs, task, schedule, name)
                 steps = drawing.percent_of_steps(len(values))
@@ -166,7 +169,7 @@ def draw(runs: pl.DataFrame, schedules: tuple[str, ...]) -> plt.Figure:
 
 def _sections(runs: pl.DataFrame, table: pl.DataFrame) -> list[html.Section]:
     sections = []
-    for task in TASKS:
+    for task in runs["task"].unique(maintain_order=True):
         parts: list[Any] = [html.Table(_HEADERS, _cells(table.filter(pl.col("task") == task)))]
         for name, title in (("test_losses", "held-out loss"), ("rate", "learning rate")):
             curves = []

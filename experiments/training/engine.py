@@ -12,7 +12,6 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,10 +20,11 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
+from experiments import welcome
 from experiments.tasks.base import Batch, Params, Task
 from experiments.training.disturbance import Disturbance, disturbance_inputs
 from experiments.training.loop import batch_indices, take
-from experiments.training.schedules import RateOptimizer, ScheduleInputs, parse, schedule_inputs
+from experiments.training.schedules import ScheduleInputs, program_of, schedule_inputs
 from experiments.training.stepper import make_stepper
 from greedylr_jax import superbatch_loss
 
@@ -127,8 +127,7 @@ def configure(cpus: int | None = None) -> None:
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", cpus or os.cpu_count() or 1)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "greedylr_jax" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_compilation_cache_dir", str(welcome.cache_folder()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
@@ -161,6 +160,22 @@ def side_by_side(
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=runs, check_vma=False)
 
 
+def step_flops(task: Task, optimizer: str) -> float:
+    """Floating-point operations of a training step, counted before the compiler optimizes it."""
+    tx = OPTIMIZERS[optimizer](1.0)
+
+    def step(params: Params, batch: Batch) -> Any:
+        loss, grads = jax.value_and_grad(task.loss)(params, batch)
+        return loss, tx.update(grads, tx.init(params), params)
+
+    def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((task.batch_size, *leaf.shape[1:]), leaf.dtype)
+
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    counted = jax.jit(step).lower(params, jax.tree.map(shape_of, task.train)).cost_analysis()
+    return float((counted or {}).get("flops", 0.0))
+
+
 def compiler_options() -> dict[str, int] | None:
     """Compiler options of training programs."""
     # LLVM's level 2 doubles the compile time, and the programs do not run faster.
@@ -171,7 +186,8 @@ class Engine:
     """Trains runs of one task with one optimizer.
 
     All passive schedules and adaptive scales share one compilation, at the first call; each
-    :class:`~experiments.training.schedules.RateOptimizer` has another one for each of its settings.
+    :class:`~experiments.training.schedules.RateOptimizer` has another one for each of its settings that are
+    not traced.
     """
 
     def __init__(self, task: Task, optimizer: str, settings: Settings, accumulation: int = 1):
@@ -194,7 +210,7 @@ class Engine:
         parts = (slice(0, None, 2), slice(1, None, 2)) if settings.validated else (slice(0), slice(None))
         validation, test = (jax.tree.map(lambda rows, part=part: rows[part], task.test) for part in parts)
         self._data = place((task.train, validation, test), self._mesh)
-        self._compiled: dict[str | None, Callable[..., RunResult]] = {}  # by schedule; None: the shared one
+        self._compiled: dict[str | None, Callable[..., RunResult]] = {}  # by program_of; None: the shared one
 
     @property
     def num_compilations(self) -> int:
@@ -205,9 +221,7 @@ class Engine:
         """Trains the runs and yields them in groups as they finish, each with its duration in seconds."""
         by_program: dict[str | None, list[RunSpec]] = {}
         for spec in specs:
-            entry, _ = parse(spec.schedule)
-            key = spec.schedule if isinstance(entry, RateOptimizer) else None
-            by_program.setdefault(key, []).append(spec)
+            by_program.setdefault(program_of(spec.schedule), []).append(spec)
         for key, together in by_program.items():
             share, start = 1, 0
             while start < len(together):

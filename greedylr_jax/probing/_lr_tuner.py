@@ -364,7 +364,7 @@ def _roll_back(
     learning_rate, states = state.rate.learning_rate, (advanced.inner_state, state.inner_state)
     has_changed = advanced.rate.learning_rate != learning_rate
     restoring = state.restore_steps_left > 0
-    skip = _snapshot.is_not_finite(steps, params, *states, settings.axis_name)
+    skip, _ = _snapshot.check_step(steps, params, *states, axis_name=settings.axis_name)
     actions = _snapshot.Actions(save=has_changed, skip=skip, restore=is_bad, restoring=restoring)
     steps, inner_state, snapshot, restores = _snapshot.act(
         actions, steps, states[0], snapshot, params, states[1], settings.axis_name

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,14 +33,14 @@ def finished(tmp_path_factory):
         [sys.executable, "-m", "experiments", "compare", *SMALL, "--out", str(out)],
         check=False,
         cwd=ROOT,
-        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "COLUMNS": "130"},
+        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache / "programs"), "COLUMNS": "130"},
         text=True,
         capture_output=True,
         timeout=300,
     )
     assert process.returncode == 0, process.stderr
-    assert list(cache.iterdir())  # compiled programs are stored
-    return out, process
+    assert list((cache / "programs").iterdir())  # compiled programs are stored
+    return out, cache, process
 
 
 def run_here(monkeypatch, *arguments):
@@ -51,8 +52,12 @@ def run_here(monkeypatch, *arguments):
 
 
 def check_that_it_writes_table_figures_report_and_rows(finished):
-    out, process = finished
+    out, cache, process = finished
     assert "sgd from 0.05" in process.stdout and "GreedyLR" in process.stdout
+    lines = process.stdout.splitlines()
+    assert lines[0].startswith("First run: ") and str(cache) in lines[0]
+    assert re.match(rf"{len(SCHEDULES) * 4} runs of 40 steps, \d+ at a time: about \d+ seconds, roughly.", lines[1])
+    assert lines[-1] == f"Report: {out / 'report.html'}"
     assert "1 training programs" in process.stdout
     assert sorted(path.name for path in out.iterdir()) == [
         "histories.png", "report.html", "runs.parquet", "settings.json", "table.csv", "table.png",
@@ -70,6 +75,10 @@ def check_that_it_writes_table_figures_report_and_rows(finished):
     page = (out / "report.html").read_text()
     call = "compare --task digits-mlp --optimizer sgd --steps 40 --seeds 2 --learning-rates 0.05,0.5"
     assert f"Command: python -m experiments {call}." in page and "sgd from 0.5" in page
+    headings = re.findall("<h2>(.*?)</h2>", page)
+    assert headings == ["Result", "Table", "sgd from 0.05", "sgd from 0.5", "Settings"]
+    assert report.count_outcomes(table) in page
+    assert "<tr><td>learning_rates</td><td>{&quot;sgd&quot;: [0.05, 0.5]}</td></tr>" in page
 
 
 def check_that_the_histories_are_drawn(finished):

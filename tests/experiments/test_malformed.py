@@ -35,7 +35,10 @@ def fails(monkeypatch, capsys, *arguments):
         ("study nope", "NAME must be one of greedylr,"),
         ("study greedylr --preset big", "--preset must be one of quick, full, got 'big'"),
         ("study theory --cluster auto", "--cluster"),
-        ("study theory --split held-out", "study theory has no option --split; it has --task and --optimizer"),
+        (
+            "study theory --split held-out",
+            "study theory has no option --split; it has --task and --optimizer",
+        ),
         ("study initial-rate --task nope", "--task must be one or more of pinn-"),
         ("bench nope", "NAME must be one of arc, overhead, probing, published, sweep, got 'nope'"),
         ("arc train --epochs 0", "--epochs must be at least 1, got 0"),

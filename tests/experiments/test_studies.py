@@ -12,6 +12,7 @@ from rich.console import Console
 from experiments.errors import UsageError
 from experiments.studies import (
     STUDIES,
+    finetune,
     greedylr,
     hypergradient,
     leaderboard,
@@ -25,6 +26,7 @@ from experiments.studies import (
 from experiments.studies.base import Job, Selection
 from experiments.tasks import make_task
 from experiments.training.schedules import parse
+from tests.experiments import test_finetune_study
 from tests.experiments.browser import HAS_BROWSER, open_and_click
 from tests.experiments.figures import assert_is_drawn, lines_of
 
@@ -222,6 +224,7 @@ def shrink(monkeypatch, study):
         "hypergradient": {"steps": 40, "seeds": 2},
         "theory": {"starts": 2},
         "leaderboard": {"tasks": ("quadratic-10", "ackley"), "steps": 40, "seeds": 2},
+        "finetune": test_finetune_study.SMALL,
     }
     modules = {
         "greedylr": greedylr,
@@ -232,6 +235,7 @@ def shrink(monkeypatch, study):
         "hypergradient": hypergradient,
         "theory": theory,
         "leaderboard": leaderboard,
+        "finetune": finetune,
     }
     monkeypatch.setitem(modules[study].PRESETS, "quick", presets[study])
     if study == "greedylr":
@@ -250,6 +254,8 @@ def shrink(monkeypatch, study):
         monkeypatch.setattr(lrtuner, "CASES", cases[:1])
         monkeypatch.setattr(lrtuner, "SUPERBATCH", 3)
         monkeypatch.setattr(lrtuner_appendix, "SIZES", (1, 2))
+    if study == "finetune":
+        test_finetune_study.use_tiny_networks(monkeypatch)
     if study == "polling":
         monkeypatch.setattr(polling, "TASKS", ("digits-mlp",))
     return modules[study]
@@ -269,6 +275,11 @@ RECOMPUTED = {
     "polling": lambda runs: {"table": polling.summarize(runs)},
     "hypergradient": lambda runs: {"table": hypergradient.summarize(runs)},
     "theory": lambda runs: {"table": theory.summarize(runs)},
+    "finetune": lambda runs: {
+        "table": finetune.summarize(runs),
+        "claims": finetune.compare(runs),
+        "recovery": finetune.recovery_table(runs),
+    },
     "leaderboard": lambda runs: {
         "scores": leaderboard.summarize(leaderboard.time_to_target(runs)),
         "tasks": leaderboard.by_task(leaderboard.time_to_target(runs)),
