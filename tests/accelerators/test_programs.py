@@ -8,8 +8,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from experiments.bench import accelerators, hlo, perceptron
-from experiments.bench.accelerators import AXIS, BARE, RULES, TARGETS
-from tests.accelerators.budgets import BUDGETS, WIDTHS
+from experiments.bench.accelerators import AXIS, BARE, RULES, TARGETS, WIDTHS
+from tests.accelerators.budgets import BUDGETS
 
 TPU, GPU = "v5e", "h100"
 ADDED = [rule for rule in RULES if rule != BARE]
@@ -44,7 +44,7 @@ def cases():
 
 @functools.cache
 def program(rule, target, num_devices, dtype):
-    return accelerators.program_of(rule, TARGETS[target], num_devices, widths=WIDTHS, dtype=jnp.dtype(dtype))
+    return accelerators.program_of(rule, TARGETS[target], num_devices, dtype=jnp.dtype(dtype))
 
 
 def check_stays_on_the_device(got):
@@ -113,9 +113,7 @@ def test_all_reduces_of_a_rule_with_an_axis_name(rule, target):
     [pytest.param("v6e", marks=needs_compiler("v6e")), pytest.param("b200", marks=needs_compiler("b200"))],
 )
 def test_other_generations(target):
-    got, bare = (
-        accelerators.program_of(rule, TARGETS[target], widths=WIDTHS) for rule in ("greedy_lr", BARE)
-    )
+    got, bare = (accelerators.program_of(rule, TARGETS[target]) for rule in ("greedy_lr", BARE))
     check_stays_on_the_device(got)
     assert got.conditionals == got.loops == 0
     assert got.bytes - bare.bytes < 0.01 * 4 * 256 * 512
