@@ -12,7 +12,7 @@ from experiments.arc import commands as arc_commands
 from experiments.errors import UsageError
 from experiments.options import at_least, make_console, names, one_of, rates
 
-BENCHMARKS = ("arc", "overhead", "probing", "published", "sweep")
+BENCHMARKS = ("accelerators", "arc", "overhead", "probing", "published", "sweep")
 MIN_STEPS = 20  # the table shows the loss at 10% of the steps, a mean over 5% of them
 
 

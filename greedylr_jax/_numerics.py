@@ -12,6 +12,7 @@ Both evaluate both branches, so neither guards a division: replace the divisor i
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -23,6 +24,7 @@ from jax.typing import ArrayLike
 from greedylr_jax import _checks
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 def default_float_dtype() -> jnp.dtype:
@@ -54,6 +56,19 @@ def overwrite(previous: jax.Array, new: jax.Array) -> jax.Array:
     program has no such select.
     """
     return jax.lax.select(np.False_, previous, new)
+
+
+def at_precision(function: Callable[..., R], matmul_precision: str | None) -> Callable[..., R]:
+    """The function, with matrix products (and those of its derivatives) at a precision; None: as they are."""
+    if matmul_precision is None:
+        return function
+
+    @functools.wraps(function)
+    def at_that_precision(*args: Any) -> R:
+        with jax.default_matmul_precision(matmul_precision):
+            return function(*args)
+
+    return at_that_precision
 
 
 def fresh(array: jax.Array) -> jax.Array:
