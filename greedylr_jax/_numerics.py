@@ -51,9 +51,9 @@ def where(condition: ArrayLike, on_true: ArrayLike, on_false: ArrayLike) -> jax.
 def overwrite(previous: jax.Array, new: jax.Array) -> jax.Array:
     """``new``, for a field of a state that is written at every step and never read.
 
-    ``jax.jit`` drops arguments that are not read, and pairs the other donated arguments with results by their
-    order: if one is missing, XLA copies each later field that a step does not change. The select is not in the
-    compiled program.
+    ``jax.jit`` drops arguments that are not read, and pairs the other donated arguments with results by
+    their order: if one is missing, XLA copies each later field that a step does not change. The compiled
+    program has no such select.
     """
     return jax.lax.select(np.False_, previous, new)
 

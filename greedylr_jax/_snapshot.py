@@ -129,9 +129,10 @@ def check_step(
     """Checks a step, in one pass over the arrays.
 
     Returns:
-      Whether it makes any element of the parameters or of the moments infinite or NaN: no update restores such
-      a parameter, and no gradient such a moment, as NaN plus anything is NaN. Moments are the parts of the
-      optimizer's state that are like the parameters. And whether any gradient is not zero; true without any.
+      * Whether the step makes any element of the parameters or of the moments infinite or NaN. No update
+        restores such a parameter, and no gradient such a moment: NaN plus anything is NaN. Moments are the
+        parts of the optimizer's state that are like the parameters.
+      * Whether any gradient is not zero; true if there are none.
     """
     leaves = jax.tree.leaves(params)
     stepped = [(leaf + update).astype(leaf.dtype) for leaf, update in _leaf_pairs(params, updates)]

@@ -118,7 +118,7 @@ class History(NamedTuple):
 
     train: (
         jax.Array
-    )  # shape=(3, used + 1), dtype=float32; the losses that features use; last one that they do not
+    )  # shape=(3, used + 1), dtype=float32; losses that features use, last one that they do not
     validation: jax.Array  # shape=(3, max_validations), dtype=float32
     validation_count: jax.Array  # shape=(3,), dtype=int32
     rates: jax.Array  # shape=(3,), dtype=float; at the end of each cycle
@@ -202,7 +202,7 @@ class FeatureStream:
         )
 
     def end_cycle(self, history: History, rate: jax.Array, is_end: ArrayLike = True) -> History:
-        """Ends the current cycle, at this learning rate, and starts a new one; does nothing unless ``is_end``."""
+        """Ends the current cycle, at this learning rate, and starts a new one, if ``is_end``."""
         rows, following = np.arange(MAX_CYCLES), (history.row + 1) % MAX_CYCLES
         return history._replace(
             rates=jnp.where(is_end & (rows == history.row), rate.astype(history.rates.dtype), history.rates),
