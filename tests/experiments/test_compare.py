@@ -89,7 +89,7 @@ def check_that_the_histories_are_drawn(finished):
     assert loss_axes.get_title() == "sgd, initial rate 0.5"
     own = runs.filter(schedule="cosine", learning_rate=0.5)
     np.testing.assert_allclose(lines_of(loss_axes)["cosine"][1], np.median(own["loss"].to_list(), axis=0))
-    np.testing.assert_allclose(rate_axes.lines[2].get_ydata(), own["rate"][0])
+    np.testing.assert_allclose(rate_axes.lines[SCHEDULES.index("cosine")].get_ydata(), own["rate"][0])
 
 
 def check_that_all_schedules_of_a_seed_start_alike_and_train(finished):
