@@ -456,7 +456,8 @@ TERMS = [
             "begun",
         ),
         ("begins = stage == 0", "search.begin()", "# the run begins anew"),
-        ("# from the beginning", r"# \begin{equation}"),
+        ("# from the beginning", r"# \begin{equation}", "def on_epoch_begin(self, epoch): pass"),
+        allowed=("on (?:train batch|train|epoch) begin",),  # methods of Keras's callbacks
     ),
     Term(
         "goes on",

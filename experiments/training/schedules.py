@@ -382,7 +382,7 @@ _ENTRIES: tuple[Schedule, ...] = (
         name="cyclic-cosine-text",
         label="cyclic cosine, three periods",
         source=f"{_ARC_PAPER}.3: periods of 14, 28 and 56 of 98 epochs",
-        look=Look(palette.SKY, "-."),
+        look=Look(palette.ORANGE, "-."),
         fractions=_three_cosines,
     ),
     PassiveSchedule(
@@ -572,7 +572,7 @@ _ENTRIES: tuple[Schedule, ...] = (
         name="dog",
         label="DoG",
         source="M. Ivgi et al., DoG is SGD's Best Friend, 2023",
-        look=Look(palette.VIOLET, "--"),
+        look=Look(palette.VIOLET, ":"),
         optimizer=lambda optimizer, rate, steps: optax.contrib.dog(rate),
         reports_rate=False,
     ),

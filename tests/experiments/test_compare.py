@@ -14,6 +14,7 @@ from polars.testing import assert_frame_equal
 
 from experiments import cli
 from experiments.reporting import report, summary
+from experiments.studies.compare import SCHEDULES
 from experiments.training.engine import OPTIMIZERS
 from experiments.training.store import RunStore
 from tests.experiments.figures import assert_is_drawn, lines_of
@@ -63,7 +64,7 @@ def check_that_it_writes_table_figures_report_and_rows(finished):
         "histories.png", "report.html", "runs.parquet", "settings.json", "table.csv", "table.png",
     ]  # fmt: skip
     runs = pl.read_parquet(out / "runs.parquet")
-    assert len(runs) == 5 * 2 * 2  # schedules, rates, seeds
+    assert len(runs) == len(SCHEDULES) * 2 * 2  # rates, seeds
     assert runs["loss"].list.len().unique().to_list() == [40]
     assert_is_drawn(out / "histories.png", colors=3)
     table = summary.summarize(runs)
@@ -76,7 +77,8 @@ def check_that_it_writes_table_figures_report_and_rows(finished):
     call = "compare --task digits-mlp --optimizer sgd --steps 40 --seeds 2 --learning-rates 0.05,0.5"
     assert f"Command: python -m experiments {call}." in page and "sgd from 0.5" in page
     headings = re.findall("<h2>(.*?)</h2>", page)
-    assert headings == ["Result", "Table", "sgd from 0.05", "sgd from 0.5", "Settings"]
+    sources = "Schedules and rules"
+    assert headings == ["Result", "Table", "sgd from 0.05", "sgd from 0.5", sources, "Settings"]
     assert report.count_outcomes(table) in page
     assert "<tr><td>learning_rates</td><td>{&quot;sgd&quot;: [0.05, 0.5]}</td></tr>" in page
 
@@ -87,7 +89,7 @@ def check_that_the_histories_are_drawn(finished):
     assert loss_axes.get_title() == "sgd, initial rate 0.5"
     own = runs.filter(schedule="cosine", learning_rate=0.5)
     np.testing.assert_allclose(lines_of(loss_axes)["cosine"][1], np.median(own["loss"].to_list(), axis=0))
-    np.testing.assert_allclose(rate_axes.lines[2].get_ydata(), own["rate"][0])
+    np.testing.assert_allclose(rate_axes.lines[SCHEDULES.index("cosine")].get_ydata(), own["rate"][0])
 
 
 def check_that_all_schedules_of_a_seed_start_alike_and_train(finished):

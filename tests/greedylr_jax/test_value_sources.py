@@ -271,7 +271,7 @@ def test_observe_reaches_the_rules_of_all_groups():
     assert get_scale(state, group="w") == get_scale(state, group="b") == 2
 
 
-def test_observe_takes_a_loss_for_each_of_many_runs():
+def test_observe_accepts_a_loss_for_each_of_many_runs():
     tx = value_from_observe(SUDDEN)
     states = jax.vmap(lambda _: tx.init(None))(jnp.arange(3))
 
