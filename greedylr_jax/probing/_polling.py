@@ -11,9 +11,9 @@ one extra copy of the parameters.
 Departure: a candidate has *diverged* if its loss is not finite or 10% above that of the untrained model; its
 score is 0 and it is left out of the normalization. If the step at the current learning rate has diverged, the
 update is zero. If any candidate has diverged, the next step polls again, so that a period of several steps
-starts only with a learning rate that is well below the divergence rate. If all candidates have diverged, the
-minimum factor is used. Without this a learning rate that is 200 times too high destroys the model in its
-first steps, as the paper reports.
+starts only with a learning rate that is well below the divergence rate; and a period ends if the loss of a
+step has diverged. If all candidates have diverged, the minimum factor is used. Without this a learning rate
+that is 200 times too high destroys the model in its first steps, as the paper reports.
 
 The paper names neither its normalization nor its score. The defaults were chosen by an ablation
 (``python -m experiments study polling-ablation``).
@@ -63,8 +63,9 @@ def factor_polling(
       factors: candidates by which the scale may change, one or more numbers > 0. Their number is static;
         their values may be traced. A poll costs one forward pass per factor.
       every: length of a period in steps, an integer >= 1. The first step of each period polls; if a candidate
-        has diverged, the next step polls again before the period starts. The paper polls once per epoch. May
-        be traced.
+        has diverged, the next step polls again before the period starts. A period ends early if ``value``
+        exceeds the threshold of ``divergence`` or is not finite. The paper polls once per epoch. May be
+        traced.
       sharpness: >= 0: how strongly the score falls with x, the normalized loss above that of the best
         candidate. With 0 all candidates have the same weight; with a large value the best one decides alone.
         May be traced.
@@ -141,8 +142,7 @@ def factor_polling(
         candidates = jnp.asarray(factors, state.scale.dtype)
         losses = _probe.losses_along(value_fn, params, updates, candidates * state.scale, axis_name=axis_name)
         reference = jnp.maximum(state.first_value, loss)  # infinite if no loss was given
-        threshold = reference + (jnp.asarray(divergence, losses.dtype) - 1) * jnp.abs(reference)
-        valid = jnp.isfinite(losses) & ~(losses > threshold)
+        valid = jnp.isfinite(losses) & ~(losses > _threshold(reference, divergence))
         weights = _scores(
             losses, valid, jnp.asarray(sharpness, losses.dtype), _NORMALIZE[normalize], _SCORES[score]
         )
@@ -178,11 +178,13 @@ def factor_polling(
             )
             fresh = jnp.isinf(rule.first_value) & jnp.isfinite(loss)
             rule = rule._replace(first_value=jnp.where(fresh, loss, rule.first_value))
+        # Without a loss, or before the first finite one, the threshold is infinite.
+        is_above = value is not None and ~(loss <= _threshold(rule.first_value, divergence))
         loss = jnp.where(jnp.isfinite(loss), loss, rule.first_value)
         observed = jnp.asarray(True if has_value is None else has_value, bool)
         no = jnp.asarray(False)
         scale, current_diverged, any_diverged = jax.lax.cond(
-            observed & (state.value_count == 0),
+            observed & ((state.value_count == 0) | is_above),
             lambda: poll(rule, loss, updates, params, loss_fn),
             lambda: (rule.scale, no, no),
         )
@@ -196,6 +198,11 @@ def factor_polling(
         return scaled, _numerics.select(observed, advanced, state)
 
     return _rule.ScaleByRule(init_fn, update_fn)
+
+
+def _threshold(reference: jax.Array, divergence: ArrayLike) -> jax.Array:
+    """The loss above which a candidate has diverged; relative also where the reference is negative."""
+    return reference + (jnp.asarray(divergence, reference.dtype) - 1) * jnp.abs(reference)
 
 
 def _check_factors(factors: Any) -> Any:

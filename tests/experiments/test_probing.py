@@ -71,15 +71,13 @@ def accuracies(task, make_tx, cadences=(1,), steps=300):
     return np.asarray(jax.jit(lambda cells: jax.lax.map(accuracy, cells))(cells))
 
 
-@pytest.mark.parametrize("settings", [{}, {"sharpness": 2.0}], ids=["default", "sharper"])
-def test_polling_recovers_from_a_rate_200_times_too_large(task, settings):
+@pytest.mark.parametrize("factors", [bench.FACTORS, bench.FACTORS[1:-1]], ids=["7 factors", "5 factors"])
+def test_polling_recovers_from_a_rate_200_times_too_large(task, factors):
     """At every cadence, also where the first period is as long as an epoch."""
     cadences = (1, 5, task.steps_per_epoch)
     got = accuracies(
         task,
-        lambda every: optax.chain(
-            optax.sgd(200 * TUNED[task.name]), factor_polling(bench.FACTORS, every=every, **settings)
-        ),
+        lambda every: optax.chain(optax.sgd(200 * TUNED[task.name]), factor_polling(factors, every=every)),
         cadences,
     )
     assert (got > 0.85).all(), got.reshape(len(cadences), -1)

@@ -117,6 +117,19 @@ def test_a_period_starts_with_a_poll_in_which_no_candidate_has_diverged(losses, 
     assert get_scale(never) == scale
 
 
+@pytest.mark.parametrize(
+    ("value", "polls"), [(2.0, False), (2.15, False), (2.25, True), (np.nan, True), (np.inf, True)]
+)
+def test_a_period_ends_early_if_the_loss_has_diverged(value, polls):
+    """The threshold is 10% above the first loss, 2."""
+    tx = factor_polling((2.0, 1.0), every=100)
+    _, state = tx.update(UPDATES, tx.init(PARAMS), PARAMS, value=2.0, value_fn=lambda p: 1.0)
+    _, after = tx.update(UPDATES, state, PARAMS, value=value, value_fn=lambda p: 1.0)
+    assert (get_scale(after) != get_scale(state)) == polls
+    _, without = tx.update(UPDATES, state, PARAMS, value_fn=lambda p: 1.0)
+    assert get_scale(without) == get_scale(state)
+
+
 def test_without_declining_a_diverged_step_uses_the_mean_of_the_others():
     losses = [NAN, NAN, NAN, 1.0, 1.0]
     updates, state = poll(losses, decline=False)
