@@ -58,7 +58,7 @@ def check_that_it_writes_table_figures_report_and_rows(finished):
         "histories.png", "report.html", "runs.parquet", "settings.json", "table.csv", "table.png",
     ]  # fmt: skip
     runs = pl.read_parquet(out / "runs.parquet")
-    assert len(runs) == 5 * 2 * 2  # schedules, rates, seeds
+    assert len(runs) == 6 * 2 * 2  # schedules, rates, seeds
     assert runs["loss"].list.len().unique().to_list() == [40]
     assert_is_drawn(out / "histories.png", colors=3)
     table = summary.summarize(runs)
@@ -70,6 +70,7 @@ def check_that_it_writes_table_figures_report_and_rows(finished):
     page = (out / "report.html").read_text()
     call = "compare --task digits-mlp --optimizer sgd --steps 40 --seeds 2 --learning-rates 0.05,0.5"
     assert f"Command: python -m experiments {call}." in page and "sgd from 0.5" in page
+    assert "Loshchilov and F. Hutter" in page  # the sources of the schedules
 
 
 def check_that_the_histories_are_drawn(finished):
