@@ -179,23 +179,27 @@ def run(job: Job) -> None:
 
 
 def conclude(table: pl.DataFrame) -> str:
-    """Which methods end significantly lower than a constant rate, and where the grid is too narrow."""
-    sentences, at_edge = [], []
+    """How the methods compare with a constant rate and GreedyLR, and where the grid is too narrow."""
+    sentences, over_greedy, at_edge = [], [], []
     for row in table.filter(pl.col("method") != CONSTANT).iter_rows(named=True):
-        lower, higher = row["difference_high"] < 0, row["difference_low"] > 0
-        relation = "significantly lower" if lower else "significantly higher" if higher else "not different"
         name = f"{row['method']} from {row['learning_rate']:g}"
-        sentences.append(f"{name}: {relation}")
-        if (
-            METHODS[row["method"]].has_hyper_rate
-            and row["hyper_learning_rate"] in HYPER_RATES[:: len(HYPER_RATES) - 1]
-        ):
+        sentences.append(f"{name}: {_relation(row['difference_low'], row['difference_high'])}")
+        if not METHODS[row["method"]].has_hyper_rate:
+            continue
+        over_greedy.append(f"{name}: {_relation(row['over_greedy_low'], row['over_greedy_high'])}")
+        if row["hyper_learning_rate"] in (HYPER_RATES[0], HYPER_RATES[-1]):
             at_edge.append(name)
     edge = f"is at its edge for {', '.join(at_edge)}" if at_edge else "is inside it everywhere"
     return (
-        f"Final loss against the constant rate (95% confidence over seeds): {'; '.join(sentences)}. The best "
+        f"Final loss against the constant rate (95% confidence over seeds): {'; '.join(sentences)}. "
+        f"Against GreedyLR: {'; '.join(over_greedy)}. The best "
         f"hyper learning rate of the grid from {HYPER_RATES[0]:g} to {HYPER_RATES[-1]:g} {edge}."
     )
+
+
+def _relation(low: float, high: float) -> str:
+    """How a loss compares, from the confidence interval of its difference."""
+    return "significantly lower" if high < 0 else "significantly higher" if low > 0 else "not different"
 
 
 def _row(method: str, spec: tuple[int, float, float], history: History) -> dict[str, Any]:
@@ -213,13 +217,20 @@ def _row(method: str, spec: tuple[int, float, float], history: History) -> dict[
 
 
 def summarize(runs: pl.DataFrame) -> pl.DataFrame:
-    """One row for each initial rate and method: mean final loss and its difference from constant SGD."""
+    """One row for each initial rate and method: mean final loss and its difference from the constant rate.
+
+    ``over_greedy_low`` and ``over_greedy_high`` bound the mean difference from GreedyLR (95%, over seeds).
+    """
     rows = []
     for (rate,), cell in runs.group_by(["learning_rate"], maintain_order=True):
-        baseline = cell.filter(pl.col("method") == CONSTANT).sort("seed")["final_loss"].to_numpy()
+        baseline, greedy = (
+            cell.filter(pl.col("method") == name).sort("seed")["final_loss"].to_numpy()
+            for name in (CONSTANT, "GreedyLR")
+        )
         for (method,), group in cell.group_by(["method"], maintain_order=True):
             losses = group.sort("seed")["final_loss"].to_numpy()
             low, high = confidence_interval(losses - baseline)
+            over_low, over_high = confidence_interval(losses - greedy)
             rows.append(
                 {
                     "learning_rate": rate,
@@ -229,6 +240,8 @@ def summarize(runs: pl.DataFrame) -> pl.DataFrame:
                     "difference": float(np.mean(losses - baseline)),
                     "difference_low": low,
                     "difference_high": high,
+                    "over_greedy_low": over_low,
+                    "over_greedy_high": over_high,
                     "test_accuracy": 100 * float(group["test_accuracy"].mean()),
                 }
             )

@@ -81,6 +81,7 @@ def check_that_it_writes_table_figures_report_and_rows(finished):
     assert headings == ["Result", "Table", "sgd from 0.05", "sgd from 0.5", sources, "Settings"]
     assert report.count_outcomes(table) in page
     assert "<tr><td>learning_rates</td><td>{&quot;sgd&quot;: [0.05, 0.5]}</td></tr>" in page
+    assert "Loshchilov and F. Hutter" in page  # the sources of the schedules
 
 
 def check_that_the_histories_are_drawn(finished):

@@ -28,6 +28,7 @@ from experiments.studies import (
 )
 from experiments.studies.base import sources
 from experiments.tasks import make_task
+from experiments.tasks.base import TextScore
 from experiments.tasks.convolution import matmul_convolution
 from experiments.training.engine import Engine, RunSpec, Settings
 from experiments.training.loop import batch_indices, train
@@ -128,6 +129,20 @@ def test_a_run_of_the_engine_equals_plain_training(data_dir, monkeypatch):
         np.testing.assert_allclose(got[name].test_loss[-1], task.loss(params, task.test), rtol=1e-3)
         assert got[name].test_loss[0] > got[name].test_loss[-1]
     assert len({got[name].loss[-1] for name in transformations}) == 4
+
+
+def test_predictions_are_those_of_the_final_parameters(data_dir):
+    def predict(params, batch):
+        return jnp.argmax(batch["input"].reshape(-1, 64) @ params, axis=-1)
+
+    task = linear_task(data_dir)
+    labels = np.asarray(task.test["label"])
+    score = TextScore("accuracy", predict, lambda rows: 100 * float(np.mean(rows == labels)))
+    engine = Engine(task._replace(text=score), "sgd", Settings(10, text=True))
+    (((_, result, _),),) = engine.train([RunSpec("constant", 0.5, 0)])
+    assert result.predictions.shape == labels.shape
+    assert score.score(result.predictions) == pytest.approx(100 * result.test_metric[-1], abs=1e-3)
+    assert len(np.unique(result.predictions)) > 1
 
 
 def test_every_schedule_has_a_look_and_a_label_of_its_own():
