@@ -10,7 +10,7 @@ command resumes; the weights equal those of an uninterrupted training.
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from experiments.data.digits import Digits
 from experiments.data.stdlib import StdlibText
 from experiments.errors import UsageError
 from experiments.progress import make_progress
+from experiments.tasks import FINE_TUNING_TASKS
 from experiments.tasks.base import Task
 from experiments.tasks.named import Arrays
 from experiments.tasks.pretraining import KINDS, SIZES, load_corpus, make_task
@@ -119,6 +120,13 @@ def pretrain(preset: str, console: Console, *, fresh: bool = False, data_dir: Pa
             f"{kind}: {count:,} parameters, training loss {found.losses[-1]:.3f}, held-out accuracy "
             f"{100 * found.metric:.1f}%, {path}"
         )
+
+
+def pretrain_for(tasks: Iterable[str], console: Console) -> None:
+    """Trains the networks that fine-tuning tasks among ``tasks`` start from, as :func:`pretrain`."""
+    own = [task for task in tasks if task in FINE_TUNING_TASKS]
+    for preset in sorted({"full" if task.endswith("-full") else "quick" for task in own}):
+        pretrain(preset, console)
 
 
 def _unfinished(path: Path) -> Path:
