@@ -10,7 +10,7 @@ command resumes; the weights equal those of an uninterrupted training.
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from experiments.data.digits import Digits
 from experiments.data.stdlib import StdlibText
 from experiments.errors import UsageError
 from experiments.progress import make_progress
+from experiments.tasks import FINE_TUNING_TASKS
 from experiments.tasks.base import Task
 from experiments.tasks.named import Arrays
 from experiments.tasks.pretraining import KINDS, SIZES, load_corpus, make_task
@@ -35,6 +36,17 @@ from experiments.training.store import damaged, write_atomically
 
 CHUNK = 50  # steps in a compiled call; the number of steps is a multiple, or below it
 _VERSION = 1  # of this code; a change of the networks or of the training must increase it
+
+
+# The networks that a kind of fine-tuning task starts from.
+START: dict[str, tuple[str, ...]] = {
+    "tagging": ("encoder",),
+    "question-answering": ("encoder",),
+    "summarization": ("encoder", "decoder"),
+    "translation-fr": ("encoder", "decoder"),
+    "docstrings": ("decoder",),
+    "digits": ("image",),
+}
 
 
 class Pretrained(NamedTuple):
@@ -98,16 +110,24 @@ def load(kind: str, preset: str) -> Pretrained:
     return Pretrained(arrays, *fields)
 
 
-def pretrain(preset: str, console: Console, *, fresh: bool = False, data_dir: Path | None = None) -> None:
+def pretrain(
+    preset: str,
+    console: Console,
+    *,
+    fresh: bool = False,
+    kinds: Sequence[str] | None = None,
+    data_dir: Path | None = None,
+) -> None:
     """Trains the networks of a preset that are not in the cache yet, and resumes an unfinished training.
 
     Args:
       preset: key of :data:`experiments.tasks.pretraining.SIZES`.
       console: for the progress.
-      fresh: train all networks anew.
+      fresh: train the networks anew.
+      kinds: of the networks; None: all.
       data_dir: of prepared data sets; None: TFDS's default.
     """
-    for kind in KINDS:
+    for kind in KINDS if kinds is None else kinds:
         path = weights_path(kind, preset)
         for stored in (path, _unfinished(path)) if fresh else ():
             stored.unlink(missing_ok=True)
@@ -119,6 +139,19 @@ def pretrain(preset: str, console: Console, *, fresh: bool = False, data_dir: Pa
             f"{kind}: {count:,} parameters, training loss {found.losses[-1]:.3f}, held-out accuracy "
             f"{100 * found.metric:.1f}%, {path}"
         )
+
+
+def pretrain_for(tasks: Iterable[str], console: Console) -> None:
+    """Trains the networks that fine-tuning tasks among ``tasks`` start from, as :func:`pretrain`."""
+    needed = dict.fromkeys(
+        (preset, own)
+        for kind, _, preset in (
+            FINE_TUNING_TASKS[task].arguments[1:] for task in tasks if task in FINE_TUNING_TASKS
+        )
+        for own in START[kind]
+    )
+    for preset in dict.fromkeys(preset for preset, _ in needed):
+        pretrain(preset, console, kinds=[kind for kind in KINDS if (preset, kind) in needed])
 
 
 def _unfinished(path: Path) -> Path:

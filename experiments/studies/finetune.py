@@ -14,8 +14,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
+from matplotlib.ticker import LogFormatter
 
-from experiments.pretraining import pretrain
+from experiments.pretraining import pretrain_for
 from experiments.reporting import drawing, html
 from experiments.reporting.summary import (
     GREEDYLR,
@@ -86,10 +87,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 def run(job: Job) -> None:
     """Pretrains, trains all runs and writes rows, tables, figures and report; resumes an interrupted job."""
     chosen = PRESETS[job.preset]
-    pretrain(chosen["network"], job.console)
+    tasks, optimizer = job.tasks(chosen["tasks"]), job.one_optimizer(OPTIMIZER)
+    pretrain_for(tasks, job.console)
     steps = chosen["steps"]
     sweep = Sweep(job, Settings(steps), {"preset": chosen, "schedules": SCHEDULES})
-    sweep.train([group for task in chosen["tasks"] for group in _groups(task, chosen)])
+    sweep.train([group for task in tasks for group in _groups(task, optimizer, chosen)])
     runs = sweep.finish()
 
     table = summarize(runs)
@@ -102,7 +104,7 @@ def run(job: Job) -> None:
     publish(
         job,
         "Fine-tuning and pre-training",
-        f"{steps} steps with {OPTIMIZER}, {chosen['seeds']} seeds, three initial rates, GreedyLR with its "
+        f"{steps} steps with {optimizer}, {chosen['seeds']} seeds, three initial rates, GreedyLR with its "
         "published settings. Losses are medians over seeds of the mean training loss over the 5% of steps "
         "before a stage; the held-out metric is a median, in percent. Difference: the schedule's final loss "
         "minus GreedyLR's, paired by seed, with its 95% confidence interval, not corrected for multiple "
@@ -121,16 +123,17 @@ def run(job: Job) -> None:
         },
         sections=_sections(runs, table, claims, recoveries),
         recomputed_by="experiments.studies.finetune.summarize, best_rates, compare and recovery_table",
+        schedules=SCHEDULES,
     )
 
 
-def _groups(task: str, chosen: Mapping[str, Any]) -> list[Group]:
+def _groups(task: str, optimizer: str, chosen: Mapping[str, Any]) -> list[Group]:
     """The runs of a task: undisturbed from three rates, and with wrong labels from the second."""
-    rates, seeds = make_task(task).learning_rates[OPTIMIZER], range(chosen["seeds"])
-    groups = [Group(task, OPTIMIZER, make_specs(SCHEDULES, rates, seeds))]
+    rates, seeds = make_task(task).learning_rates[optimizer], range(chosen["seeds"])
+    groups = [Group(task, optimizer, make_specs(SCHEDULES, rates, seeds))]
     if task in chosen["disturbed"]:
         disturbed = f"{task}+wrong-labels-at-{chosen['steps'] // 2}"
-        groups.append(Group(disturbed, OPTIMIZER, make_specs(SCHEDULES, rates[1:2], seeds)))
+        groups.append(Group(disturbed, optimizer, make_specs(SCHEDULES, rates[1:2], seeds)))
     return groups
 
 
@@ -425,6 +428,14 @@ def _panels(runs: pl.DataFrame) -> tuple[plt.Figure, list[tuple[plt.Axes, str]]]
     return figure, list(zip(panels, tasks, strict=True))
 
 
+def _logarithmic(axes: plt.Axes) -> None:
+    """A logarithmic vertical axis with plain numbers, also between powers of ten if there are few."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+    axes.tick_params(axis="y", which="both", labelsize=8)
+
+
 def draw_histories(runs: pl.DataFrame) -> plt.Figure:
     """The training loss of each task from the middle rate: median and band over seeds."""
     undisturbed, _ = split(runs)
@@ -438,8 +449,8 @@ def draw_histories(runs: pl.DataFrame) -> plt.Figure:
         axes.set_title(task, fontsize=9)
         axes.set_xlabel("step")
         axes.set_ylabel("training loss")
-        axes.set_yscale("log")
-    drawing.add_legend(figure, panels[0][0], columns=len(SCHEDULES))
+        _logarithmic(axes)
+    drawing.add_legend(figure, panels[0][0], columns=len(SCHEDULES) if len(panels) > 1 else 3)
     figure.suptitle(
         "From the middle initial rate; line: median over seeds, band: minimum to maximum", fontsize=12
     )
@@ -452,14 +463,13 @@ def draw_rates(table: pl.DataFrame) -> plt.Figure:
     for axes, task in panels:
         for schedule in SCHEDULES:
             own = table.filter(task=task, schedule=schedule).sort("learning_rate")
-            axes.plot(
-                own["learning_rate"], own["test_metric"], marker="o", ms=3, label=schedule, **_style(schedule)
-            )
+            style = {**_style(schedule), "markevery": 1}
+            axes.plot(own["learning_rate"], own["test_metric"], label=schedule, **style)
         axes.set_title(task, fontsize=9)
         axes.set_xscale("log")
         axes.set_xlabel("initial rate")
         axes.set_ylabel("held-out metric, %")
-    drawing.add_legend(figure, panels[0][0], columns=len(SCHEDULES))
+    drawing.add_legend(figure, panels[0][0], columns=len(SCHEDULES) if len(panels) > 1 else 3)
     figure.suptitle("Held-out metric after fine-tuning: median over seeds", fontsize=12)
     return figure
 
@@ -476,9 +486,9 @@ def draw_recovery(runs: pl.DataFrame) -> plt.Figure:
         axes.set_title(task.partition("+")[0], fontsize=9)
         axes.set_xlabel("step")
         axes.set_ylabel("training loss")
-        axes.set_yscale("log")
-    drawing.add_legend(figure, panels[0][0], columns=len(SCHEDULES))
-    figure.suptitle("Five batches with wrong labels (grey): median over seeds", fontsize=12)
+        _logarithmic(axes)
+    drawing.add_legend(figure, panels[0][0], columns=len(SCHEDULES) if len(panels) > 1 else 3)
+    figure.suptitle("Wrong labels in the grey steps; median over seeds", fontsize=12)
     return figure
 
 

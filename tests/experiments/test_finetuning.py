@@ -8,6 +8,7 @@ from flax import nnx
 
 from experiments.data.stdlib import ROLES
 from experiments.data.vocabulary import END, PAD, START, UNKNOWN, Vocabulary
+from experiments.pretraining import START as NETWORKS
 from experiments.tasks import FINE_TUNING_TASKS
 from experiments.tasks.base import CLASSIFICATION
 from experiments.tasks.finetuning import (
@@ -129,3 +130,4 @@ def test_a_summary_is_predicted_word_by_word_after_its_code():
 def test_every_goal_has_a_task_for_each_method_and_preset():
     expected = {f"{kind}-{method}{size}" for kind in GOALS for method in METHODS for size in ("", "-full")}
     assert set(FINE_TUNING_TASKS) == expected
+    assert set(NETWORKS) == set(GOALS)

@@ -169,3 +169,13 @@ def test_metadata_describes_the_weights(small):
         described = json.loads(file.metadata()["described"])
     assert described == json.loads(json.dumps(pretraining.describe("image", "tiny")))
     assert described["data"].startswith("digits/") and described["size"]["channels"] == 4
+
+
+def test_only_the_networks_that_tasks_need_are_trained(monkeypatch):
+    called = []
+    monkeypatch.setattr(
+        pretraining, "pretrain", lambda preset, console, kinds: called.append((preset, kinds))
+    )
+    tasks = ("digits", "docstrings-lora-full", "digits-scratch-full", "tagging-finetuned", "tagging-lora")
+    pretraining.pretrain_for(tasks, CONSOLE)
+    assert called == [("full", ["decoder", "image"]), ("quick", ["encoder"])]

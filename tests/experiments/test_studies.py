@@ -252,7 +252,7 @@ def test_every_listed_study_can_be_loaded():
 def shrink(monkeypatch, study):
     """Reduces a study to a few seconds on the smallest tasks."""
     presets = {
-        "greedylr": {"tasks": 1, "rates": 1, "steps": 40, "seeds": 2},
+        "greedylr": {"tasks": 1, "fine_tuned": 0, "rates": 1, "steps": 40, "seeds": 2},
         "robustness": {"tasks": ("quadratic-10", "digits-mlp"), "steps": 100, "seeds": 1},
         "rate-sensitivity": {
             "tasks": ("digits-mlp",),
