@@ -71,6 +71,7 @@ def math(translator: Any, node: nodes.Element) -> None:
 
 
 LONG_NAMES = {stringify_annotation(ArrayLike, mode): "ArrayLike" for mode in ("fully-qualified", "smart")}
+TREE = "ArrayLike | Iterable[ArrayTree] | Mapping[Any, ArrayTree]"
 
 
 def shorten(app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str, returns: str) -> Any:
@@ -79,7 +80,8 @@ def shorten(app: Sphinx, what: str, name: str, obj: Any, options: Any, signature
     def short(text: str | None) -> str | None:
         for long, abbreviation in LONG_NAMES.items():
             text = text and text.replace(long, abbreviation)
-        return text and re.sub(r"~?\b(?!greedylr_jax\.[A-Z])(?:[a-z_]+\.)+(?=[A-Z])", "", text)
+        text = text and re.sub(r"~?\b(?!greedylr_jax\.[A-Z])(?:[a-z_]+\.)+(?=[A-Z])", "", text)
+        return text and text.replace(TREE, "ArrayTree")
 
     return short(signature), short(returns)
 
