@@ -16,7 +16,7 @@ def read(path):
 
 def test_the_readme_lists_all_notebooks():
     readme = (Path(__file__).parents[1] / "README.md").read_text()
-    assert len(NOTEBOOKS) == 3
+    assert len(NOTEBOOKS) == 4
     for path in NOTEBOOKS:
         assert f"notebooks/{path.name}" in readme
 
@@ -44,7 +44,7 @@ def test_notebook_runs_from_top_to_bottom(path, tmp_path):
         assert "float32[10] saved, float32[50] expected" in printed
     else:
         pictures = [output for output in outputs if "image/png" in output.get("data", {})]
-        assert len(pictures) == 2
+        assert len(pictures) == (1 if path.stem == "training_on_every_chip" else 2)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
