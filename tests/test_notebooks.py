@@ -22,7 +22,7 @@ def read(path):
 
 def test_the_readme_lists_all_notebooks():
     readme = (ROOT / "README.md").read_text()
-    assert len(NOTEBOOKS) == 3
+    assert len(NOTEBOOKS) == 4
     for path in NOTEBOOKS:
         assert f"notebooks/{path.name}" in readme
 
@@ -50,7 +50,7 @@ def test_notebook_runs_from_top_to_bottom(path, tmp_path):
         assert "float32[10] saved, float32[50] expected" in printed
     else:
         pictures = [output for output in outputs if "image/png" in output.get("data", {})]
-        assert len(pictures) == 2
+        assert len(pictures) == (1 if path.stem == "training_on_every_chip" else 2)
 
 
 def test_all_notebooks_have_the_same_install_cell():

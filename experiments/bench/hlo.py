@@ -109,7 +109,7 @@ def _kind(each: Instruction) -> str:
 def _bytes_moved(each: Instruction, shapes: dict[str, str]) -> int:
     """The bytes that an instruction reads and writes: all of its operands and results."""
     kind = _kind(each)
-    if kind == "transfer":  # one of its sides is another memory
+    if kind == "transfer":  # from or to another memory
         return _bytes(each.shape, everywhere=True)
     if kind in ("kernel", "copy", "collective"):
         return _bytes(each.shape) + sum(_bytes(shapes.get(name, "")) for name in each.operands)

@@ -1,7 +1,7 @@
 """What each rule may add to a train step, counted in the program compiled for a TPU or GPU.
 
-The numbers are those of JAX 0.10.2 for the perceptron of ``bench accelerators`` with AdamW, whose bare step has 15
-kernels and one copy on an H100. A change that lowers one should lower its budget here, too.
+The numbers are those of JAX 0.10.2 for the perceptron of ``bench accelerators`` with AdamW, whose bare step
+has 15 kernels and one copy on an H100. A change that lowers one should lower its budget here, too.
 """
 
 from typing import NamedTuple
