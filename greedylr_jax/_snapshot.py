@@ -154,8 +154,8 @@ def check_step(
             every = functools.reduce(jax.lax.bitwise_or, bits)
             found |= jax.lax.reduce(every, np.uint8(0), jax.lax.bitwise_or, range(every.ndim))
     any_nonzero = (found & _NONZERO) > 0 if has_gradients else jnp.asarray(True)
-    conditions = ((found & _NOT_FINITE) > 0, any_nonzero)
-    return tuple(_observe.any_device(condition, axis_name) for condition in conditions)
+    becomes_not_finite = _observe.any_device((found & _NOT_FINITE) > 0, axis_name)
+    return becomes_not_finite, _observe.any_device(any_nonzero, axis_name)
 
 
 def _is_inexact(leaf: Any) -> bool:

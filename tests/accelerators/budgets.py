@@ -24,14 +24,14 @@ SMALL = 0.05  # of the parameters: no operation of their size
 
 BUDGETS = {
     "reduce_on_plateau": Budget(1, 4, SMALL, SMALL, conditionals=1),
-    "greedy_lr, window None": Budget(3, 6, SMALL, SMALL),
-    "greedy_lr": Budget(6, 6, SMALL, SMALL),
-    "greedy_lr, paper": Budget(8, 4, SMALL, SMALL),
-    "trend_lr": Budget(8, 6, SMALL, SMALL),
-    "arc": Budget(6, 10, SMALL, SMALL, conditionals=1, loops=1),
+    "greedy_lr, window None": Budget(4, 2, SMALL, SMALL),
+    "greedy_lr": Budget(2, 0, SMALL, SMALL),
+    "greedy_lr, paper": Budget(5, 2, SMALL, SMALL),
+    "trend_lr": Budget(3, 3, SMALL, SMALL),
+    "arc": Budget(4, 1, SMALL, SMALL, conditionals=1),
     "hypergradient": Budget(9, 0, 4.0, 3.0),
     "auto_lr": Budget(8, 0, 5.0, 1.0),
-    "lr_tuner": Budget(20, 9, 15.0, 11.2, conditionals=1, loops=1, all_reduces=1, mapped_all_reduces=3),
+    "lr_tuner": Budget(19, 8, 13.0, 11.2, conditionals=1, loops=1, all_reduces=1, mapped_all_reduces=3),
     "factor_polling": Budget(5, 0, 4.0, 3.3, conditionals=1, all_reduces=1, mapped_all_reduces=1),
-    "with_rollback": Budget(27, 34, 10.0, 6.1, loops=1, mapped_all_reduces=2),
+    "with_rollback": Budget(16, 28, 7.5, 6.1, loops=1, mapped_all_reduces=2),
 }
