@@ -57,7 +57,8 @@ def check_that_it_writes_table_figures_report_and_rows(finished):
     assert "sgd from 0.05" in process.stdout and "GreedyLR" in process.stdout
     lines = process.stdout.splitlines()
     assert lines[0].startswith("First run: ") and str(cache) in lines[0]
-    assert re.match(rf"{len(SCHEDULES) * 4} runs of 40 steps, \d+ at a time: about \d+ seconds, roughly.", lines[1])
+    opening = rf"{len(SCHEDULES) * 4} runs of 40 steps, \d+ at a time: about \d+ seconds, roughly."
+    assert re.fullmatch(opening, lines[1])
     assert lines[-1] == f"Report: {out / 'report.html'}"
     assert "1 training programs" in process.stdout
     assert sorted(path.name for path in out.iterdir()) == [
