@@ -34,6 +34,13 @@ def clients(session: nox.Session) -> None:
 
 
 @nox.session(python="3.11")
+def accelerators(session: nox.Session) -> None:
+    """Compile a train step with every rule for TPU and GPU, which needs neither (half an hour)."""
+    session.install("-e", ".[test,tpu,cuda]")
+    session.run("pytest", "-m", "accelerator", "tests/accelerators", *session.posargs)
+
+
+@nox.session(python="3.11")
 def lint(session: nox.Session) -> None:
     """Check lint, format and types."""
     session.install("-e", ".[lint,test]")  # pyright needs the optional dependencies

@@ -39,7 +39,7 @@ myst_enable_extensions = ["colon_fence", "dollarmath", "fieldlist"]
 myst_heading_anchors = 3
 nb_execution_mode = "cache"
 nb_execution_raise_on_error = True
-nb_execution_timeout = 120
+nb_execution_timeout = 300  # of a cell, in seconds; on an idle machine a notebook takes a fraction of that
 nb_ipywidgets_js = {}  # would be loaded from another host
 
 autodoc_member_order = "bysource"
@@ -54,6 +54,8 @@ copybutton_prompt_is_regexp = True
 html_theme = "sphinx_book_theme"
 html_title = "greedylr-jax"
 html_theme_options = {"show_toc_level": 2, "use_download_button": False, "use_fullscreen_button": False}
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_math_renderer = "mathml"
 html_show_sourcelink = False
 html_copy_source = False
@@ -61,9 +63,10 @@ html_copy_source = False
 
 def math(translator: Any, node: nodes.Element) -> None:
     """Writes a formula as MathML."""
-    display = isinstance(node, nodes.math_block)
-    formula = tex2mathml(node.astext(), as_block=display)
-    translator.body.append(f'<div class="math">{formula}</div>' if display else formula)
+    formula = tex2mathml(node.astext())
+    if isinstance(node, nodes.math_block):
+        formula = formula.replace("<math", '<math display="block"', 1)
+    translator.body.append(formula)
     raise nodes.SkipNode
 
 

@@ -13,7 +13,7 @@ from experiments.arc import commands as arc_commands
 from experiments.errors import UsageError
 from experiments.options import at_least, make_console, names, one_of, rates
 
-BENCHMARKS = ("arc", "overhead", "probing", "published", "sweep")
+BENCHMARKS = ("accelerators", "arc", "overhead", "probing", "published", "sweep")
 MIN_STEPS = 20  # the table shows the loss at 10% of the steps, a mean over 5% of them
 
 
@@ -69,7 +69,7 @@ def compare(
         bool, typer.Option("--fresh", help="Discard an unfinished comparison instead of resuming it.")
     ] = False,
 ) -> None:
-    """Compare GreedyLR with constant, linear, cosine and reduce-on-plateau schedules on real data."""
+    """Compare GreedyLR with common schedules on real data: constant, linear, cosine, exponential, plateau."""
     from experiments.studies.base import Job
     from experiments.studies.compare import Comparison
     from experiments.studies.compare import compare as run

@@ -7,11 +7,10 @@ this code. An unfinished training is a file beside it, replaced atomically every
 command resumes; the weights equal those of an uninterrupted training.
 """
 
-import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ from experiments.data.digits import Digits
 from experiments.data.stdlib import StdlibText
 from experiments.errors import UsageError
 from experiments.progress import make_progress
+from experiments.tasks import FINE_TUNING_TASKS
 from experiments.tasks.base import Task
 from experiments.tasks.named import Arrays
 from experiments.tasks.pretraining import KINDS, SIZES, load_corpus, make_task
@@ -36,6 +36,17 @@ from experiments.training.store import damaged, write_atomically
 
 CHUNK = 50  # steps in a compiled call; the number of steps is a multiple, or below it
 _VERSION = 1  # of this code; a change of the networks or of the training must increase it
+
+
+# The networks that a kind of fine-tuning task starts from.
+START: dict[str, tuple[str, ...]] = {
+    "tagging": ("encoder",),
+    "question-answering": ("encoder",),
+    "summarization": ("encoder", "decoder"),
+    "translation-fr": ("encoder", "decoder"),
+    "docstrings": ("decoder",),
+    "digits": ("image",),
+}
 
 
 class Pretrained(NamedTuple):
@@ -99,16 +110,24 @@ def load(kind: str, preset: str) -> Pretrained:
     return Pretrained(arrays, *fields)
 
 
-def pretrain(preset: str, console: Console, *, fresh: bool = False, data_dir: Path | None = None) -> None:
+def pretrain(
+    preset: str,
+    console: Console,
+    *,
+    fresh: bool = False,
+    kinds: Sequence[str] | None = None,
+    data_dir: Path | None = None,
+) -> None:
     """Trains the networks of a preset that are not in the cache yet, and resumes an unfinished training.
 
     Args:
       preset: key of :data:`experiments.tasks.pretraining.SIZES`.
       console: for the progress.
-      fresh: train all networks anew.
+      fresh: train the networks anew.
+      kinds: of the networks; None: all.
       data_dir: of prepared data sets; None: TFDS's default.
     """
-    for kind in KINDS:
+    for kind in KINDS if kinds is None else kinds:
         path = weights_path(kind, preset)
         for stored in (path, _unfinished(path)) if fresh else ():
             stored.unlink(missing_ok=True)
@@ -120,6 +139,19 @@ def pretrain(preset: str, console: Console, *, fresh: bool = False, data_dir: Pa
             f"{kind}: {count:,} parameters, training loss {found.losses[-1]:.3f}, held-out accuracy "
             f"{100 * found.metric:.1f}%, {path}"
         )
+
+
+def pretrain_for(tasks: Iterable[str], console: Console) -> None:
+    """Trains the networks that fine-tuning tasks among ``tasks`` start from, as :func:`pretrain`."""
+    needed = dict.fromkeys(
+        (preset, own)
+        for kind, _, preset in (
+            FINE_TUNING_TASKS[task].arguments[1:] for task in tasks if task in FINE_TUNING_TASKS
+        )
+        for own in START[kind]
+    )
+    for preset in dict.fromkeys(preset for preset, _ in needed):
+        pretrain(preset, console, kinds=[kind for kind in KINDS if (preset, kind) in needed])
 
 
 def _unfinished(path: Path) -> Path:
@@ -140,8 +172,8 @@ def _train(kind: str, preset: str, console: Console, data_dir: Path | None) -> N
         bar = progress.add_task(f"{kind}: data", total=steps)
         task = make_task(kind, preset, data_dir=data_dir)
         tx = optimizer(steps, size.learning_rate)
-        params = task.init(jax.random.key(0))
-        state, losses = _resume(_unfinished(path), (params, tx.init(params)))
+        initial = jax.jit(lambda key: _initial(task, tx, key))(jax.random.key(0))
+        state, losses = _resume(_unfinished(path), initial)
         batches = batch_indices(task, steps, jax.random.key(1))
         chunk = min(CHUNK, steps)
         done = chunk * len(losses)
@@ -158,6 +190,11 @@ def _train(kind: str, preset: str, console: Console, data_dir: Path | None) -> N
     metadata = {name: json.dumps(value) for name, value in fields.items()}
     _write(path, jax.device_get(state[0]), metadata)
     _unfinished(path).unlink()
+
+
+def _initial(task: Task, tx: optax.GradientTransformationExtraArgs, key: jax.Array) -> tuple[Arrays, Any]:
+    params = task.init(key)
+    return params, tx.init(params)
 
 
 def _compile(
@@ -179,7 +216,8 @@ def _compile(
         return (params, tx_state), losses.mean()
 
     lowered = jax.jit(run).lower(*state, batches, np.int32(0), train)
-    return functools.partial(lowered.compile(compiler_options=compiler_options()), train=train)
+    compiled = lowered.compile(compiler_options=compiler_options())
+    return lambda params, tx_state, batches, start: compiled(params, tx_state, batches, start, train)
 
 
 def _save(path: Path, state: Any, losses: list[float]) -> None:

@@ -101,6 +101,11 @@ def check_choice(name: str, value: Any, allowed: Collection[str]) -> str:
     return value
 
 
+def check_precision(value: Any) -> str | None:
+    """Returns a precision of matrix products, or raises ``ValueError``."""
+    return None if value is None else check_choice("matmul_precision", value, ("default", "high", "highest"))
+
+
 def check_leading_axis(name: str, tree: Any, what: str, *, low: int = 1) -> int:
     """Returns the length of the leading axis that all arrays of a pytree share, or raises ``ValueError``."""
     sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(tree)}

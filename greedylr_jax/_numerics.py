@@ -12,6 +12,7 @@ Both evaluate both branches, so neither guards a division: replace the divisor i
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -23,6 +24,7 @@ from jax.typing import ArrayLike
 from greedylr_jax import _checks
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 def default_float_dtype() -> jnp.dtype:
@@ -44,6 +46,29 @@ def where(condition: ArrayLike, on_true: ArrayLike, on_false: ArrayLike) -> jax.
         return value.astype(dtype) if isinstance(value, jax.Array) else np.full(shape, value, dtype)
 
     return jax.lax.select(condition, array(on_true), array(on_false))
+
+
+def overwrite(previous: jax.Array, new: jax.Array) -> jax.Array:
+    """``new``, for a field of a state that is written at every step and never read.
+
+    ``jax.jit`` drops arguments that are not read, and pairs the other donated arguments with results by
+    their order: if one is missing, XLA copies each later field that a step does not change. The compiled
+    program has no such select.
+    """
+    return jax.lax.select(np.False_, previous, new)
+
+
+def at_precision(function: Callable[..., R], matmul_precision: str | None) -> Callable[..., R]:
+    """The function, with matrix products (and those of its derivatives) at a precision; None: as they are."""
+    if matmul_precision is None:
+        return function
+
+    @functools.wraps(function)
+    def at_that_precision(*args: Any) -> R:
+        with jax.default_matmul_precision(matmul_precision):
+            return function(*args)
+
+    return at_that_precision
 
 
 def fresh(array: jax.Array) -> jax.Array:

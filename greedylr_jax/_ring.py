@@ -1,11 +1,10 @@
 """A ring buffer of the last values of a series, and their mean.
 
-The mean is the pairwise sum of blocks of eight values and of the values after the last whole block, each block
-a pairwise sum itself. No sum is carried from one insertion to the next: rounding errors do not accumulate, and
-one infinity does not stay (in a running sum it would).
+The mean is the pairwise sum of blocks of eight values and of the values after the last whole block, each
+block a pairwise sum itself. No sum is carried from one insertion to the next: rounding errors do not
+accumulate, and one infinity does not stay (in a running sum it would).
 
-The sums of the blocks are not stored. Every array of a state is written by a kernel of its own on a GPU, which
-takes longer than 50 additions.
+The sums of the blocks are not stored either: on a GPU each array of another shape in a state is a kernel.
 """
 
 import itertools

@@ -235,9 +235,10 @@ def with_rollback(
         loss = _observe.read("with_rollback", value, has_value, state.monitor.baseline.dtype, axis_name)
         extra_args |= {"value": value, "has_value": has_value}
         steps, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-        is_dead = ~_observe.any_device(_any_nonzero(updates), axis_name)
-        skip = _snapshot.is_not_finite(steps, params, inner_state, state.inner_state, axis_name)
-        actions, decided = _decide(settings, state, loss, is_dead, skip)
+        skip, has_gradient = _snapshot.check_step(
+            steps, params, inner_state, state.inner_state, updates, axis_name
+        )
+        actions, decided = _decide(settings, state, loss, ~has_gradient, skip)
         steps, inner_state, snapshot, restores = _snapshot.act(
             actions, steps, inner_state, state.snapshot, params, state.inner_state, axis_name
         )
@@ -307,12 +308,6 @@ def _clip_outlier(window: Window, loss: jax.Array) -> jax.Array:
     low, high = window.mean - _CLIP * deviation, window.mean + _CLIP * deviation
     is_known = jnp.isfinite(loss) & (window.finite >= _CLIP_FROM)
     return jnp.where(is_known, jnp.clip(loss, low, high), loss)
-
-
-def _any_nonzero(updates: optax.Updates) -> jax.Array:
-    """Whether any gradient is not zero; true if there are none."""
-    leaves = [leaf for leaf in jax.tree.leaves(updates) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
-    return jnp.any(jnp.array([jnp.any(leaf != 0) for leaf in leaves])) if leaves else jnp.asarray(True)
 
 
 def _cut_rates(

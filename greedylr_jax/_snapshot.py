@@ -14,11 +14,13 @@ point arrays get their earlier values, whereas
   discarded when restoring, and kept when a step is skipped.
 """
 
+import functools
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from greedylr_jax import _accumulation, _observe, _rule
@@ -113,27 +115,51 @@ def steps_left(restores: jax.Array, restoring: jax.Array, left: jax.Array) -> ja
     return jnp.where(restores, left, 0).astype(jnp.int32)
 
 
-def is_not_finite(
+_NOT_FINITE, _NONZERO = np.uint8(1), np.uint8(2)  # bits
+
+
+def check_step(
     updates: optax.Updates,
     params: optax.Params,
     inner_state: optax.OptState,
     previous_inner_state: optax.OptState,
+    gradients: optax.Updates | None = None,
     axis_name: Hashable | None = None,
-) -> jax.Array:
-    """Whether a step makes any element of the parameters or of the moments infinite or NaN.
+) -> tuple[jax.Array, jax.Array]:
+    """Checks a step, in one pass over the arrays.
 
-    No update restores such a parameter, and no gradient such a moment: NaN plus anything is NaN. Moments are
-    the parts of the optimizer's state that are like the parameters.
+    Returns:
+      * Whether the step makes any element of the parameters or of the moments infinite or NaN. No update
+        restores such a parameter, and no gradient such a moment: NaN plus anything is NaN. Moments are the
+        parts of the optimizer's state that are like the parameters.
+      * Whether any gradient is not zero; true if there are none.
     """
-    pairs = [(leaf + update).astype(leaf.dtype) for leaf, update in _leaf_pairs(params, updates)]
-    pairs = list(zip(jax.tree.leaves(params), pairs, strict=True))
+    leaves = jax.tree.leaves(params)
+    stepped = [(leaf + update).astype(leaf.dtype) for leaf, update in _leaf_pairs(params, updates)]
     old, new = (_moments(params, state) for state in (previous_inner_state, inner_state))
-    becomes = [
-        jnp.any(jnp.isfinite(before) & ~jnp.isfinite(after))
-        for before, after in [*pairs, *zip(old, new, strict=True)]
-        if jnp.issubdtype(jnp.result_type(before), jnp.inexact)
-    ]
-    return _observe.any_device(jnp.any(jnp.array(becomes, bool)), axis_name)
+    gradient_leaves = [None] * len(leaves) if gradients is None else jax.tree.leaves(gradients)
+    found, has_gradients = jnp.zeros((), jnp.uint8), False
+    for index, (leaf, gradient) in enumerate(zip(leaves, gradient_leaves, strict=True)):
+        pairs = [(leaf, stepped[index])]
+        pairs += zip(old[index :: len(leaves)], new[index :: len(leaves)], strict=True)
+        bits = [
+            jnp.where(jnp.isfinite(before) & ~jnp.isfinite(after), _NOT_FINITE, np.uint8(0))
+            for before, after in pairs
+            if _is_inexact(before)
+        ]
+        if gradient is not None and _is_inexact(gradient):
+            has_gradients = True
+            bits.append(jnp.where(gradient != 0, _NONZERO, np.uint8(0)))
+        if bits:  # one reduction for all arrays like the parameter: on a GPU each is one kernel, or two
+            every = functools.reduce(jax.lax.bitwise_or, bits)
+            found |= jax.lax.reduce(every, np.uint8(0), jax.lax.bitwise_or, range(every.ndim))
+    any_nonzero = (found & _NONZERO) > 0 if has_gradients else jnp.asarray(True)
+    conditions = ((found & _NOT_FINITE) > 0, any_nonzero)
+    return tuple(_observe.any_device(condition, axis_name) for condition in conditions)
+
+
+def _is_inexact(leaf: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
 def are_equal(left: optax.Params, right: optax.Params) -> jax.Array:

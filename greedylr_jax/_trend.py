@@ -278,7 +278,7 @@ def trend_rule(settings: TrendSettings) -> _rule.Rule:
             scale=jnp.clip(scale, numbers.min_scale, numbers.max_scale),
             step_exponent=_numerics.where(was_too_high, reduced, state.step_exponent),
             rose=_numerics.where(factor == 1, state.rose, factor > 1),
-            decision=decision,
+            decision=decision.astype(jnp.int32),
             window=window,
             current=current,
             # Losses before a divergence are not comparable with those after it.
@@ -306,7 +306,7 @@ def _decide(
     decision = _numerics.where(rise > bound, CUT, decision)
     decision = _numerics.where(baseline.steps > 0, decision, START)
     decision = _numerics.where(window.steps >= numbers.window, decision, WAIT)
-    decision = _numerics.where(jnp.isfinite(value), decision, DIVERGED).astype(jnp.int32)
+    decision = _numerics.where(jnp.isfinite(value), decision, DIVERGED).astype(jnp.int8)
     raises = ((decision == RAISE) | (decision == ACCELERATE)) & (state.pause_count == 0)
     speed = _numerics.where(raises, -rise / distance, state.speed)
     return decision, _numerics.where(decision >= CUT, 0, speed)

@@ -9,7 +9,7 @@ bounds the error on a convex objective for any rule whose learning rates stay be
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ def estimate_smoothness(
     *,
     num_iterations: int = 100,
     tolerance: ArrayLike = 1e-4,
+    matmul_precision: Literal["default", "high", "highest"] | None = "highest",
     key: jax.Array | None = None,
 ) -> jax.Array:
     """The largest absolute eigenvalue of the Hessian at ``params``, by power iteration.
@@ -39,6 +40,10 @@ def estimate_smoothness(
       params: a pytree of real floating-point arrays.
       num_iterations: maximum number of iterations, an integer >= 1.
       tolerance: relative change of the estimate below which the iteration stops, >= 0; may be traced.
+      matmul_precision: precision of the matrix products in ``loss_fn`` and its derivatives, as in
+        ``jax.default_matmul_precision``: ``"highest"`` (float32), ``"high"``, ``"default"``, or None for that
+        of the caller. With the bfloat16 products that are a TPU's default the estimate erred by 0.04%
+        (perceptron on digits), which exceeds ``tolerance``.
       key: for the random initial vector; None: a fixed key.
 
     Returns:
@@ -56,6 +61,7 @@ def estimate_smoothness(
     """
     num_iterations = _checks.check_static_integer("num_iterations", num_iterations, low=1)
     tolerance = _checks.check_real("tolerance", tolerance, low=0.0, high_open=True)
+    loss_fn = _numerics.at_precision(loss_fn, _checks.check_precision(matmul_precision))
     if not sum(jnp.size(leaf) for leaf in jax.tree.leaves(params)):
         raise ValueError(f"params must have elements, got {params!r}.")
 
@@ -97,6 +103,8 @@ def local_smoothness(decay: ArrayLike = 0.9) -> optax.GradientTransformation:
 
     Put it first in a chain, where the updates are the gradients. With full gradients the estimate is a lower
     bound of L; with gradients of different batches it is too high, because their difference contains noise.
+    So does that of gradients with rounding errors: compute the gradients under
+    ``jax.default_matmul_precision("highest")`` on a TPU or GPU.
 
     Args:
       decay: of the exponential moving average, in [0, 1), which starts at the first estimate; may be traced.

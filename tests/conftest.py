@@ -1,6 +1,7 @@
 """Settings of all tests.
 
-* Every test process has eight CPU devices, so that sharding can be tested.
+* Every test process has eight CPU devices, so that sharding can be tested. JAX uses no other device, unless
+  ``JAX_PLATFORMS`` is set; the compilers for TPU and GPU in ``tests/accelerators`` need none.
 * Compiled programs are cached in pytest's cache folder, since compiling them takes 80% of the suite's time;
   ``pytest --cache-clear`` deletes them.
 * Compiler optimizations are disabled, since most programs are small and run once; this reduces the suite's
@@ -19,6 +20,7 @@ flags = ["--xla_backend_optimization_level=0"]
 if jax.__version_info__ < (0, 11):  # later versions have no such flag
     flags += ["--xla_cpu_use_fusion_emitters=false"]
 os.environ.setdefault("XLA_FLAGS", " ".join(flags))
+jax.config.update("jax_platforms", os.environ.setdefault("JAX_PLATFORMS", "cpu"))
 jax.config.update("jax_num_cpu_devices", 8)
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, database=None)

@@ -51,7 +51,7 @@ TESTS = {
 # Mutated lines that are equivalent to the original, and why.
 _BOUND = "bound = known * _numerics.where(known <= 0, 1 + settings.threshold, 1 - settings.threshold)"
 _COUNTDOWN = "1 if settings.reset_at_min is None else settings.reset_at_min"
-_SHORT = "numbers.size > 3 * _BLOCK:  # unrolling would make a long program"
+_SHORT = "len(numbers) > 3 * _BLOCK:  # unrolling would make a long program"
 _TERMS = "the order of additions does not change an exact sum"
 EQUIVALENT = {
     f"reset_countdown=jnp.array({_COUNTDOWN}, jnp.int32),": "never read without resets",
@@ -61,7 +61,6 @@ EQUIVALENT = {
     f"if {_SHORT.replace('>', '>=')}": _TERMS,
     f"if {_SHORT.replace('3 *', '4 *')}": _TERMS,
     f"if {_SHORT.replace('*', '/')}": _TERMS,
-    "block_sums=jnp.zeros((size // _BLOCK or 2,), dtype),": "never read without a block",
     "decides_each_step = None": "the mean of one loss is the loss",
 }
 _LIMIT = 900  # seconds after which a mutant counts as found

@@ -29,13 +29,26 @@ class Preset(NamedTuple):
     proxy_steps: int  # training steps of arc select
     steps: dict[str, int]  # training steps of each case of arc evaluate; multiples of 30
     seeds: int  # of arc select and arc evaluate
+    intervals: tuple[int, ...]  # epochs between two decisions in arc evaluate
 
 
 PRESETS: dict[str, Preset] = {
     # Runs every stage, for tests; the resulting weights are useless.
-    "tiny": Preset(3, 18, 2, 2, 1e-3, 60, {"image": 60}, 2),
-    "quick": Preset(12, 120, 4, 40, 1e-3, 300, {"image": 600}, 3),
-    "full": Preset(12, 640, 10, 300, 3e-4, 600, {"image": 3000, "detection": 900, "language": 900}, 5),
+    "tiny": Preset(3, 18, 2, 2, 1e-3, 60, {"image": 60}, 2, (1, 3)),
+    "quick": Preset(
+        12, 120, 4, 40, 1e-3, 300, {"image": 600, "detection": 300, "language": 300}, 3, (1, 3, 6)
+    ),
+    "full": Preset(
+        12,
+        640,
+        10,
+        300,
+        3e-4,
+        600,
+        {"image": 3000, "detection": 900, "language": 900},
+        5,
+        (1, 2, 3, 4, 5, 6),
+    ),
 }
 PresetOption = Annotated[str, typer.Option(help=f"Amount of work: {', '.join(PRESETS)}.")]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Discard unfinished work instead of resuming it.")]
@@ -80,8 +93,13 @@ def train(
     samples: Annotated[Path, typer.Option(help="Samples from arc generate.")] = ROOT / "samples/runs.parquet",
     out: OutOption = None,
     fresh: FreshOption = False,
+    architecture: Annotated[
+        str,
+        typer.Option(help="small (9,315 parameters, as in the package) or published (79,043, the paper's)."),
+    ] = "small",
 ) -> None:
     """Train candidates of ARC's network on the samples."""
+    one_of("--architecture", architecture, ("small", "published"))
     sizes, console = _set_up(preset)
     for option, value in (("--candidates", candidates), ("--epochs", epochs)):
         if value is not None:
@@ -92,7 +110,10 @@ def train(
     from experiments.arc.training import train as run
 
     settings = CandidateSettings(
-        candidates or sizes.candidates, epochs or sizes.epochs, learning_rate or sizes.learning_rate
+        candidates or sizes.candidates,
+        epochs or sizes.epochs,
+        learning_rate or sizes.learning_rate,
+        architecture,
     )
     run(samples, out or ROOT / "candidates", settings, console, fresh=fresh)
 
@@ -133,7 +154,9 @@ def evaluate(
     from experiments.studies.base import Job
 
     job = Job("evaluate", preset, out or ROOT / "evaluation", console, fresh=fresh, command="arc")
-    module.evaluate(job, module.EvaluationSettings(sizes.steps, sizes.seeds), weights, published)
+    module.evaluate(
+        job, module.EvaluationSettings(sizes.steps, sizes.seeds, sizes.intervals), weights, published
+    )
 
 
 @app.command(name="all")

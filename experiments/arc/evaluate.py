@@ -1,13 +1,19 @@
-"""ARC against passive schedules, superconvergence and a line search, at three initial rates.
+"""ARC against passive schedules, superconvergence, a line search and its own actions without its network, at
+three initial rates.
 
 Paper: X. Dong et al., "To Raise or Not To Raise: The Autonomous Learning Rate Question", Section 4 (Tables 2
 to 4), Section 5 (failure modes) and Appendix A.5 (frequency of decisions). The paper trains CIFAR-10 with
 Adam, MSCOCO with momentum and PTB with SGD. Digits, scenes of digits and source code take their place here,
 with the same optimizers and initial rates a factor of ten apart, as in Tables 2 and 4. As in the paper, the
 score of a run is its best held-out metric of 30, and each table cell is the median over runs.
+
+The paper has no control for the decisions themselves: where all initial rates are too low, raising the rate
+at every decision needs no network. Here the controls are always raising, always keeping (which is the
+constant rate) and random actions.
 """
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +24,7 @@ import polars as pl
 
 from experiments.arc import DECISIONS, EPOCHS
 from experiments.reporting import drawing, html
+from experiments.reporting.summary import confidence_interval, interval_text
 from experiments.reporting.tables import print_table
 from experiments.studies.base import Job, Sweep, publish, read_published
 from experiments.studies.tuning import TUNING_SEEDS
@@ -32,8 +39,9 @@ from greedylr_jax.range_test import range_test, suggest_best
 
 PASSIVE_SCHEDULES = ("constant", "cosine", "cyclic-cosine", "exponential")
 SUPERCONVERGENCE, LINE_SEARCH = "one-cycle", "Armijo"
+ALWAYS_RAISE, ALWAYS_KEEP, RANDOM_ACTION = "always-raise", "constant", "random-action"
+CONTROLS = (ALWAYS_RAISE, ALWAYS_KEEP, RANDOM_ACTION)  # ARC's actions without its network
 ARC, ARC_NO_VALIDATION, ARC_PUBLISHED = "ARC", "ARC, no validation", "ARC, published weights"
-INTERVALS = (1, 2, 3, 4, 5, 6)  # epochs between two decisions
 _MIN_DECISIONS = 10  # per run, at every interval
 _RANGE_TEST_STEPS = 300
 
@@ -48,6 +56,7 @@ class Case(NamedTuple):
     learning_rates: tuple[float, float, float]
     metric: str
     lower_is_better: bool = False
+    own_decays: Mapping[str, str] = {}  # schedules that the paper sets differently here, by their name
 
 
 CASES = {
@@ -58,7 +67,14 @@ CASES = {
         "detection", "Table 3: MSCOCO, mAP", "detection", "momentum", (1e-1, 1e-2, 1e-3), "AP50, %"
     ),
     "language": Case(
-        "language", "Table 4: PTB, perplexity", "language-lstm", "sgd", (10.0, 1.0, 0.1), "perplexity", True
+        "language",
+        "Table 4: PTB, perplexity",
+        "language-lstm",
+        "sgd",
+        (10.0, 1.0, 0.1),
+        "perplexity",
+        True,
+        {"cyclic-cosine": "cyclic-cosine-text", "exponential": "exponential-text"},
     ),
 }
 
@@ -68,6 +84,7 @@ class EvaluationSettings(NamedTuple):
 
     steps: dict[str, int]  # by case; multiples of 30
     seeds: int
+    intervals: tuple[int, ...] = (1, 2, 3, 4, 5, 6)  # epochs between two decisions, Appendix A.5
 
 
 def evaluate(job: Job, settings: EvaluationSettings, weights: Path | None, published: Path | None) -> None:
@@ -88,13 +105,14 @@ def evaluate(job: Job, settings: EvaluationSettings, weights: Path | None, publi
         variants[ARC_PUBLISHED] = arc_with(str(published), decisions=DECISIONS)
     digests = [_digest(path) for path in (weights, *([published] if published else []))]
     described = {"evaluation": settings._asdict(), "variants": variants, "digests": digests}
-    sweeps, frames = [], []
+    sweeps, frames, range_tests = [], [], []
     for key, steps in settings.steps.items():
         sweep = _open_sweep(job, key, steps, EPOCHS, described)
-        frames.append(_train_case(sweep, job, CASES[key], variants, settings.seeds))
+        range_tests.append(run_range_test(CASES[key]))
+        frames.append(_train_case(sweep, job, CASES[key], variants, settings.seeds, range_tests[-1]))
         sweeps.append(sweep)
     first, steps = next(iter(settings.steps.items()))
-    for interval in INTERVALS:
+    for interval in settings.intervals:
         epochs = max(EPOCHS, _MIN_DECISIONS * interval)
         sweep = _open_sweep(job, f"every-{interval}", steps // EPOCHS * epochs, epochs, described)
         schedule = arc_with(arc_weights, decisions=epochs // interval)
@@ -104,23 +122,29 @@ def evaluate(job: Job, settings: EvaluationSettings, weights: Path | None, publi
     write_atomically(job.out / "runs.parquet", runs.write_parquet)
     for sweep in sweeps:
         sweep.finish()
-    _report(job, runs, settings)
+    _report(job, runs, pl.concat(range_tests), settings)
 
 
 def _open_sweep(job: Job, name: str, steps: int, evaluations: int, described: dict[str, Any]) -> Sweep:
     return Sweep(job.in_folder(name), Settings(steps, evaluations, validated=True), described)
 
 
-def _train_case(sweep: Sweep, job: Job, case: Case, variants: dict[str, str], seeds: int) -> pl.DataFrame:
+def _train_case(
+    sweep: Sweep, job: Job, case: Case, variants: dict[str, str], seeds: int, tested: pl.DataFrame
+) -> pl.DataFrame:
     """Trains all schedules on a case from each of its initial rates; returns the rows."""
-    suggested = superconvergence_rate(case)
+    suggested = suggested_rate(tested)
     job.console.print(f"{case.task}: the range test suggests {suggested:.3g} for superconvergence")
     specs = []
-    for label, schedule in ({name: name for name in PASSIVE_SCHEDULES} | variants).items():
+    for label, schedule in ({name: name for name in (*PASSIVE_SCHEDULES, ALWAYS_RAISE)} | variants).items():
         specs += make_specs((schedule,), case.learning_rates, range(seeds), label=label)
+    for seed in range(seeds):
+        drawn = f"{RANDOM_ACTION}(draw={seed})"
+        specs += make_specs((drawn,), case.learning_rates, (seed,), label=RANDOM_ACTION)
     specs += make_specs((SUPERCONVERGENCE,), (suggested,), range(seeds), label=SUPERCONVERGENCE)
     # The line search chooses its steps itself, at most 1, along the gradient.
     line_search = make_specs((LINE_SEARCH,), (1.0,), range(seeds), label=LINE_SEARCH)
+    specs = [each._replace(schedule=case.own_decays.get(each.schedule, each.schedule)) for each in specs]
     rows = sweep.train([Group(case.task, case.optimizer, specs), Group(case.task, "sgd", line_search)])
     return _rows_of(rows, case, None)
 
@@ -145,8 +169,13 @@ def _digest(weights: Path | None) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def superconvergence_rate(case: Case) -> float:
-    """The rate with the lowest loss in a learning-rate range test of 300 steps (Appendix A.3)."""
+def run_range_test(case: Case) -> pl.DataFrame:
+    """A learning-rate range test of 300 steps (Appendix A.3), one row per step.
+
+    Returns:
+      A frame with ``case``, ``learning_rate``, ``loss``, ``smoothed``, and ``suggested``, the rate with the
+      lowest smoothed loss, equal in all rows.
+    """
     task = make_task(case.task)
     init_key, batch_key = jax.random.split(jax.random.key(TUNING_SEEDS[0]))
     batches = take(task.train, batch_indices(task, _RANGE_TEST_STEPS, batch_key))
@@ -156,7 +185,18 @@ def superconvergence_rate(case: Case) -> float:
             task.loss, params, batches, inner=inner, min_learning_rate=1e-5, max_learning_rate=100.0
         )
     )
-    return float(suggest_best(test(task.init(init_key), batches)))
+    result = test(task.init(init_key), batches)
+    columns = {
+        "learning_rate": result.learning_rates, "loss": result.losses, "smoothed": result.smoothed,
+    }  # fmt: skip
+    frame = pl.DataFrame({name: np.asarray(column, float) for name, column in columns.items()})
+    suggested = float(suggest_best(result))
+    return frame.select(pl.lit(case.key).alias("case"), *frame.columns, pl.lit(suggested).alias("suggested"))
+
+
+def suggested_rate(tested: pl.DataFrame) -> float:
+    """The rate that the range test of one case suggests."""
+    return float(tested["suggested"][0])
 
 
 def scores(runs: pl.DataFrame) -> pl.DataFrame:
@@ -204,17 +244,102 @@ def summarize(runs: pl.DataFrame) -> pl.DataFrame:
     return pl.DataFrame(rows)
 
 
-def claim(table: pl.DataFrame, key: str) -> tuple[bool, str]:
-    """Whether ARC's worst median over the three rates beats every passive schedule's; and a sentence."""
+def against(runs: pl.DataFrame) -> pl.DataFrame:
+    """ARC against its actions without its network, paired by seed: one row for each case, rate and control.
+
+    Returns:
+      A frame with ``case``; ``learning_rate`` (None: the mean over the three); ``control``; ``different``:
+      percent of ARC's decisions that differ from the control's (None for random actions); ``difference``:
+      mean over the seeds of ARC's score minus the control's, positive where ARC is better, with its 95%
+      confidence interval. Perplexities are compared by their logarithm, those that are not finite as the
+      highest finite one of the case.
+    """
+    rows = []
+    for (key,), cell in _of_tables(runs).group_by(["case"], maintain_order=True):
+        case = CASES[key]
+        for control in CONTROLS:
+            by_rate = [_gains(cell, case, control, rate) for rate in case.learning_rates]
+            different = [_different(cell, control, rate) for rate in case.learning_rates]
+            rates = (*case.learning_rates, None)
+            gains = (*by_rate, np.mean(by_rate, axis=0))
+            shares = (*different, None if different[0] is None else float(np.mean(different)))
+            for rate, gain, share in zip(rates, gains, shares, strict=True):
+                low, high = confidence_interval(gain)
+                row = {"case": key, "learning_rate": rate, "control": control, "different": share}
+                row |= {"difference": float(gain.mean()), "difference_low": low, "difference_high": high}
+                rows.append(row)
+    return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def _gains(cell: pl.DataFrame, case: Case, control: str, rate: float) -> np.ndarray:
+    """ARC's score minus the control's from one rate, by seed, positive where ARC is better."""
+    highest = cell["score"].filter(cell["score"].is_finite()).max()
+    own, other = (
+        np.minimum(cell.filter(schedule=name, learning_rate=rate).sort("seed")["score"].to_numpy(), highest)
+        for name in (ARC, control)
+    )
+    return np.log(other) - np.log(own) if case.lower_is_better else own - other
+
+
+def _different(cell: pl.DataFrame, control: str, rate: float) -> float | None:
+    """Percent of ARC's decisions from one rate that are not the action of a control."""
+    if control == RANDOM_ACTION:
+        return None
+    counts = _count_decisions(
+        np.array(cell.filter(schedule=ARC, learning_rate=rate)["rate"].to_list(), float)
+    )
+    same = counts["raised" if control == ALWAYS_RAISE else "unchanged"]
+    return 100 * (1 - same / DECISIONS)
+
+
+class Claim(NamedTuple):
+    """The claim of the paper on one case.
+
+    Attributes:
+      best_cells: number of the three initial rates at which ARC's median is not worse than that of any
+        passive schedule, as in the paper's tables.
+      worst_is_best: whether ARC's worst median over the three rates is better than that of every passive
+        schedule.
+      beats_raising: whether ARC is significantly better than always raising, over the mean of the rates.
+      text: a sentence.
+    """
+
+    best_cells: int
+    worst_is_best: bool
+    beats_raising: bool
+    text: str
+
+    @property
+    def holds(self) -> bool:
+        """Whether ARC is better than the passive schedules, and not merely by raising every time."""
+        return self.worst_is_best and self.beats_raising
+
+
+def claim(runs: pl.DataFrame, key: str) -> Claim:
+    """Compares ARC with passive schedules, cell by cell and by the worst cell, and with always raising."""
     case = CASES[key]
-    worst = dict(table.filter(pl.col("case") == key).select("schedule", "worst").iter_rows())
-    arc_worst = worst[ARC]
-    best = (min if case.lower_is_better else max)(PASSIVE_SCHEDULES, key=worst.__getitem__)
-    holds = arc_worst < worst[best] if case.lower_is_better else arc_worst > worst[best]
-    return holds, (
-        f"{case.task}: ARC's worst median over the three rates is {arc_worst:.2f}, that of the best passive "
-        f"schedule ({best}) {worst[best]:.2f} ({case.metric}): the paper's claim "
-        f"{'holds' if holds else 'does not hold'}."
+    rows = {row["schedule"]: row for row in summarize(runs).filter(case=key).iter_rows(named=True)}
+    sign = -1 if case.lower_is_better else 1
+    best_cells = sum(
+        all(sign * rows[ARC][cell] >= sign * rows[name][cell] for name in PASSIVE_SCHEDULES)
+        for cell in ("high", "middle", "low")
+    )
+    rival = max(PASSIVE_SCHEDULES, key=lambda name: sign * rows[name]["worst"])
+    worst_is_best = sign * rows[ARC]["worst"] > sign * rows[rival]["worst"]
+    pairs = against(runs).filter(pl.col("learning_rate").is_null(), case=key, control=ALWAYS_RAISE)
+    pair = pairs.row(0, named=True)
+    beats = pair["difference_low"] > 0
+    loses = pair["difference_high"] < 0
+    relation = "better than" if beats else "worse than" if loses else "not distinguishable from"
+    unit = "log perplexity" if case.lower_is_better else "points"
+    made = Claim(best_cells, bool(worst_is_best), bool(beats), "")
+    return made._replace(
+        text=f"{case.task}: ARC's median is the best of the passive schedules' at {best_cells} of 3 initial "
+        f"rates; its worst over the rates is {rows[ARC]['worst']:.2f}, that of the best passive schedule "
+        f"({rival}) {rows[rival]['worst']:.2f}, that of always raising {rows[ALWAYS_RAISE]['worst']:.2f} "
+        f"({case.metric}). ARC is {relation} always raising ({unit}: {interval_text(pair, '+.2f')}), with "
+        f"{pair['different']:.0f}% other decisions: the paper's claim "
+        f"{'holds' if made.holds else 'does not hold'}."
     )
 
 
@@ -277,20 +402,24 @@ def published_tables() -> pl.DataFrame:
     return read_published("arc_tables")
 
 
-_LOOKS = {name: SCHEDULES[name].look for name in (*PASSIVE_SCHEDULES, SUPERCONVERGENCE, LINE_SEARCH, ARC)} | {
+_REGISTERED = (*PASSIVE_SCHEDULES, ALWAYS_RAISE, RANDOM_ACTION, SUPERCONVERGENCE, LINE_SEARCH, ARC)
+_LOOKS = {name: SCHEDULES[name].look for name in _REGISTERED} | {
     ARC_NO_VALIDATION: drawing.Look(drawing.ORANGE),
     ARC_PUBLISHED: drawing.Look(drawing.VIOLET),
 }
 _COLORS = {name: look.color for name, look in _LOOKS.items()}
 
 
-def _report(job: Job, runs: pl.DataFrame, settings: EvaluationSettings) -> None:
+def _report(job: Job, runs: pl.DataFrame, tested: pl.DataFrame, settings: EvaluationSettings) -> None:
     """Prints the tables and writes the report."""
-    table, frequency, decided = summarize(runs), by_frequency(runs), decisions(runs)
+    table, frequency, decided, compared = (
+        function(runs) for function in (summarize, by_frequency, decisions, against)
+    )
     for key in settings.steps:
         own = table.filter(pl.col("case") == key)
         print_table(job.console, f"{CASES[key].task}: {CASES[key].metric}", _headers(key), _cells(own))
-        job.console.print(claim(table, key)[1])
+        job.console.print(claim(runs, key).text)
+    print_table(job.console, "ARC without its network", _CONTROL_HEADERS, _control_rows(compared), left=3)
     print_table(job.console, "Epochs between two decisions", _FREQUENCY_HEADERS, _rows(frequency))
     print_table(job.console, "ARC's decisions", _DECISION_HEADERS, _rows(decided), left=1)
     steps = ", ".join(f"{CASES[key].task} {steps} steps" for key, steps in settings.steps.items())
@@ -299,15 +428,44 @@ def _report(job: Job, runs: pl.DataFrame, settings: EvaluationSettings) -> None:
         "ARC at three initial rates",
         f"{steps}; {settings.seeds} seeds; medians of each run's best of {EPOCHS} held-out metrics. Half of "
         "the held-out examples give ARC's validation losses; all metrics are of the other half.",
-        tables={"table": table, "frequency": frequency, "decisions": decided},
+        tables={
+            "table": table,
+            "frequency": frequency,
+            "decisions": decided,
+            "against": compared,
+            "range_test": tested,
+        },
         figures={
             "histories": draw_histories(runs),
             "runs": draw_runs(runs),
+            "failures": draw_failures(runs),
             "frequency": draw_frequency(runs),
+            "range_test": draw_range_test(tested),
         },
-        sections=_sections(runs, table, frequency, decided),
-        recomputed_by="experiments.arc.evaluate.summarize, by_frequency and decisions",
+        sections=_sections(runs, table, frequency, decided, compared),
+        recomputed_by="experiments.arc.evaluate.summarize, against, by_frequency and decisions",
     )
+
+
+_CONTROL_HEADERS = ("case", "initial rate", "control", "other decisions, %", "ARC minus control [95% CI]")
+
+
+def _control_rows(compared: pl.DataFrame) -> list[list[str]]:
+    return [
+        [
+            row["case"],
+            "all" if row["learning_rate"] is None else f"{row['learning_rate']:g}",
+            _name(row["control"]),
+            "" if row["different"] is None else f"{row['different']:.0f}",
+            interval_text(row, "+.2f"),
+        ]
+        for row in compared.iter_rows(named=True)
+    ]
+
+
+def _name(schedule: str) -> str:
+    """The name of a schedule in tables: the constant rate is also what always keeping it gives."""
+    return "constant (always-keep)" if schedule == ALWAYS_KEEP else schedule
 
 
 def _headers(key: str) -> tuple[str, ...]:
@@ -316,7 +474,7 @@ def _headers(key: str) -> tuple[str, ...]:
 
 def _cells(table: pl.DataFrame) -> list[list[str]]:
     columns = table.select("schedule", "high", "middle", "low", "worst")
-    return [[row[0], *(f"{value:.2f}" for value in row[1:])] for row in columns.iter_rows()]
+    return [[_name(row[0]), *(f"{value:.2f}" for value in row[1:])] for row in columns.iter_rows()]
 
 
 _FREQUENCY_HEADERS = ("epochs", "median", "minimum", "maximum")
@@ -406,6 +564,57 @@ def draw_runs(runs: pl.DataFrame) -> plt.Figure:
     return figure
 
 
+def draw_failures(runs: pl.DataFrame) -> plt.Figure:
+    """Figures 6 and 13: every run of ARC from the rate at which it fails most often, the worst in orange."""
+    decided, cells = decisions(runs), {(cell.case.key, cell.rate): cell for cell in _cells_of(runs)}
+    keys = decided["case"].unique(maintain_order=True).to_list()
+    figure, panels = drawing.panels(2 * len(keys), 2, width=5.0, height=3.0)
+    for key, metric, rates in zip(keys, panels[::2], panels[1::2], strict=True):
+        own = decided.filter(pl.col("case") == key).sort("failed", descending=True, maintain_order=True)
+        cell = cells[key, own["learning_rate"][0]]
+        worst_last = cell.runs[ARC].sort("score", descending=not cell.case.lower_is_better)
+        for number, run in enumerate(worst_last.iter_rows(named=True), 1):
+            is_worst = number == len(worst_last)
+            style = {"color": drawing.ORANGE if is_worst else drawing.GREY, "lw": 1.8 if is_worst else 1}
+            label = f"seed {run['seed']}" + (", the worst" if is_worst else "")
+            metric.plot(*_over_steps(_shown_metric(run, cell.case)), **style, label=label)
+            rates.plot(*_over_steps(np.array(run["rate"], float)), **style)
+        failed = own["failed"][0]
+        metric.set_title(f"{cell.case.task}, from {cell.rate:g}: {cell.case.metric}", fontsize=9)
+        rates.set_title(f"learning rate; {failed:.0%} below every constant rate", fontsize=9)
+        rates.set_yscale("log")
+        if cell.case.lower_is_better:
+            metric.set_yscale("log")
+        metric.legend(fontsize=7, frameon=False)
+    figure.suptitle("ARC's runs where they fail most often, over the steps (%)")
+    return figure
+
+
+def _over_steps(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Percent of the steps, and the values."""
+    return drawing.percent_of_steps(len(values)), values
+
+
+def draw_range_test(tested: pl.DataFrame) -> plt.Figure:
+    """Figure 9: the loss of each range test over the learning rate, and the rate that it suggests."""
+    cells = list(tested.group_by(["case"], maintain_order=True))
+    figure, panels = drawing.panels(len(cells), 3)
+    for ((key,), cell), axes in zip(cells, panels, strict=True):
+        finite = cell.filter(pl.col("smoothed").is_finite())
+        axes.plot(cell["learning_rate"], cell["loss"], color=drawing.GREY, lw=0.6, label="loss of the batch")
+        axes.plot(finite["learning_rate"], finite["smoothed"], color=drawing.BLUE, label="smoothed")
+        axes.axvline(suggested_rate(cell), color=drawing.RED, ls="--", label=f"{suggested_rate(cell):.2g}")
+        axes.set_xscale("log")
+        lowest, first = float(finite["smoothed"].min()), float(finite["smoothed"][0])
+        axes.set_ylim(lowest - 0.2 * (first - lowest), first + (first - lowest))
+        axes.set_title(f"{CASES[key].task}, {CASES[key].optimizer}", fontsize=10)
+        axes.set_xlabel("learning rate")
+        axes.legend(fontsize=8, frameon=False)
+    panels[0].set_ylabel("loss")
+    figure.suptitle(f"Range tests of {_RANGE_TEST_STEPS} steps")
+    return figure
+
+
 def draw_frequency(runs: pl.DataFrame) -> plt.Figure:
     """Figure 14: scores by the number of epochs between two decisions."""
     scored = scores(runs.filter(pl.col("every").is_not_null()))
@@ -421,14 +630,26 @@ def draw_frequency(runs: pl.DataFrame) -> plt.Figure:
 
 
 def _sections(
-    runs: pl.DataFrame, table: pl.DataFrame, frequency: pl.DataFrame, decided: pl.DataFrame
+    runs: pl.DataFrame,
+    table: pl.DataFrame,
+    frequency: pl.DataFrame,
+    decided: pl.DataFrame,
+    compared: pl.DataFrame,
 ) -> list[html.Section]:
-    """The sections of the report: one per case, then frequency and decisions."""
+    """The sections of the report: one per case, then the controls, frequency and decisions."""
     cells = _cells_of(runs)
     sections = [
-        _case_section(CASES[key], table, [cell for cell in cells if cell.case.key == key])
+        _case_section(CASES[key], runs, table, [cell for cell in cells if cell.case.key == key])
         for key in table["case"].unique(maintain_order=True)
     ]
+    sections.append(
+        html.Section(
+            "ARC without its network",
+            "The same actions, always or at random, paired by seed. Positive: ARC is better, in points or in "
+            "log perplexity.",
+            [html.Table(_CONTROL_HEADERS, _control_rows(compared))],
+        )
+    )
     sections.append(
         html.Section(
             "Frequency of decisions",
@@ -448,7 +669,7 @@ def _sections(
     return sections
 
 
-def _case_section(case: Case, table: pl.DataFrame, cells: list[_Cell]) -> html.Section:
+def _case_section(case: Case, runs: pl.DataFrame, table: pl.DataFrame, cells: list[_Cell]) -> html.Section:
     """A case: our table, the paper's table, and curves of the median runs at each initial rate."""
     published = published_tables().filter(pl.col("case") == case.key).drop("case")
     parts: list[Any] = [
@@ -466,4 +687,4 @@ def _case_section(case: Case, table: pl.DataFrame, cells: list[_Cell]) -> html.S
             title = f"{case.metric if name == 'metric' else 'learning rate'}, from {rate:g}"
             is_log = name == "rate" or case.lower_is_better
             parts.append(html.line_figure(curves, "steps, %", title, y_log=is_log))
-    return html.Section(f"{case.task} ({case.paper})", claim(table, case.key)[1], parts)
+    return html.Section(f"{case.task} ({case.paper})", claim(runs, case.key).text, parts)

@@ -15,6 +15,8 @@ import matplotlib.pyplot as plt
 import polars as pl
 
 from experiments.arc import DECISIONS, EPOCHS
+from experiments.arc.metrics import by_metric
+from experiments.arc.training import METRICS_FILE
 from experiments.errors import UsageError
 from experiments.reporting import drawing
 from experiments.reporting.tables import print_table
@@ -39,7 +41,7 @@ class SelectionSettings(NamedTuple):
 def select(candidates: Path, job: Job, settings: SelectionSettings) -> Path:
     """Trains the proxy task with all candidates, and copies the best one. Resumes after an interruption.
 
-    Writes ``runs.parquet``, ``selection.csv``, ``selection.png`` and ``arc.safetensors``.
+    Writes ``runs.parquet``, ``selection.csv``, ``by_metric.csv``, ``selection.png`` and ``arc.safetensors``.
 
     Args:
       candidates: the folder that ``arc train`` wrote.
@@ -64,6 +66,7 @@ def select(candidates: Path, job: Job, settings: SelectionSettings) -> Path:
     sweep.train([Group(TASK, OPTIMIZER, specs)])
     runs = sweep.finish().with_columns(schedule=pl.col("label"))
     table = summarize(runs)
+    compare_metrics(candidates, table, job)
     best = table.filter(pl.col("schedule").is_in(list(schedules)))["schedule"][0]
     write_atomically(job.out / "selection.csv", table.write_csv)
     drawing.save(draw(runs, best), job.out / "selection.png")
@@ -74,6 +77,27 @@ def select(candidates: Path, job: Job, settings: SelectionSettings) -> Path:
     print_table(job.console, f"Best accuracy on {TASK}, %, mean of {settings.seeds} seeds", headers, cells)
     job.console.print(f"{best} has the highest mean; its weights are in {selected}.")
     return selected
+
+
+def compare_metrics(candidates: Path, table: pl.DataFrame, job: Job) -> None:
+    """Writes and prints ``by_metric.csv``: which candidate each held-out metric would select (Figure 7)."""
+    path = candidates / METRICS_FILE
+    if not path.exists():  # candidates of an earlier version
+        return
+    scores = {
+        int(name.removeprefix("candidate-")): mean
+        for name, mean in table.select("schedule", "mean").iter_rows()
+        if name.startswith("candidate-")
+    }
+    compared = by_metric(pl.read_csv(path), scores)
+    write_atomically(job.out / "by_metric.csv", compared.write_csv)
+    cells = [
+        [row["metric"], str(row["candidate"]), f"{row['score']:.2f}",
+         "" if row["correlation"] is None else f"{row['correlation']:+.2f}"]
+        for row in compared.iter_rows(named=True)
+    ]  # fmt: skip
+    headers = ("selected by", "candidate", "accuracy, %", "rank correlation")
+    print_table(job.console, f"Held-out metrics and the best accuracy on {TASK}", headers, cells)
 
 
 def summarize(runs: pl.DataFrame) -> pl.DataFrame:

@@ -21,6 +21,7 @@ import polars as pl
 import safetensors.numpy
 from rich.console import Console
 
+from experiments.arc.metrics import held_out_metrics
 from experiments.errors import UsageError
 from experiments.progress import make_progress
 from experiments.reporting import drawing
@@ -29,12 +30,14 @@ from experiments.training.engine import compiler_options, device_mesh, place, si
 from experiments.training.loop import take
 from experiments.training.store import damaged, other_settings, write_atomically
 from greedylr_jax.arc import ACTIONS, batch_features, initial_weights
-from greedylr_jax.arc._network import action_logits
+from greedylr_jax.arc._network import PUBLISHED, SMALL, Architecture, action_logits
 
 BATCH_SIZE = 128
 _MAX_MICROBATCH = 16  # samples per gradient computation: its intermediate values fit a core's cache
 _HELD_OUT = 10  # every tenth training run is held out
 _RAISE = ACTIONS.index("raise")
+# 9,315 parameters, of the weights in the package; 79,043 parameters, of the paper.
+ARCHITECTURES = {"small": SMALL, "published": PUBLISHED}
 _VALIDATION = 1  # column of the validation losses in the features
 
 
@@ -51,6 +54,7 @@ class CandidateSettings(NamedTuple):
     candidates: int = 10
     epochs: int = 300
     learning_rate: float = 1e-4  # of Adam
+    architecture: str = "small"  # a key of ARCHITECTURES
 
 
 class Candidates(NamedTuple):
@@ -109,9 +113,10 @@ def hybrid_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.mean(0.5 * (categorical + binary))
 
 
-def initial_candidates(count: int, learning_rate: float) -> Candidates:
+def initial_candidates(count: int, learning_rate: float, architecture: Architecture = SMALL) -> Candidates:
     """Candidates with random weights and new optimizer states."""
-    weights = jax.vmap(initial_weights)(jax.vmap(jax.random.key)(jnp.arange(count)))
+    keys = jax.vmap(jax.random.key)(jnp.arange(count))
+    weights = jax.vmap(lambda key: initial_weights(key, architecture))(keys)
     return Candidates(weights, jax.vmap(optax.adam(learning_rate).init)(weights))
 
 
@@ -208,14 +213,14 @@ def _loss_and_gradients(weights: Any, batch: Samples, is_hidden: jax.Array) -> t
 def train(
     samples: Path, out: Path, settings: CandidateSettings, console: Console, *, fresh: bool = False
 ) -> None:
-    """Trains candidates; writes ``candidate-NN.safetensors``, histories and held-out confusion matrices.
+    """Trains candidates; writes their weights, histories, held-out confusion matrices and held-out metrics.
 
     Resumes after an interruption.
 
     Args:
       samples: the file that ``arc generate`` wrote.
       out: output folder.
-      settings: number of candidates and epochs, and learning rate.
+      settings: number of candidates and epochs, learning rate, and architecture.
       console: for the progress bar and the table.
       fresh: discard unfinished work.
 
@@ -226,7 +231,9 @@ def train(
     learned, held_out = make_samples(read_samples(samples))
     described = settings._asdict() | {"samples": len(learned.labels), "held_out": len(held_out.labels)}
     del described["epochs"]  # a finished training may be continued for more epochs
-    candidates = initial_candidates(settings.candidates, settings.learning_rate)
+    candidates = initial_candidates(
+        settings.candidates, settings.learning_rate, ARCHITECTURES[settings.architecture]
+    )
     checkpoint = Checkpoint(out / "unfinished.safetensors", described, candidates, fresh=fresh)
     candidates, history = checkpoint.read()
     train_epoch = make_epoch(learned, held_out, settings.learning_rate)
@@ -315,7 +322,7 @@ def _finish(
     console: Console,
 ) -> None:
     """Writes weights, confusion matrices, histories and figure, and prints a table."""
-    rows, cells = [], []
+    rows, cells, measured = [], [], []
     for number in range(history.shape[1]):
         weights = jax.device_get(jax.tree.map(lambda leaf, n=number: leaf[n], candidates.weights))
         weights = {name: np.ascontiguousarray(array) for name, array in weights.items()}
@@ -323,17 +330,21 @@ def _finish(
         content = safetensors.numpy.save(weights, metadata)
         write_atomically(candidate_path(out, number), lambda path, c=content: path.write_bytes(c))
         counts = confusion(weights, held_out)
+        probabilities = np.asarray(jax.nn.softmax(action_logits(weights, held_out.features)))
+        measured.append({"candidate": number} | held_out_metrics(probabilities, held_out.labels))
         for label, action in itertools.product(range(len(ACTIONS)), repeat=2):
             row = {"candidate": number, "label": ACTIONS[label], "action": ACTIONS[action]}
             rows.append(row | {"samples": int(counts[label, action])})
         cells.append([str(number), *(f"{metric:.3f}" for metric in history[-1, number])])
     write_atomically(out / "confusion.csv", pl.DataFrame(rows).write_csv)
+    write_atomically(out / METRICS_FILE, pl.DataFrame(measured).write_csv)
     write_atomically(out / "histories.parquet", _histories(history).write_parquet)
     drawing.save(_draw(history), out / "training.png")
     print_table(console, f"Candidates after {len(history)} epochs", ("candidate", *_METRICS), cells)
-    console.print(f"Weights, confusion.csv, histories.parquet and training.png are in {out}.")
+    console.print(f"Weights, confusion.csv, {METRICS_FILE}, histories.parquet and training.png are in {out}.")
 
 
+METRICS_FILE = "metrics.csv"  # the held-out metrics of Appendix A.1, one row per candidate
 _METRICS = ("training loss", "held-out loss", "held-out accuracy")
 
 

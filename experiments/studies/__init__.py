@@ -31,11 +31,13 @@ STUDIES: dict[str, Study] = {
         ("rate_sensitivity", "every schedule and rule from 1/1000 to 1000 times the best initial rate"),
         ("lrtuner", "LRTuner against hand-tuned schedules: tables 1 to 4 of paper 002"),
         ("polling", "factor polling against common schedules: table 1, figures 2 and 3 of paper 004"),
+        ("polling_ablation", "cadence, sharpness, normalization and score of factor polling (paper 004)"),
         ("hypergradient", "first-order GreedyLR (hypergradient descent): figures 8 to 10 of paper 000"),
         (
             "theory",
             "final loss as a function of GreedyLR's factor for functions of known smoothness (paper 001)",
         ),
+        ("finetune", "GreedyLR in pre-training and fine-tuning, full and by adapters (paper 001)"),
         ("leaderboard", "all rules and baselines from Optax on all tasks: performance profiles"),
     )
 }

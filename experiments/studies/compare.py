@@ -12,7 +12,7 @@ from experiments.tasks import make_task
 from experiments.training.engine import Settings, device_mesh, make_specs, step_flops
 from experiments.training.sweep import Group
 
-SCHEDULES = ("constant", "warmup", "linear", "cosine", "exponential", "plateau", "plateau-torch", "GreedyLR")
+SCHEDULES = ("constant", "linear", "cosine", "exponential", "plateau", "GreedyLR")
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 

@@ -1,10 +1,11 @@
 """Tables II to X and figures 1 to 7 of "Zeroth Order GreedyLR": six kinds of tasks and four pairs of an
 optimizer and a schedule, compared with GreedyLR with the same optimizer, seed, batches and initial rate.
 
-The paper fine-tunes published models; this study trains smaller ones from scratch on local data. The paper's
-numbers are in ``published/greedylr_tables.csv``, transcribed from Tables V to X. (In Table X a row of
-xlm-roberta-base is printed under camembert-large, which has two rows for SGD; it is moved back.) Its "final
-loss delta" is the baseline's loss minus GreedyLR's, contrary to its header: positive if GreedyLR is better.
+The paper fine-tunes published models; this study trains smaller ones on local data, from scratch and, in rows
+of their own, from the networks of ``python -m experiments pretrain``. The paper's numbers are in
+``published/greedylr_tables.csv``, transcribed from Tables V to X. (In Table X a row of xlm-roberta-base is
+printed under camembert-large, which has two rows for SGD; it is moved back.) Its "final loss delta" is the
+baseline's loss minus GreedyLR's, contrary to its header: positive if GreedyLR is better.
 """
 
 import itertools
@@ -17,10 +18,12 @@ import numpy as np
 import plotly.graph_objects as go
 import polars as pl
 
+from experiments.pretraining import pretrain_for
 from experiments.reporting import drawing, html
 from experiments.reporting.summary import GREEDYLR, STAGES, TIE_BAND, confidence_interval, stage_losses
 from experiments.reporting.tables import print_table
 from experiments.studies.base import Job, Sweep, publish, read_published
+from experiments.tasks import FINE_TUNING_TASKS
 from experiments.tasks.base import LEARNING_RATES
 from experiments.training.engine import Settings, make_specs
 from experiments.training.schedules import SCHEDULES
@@ -38,9 +41,17 @@ KINDS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "summarization": ("IX", ("summarization",)),
     "tagging": ("X", ("tagging",)),
 }
+# The same kinds from pretrained networks, in rows of their own; the preset says how many of them.
+FINE_TUNED: Mapping[str, str] = {
+    "tagging": "tagging-finetuned",
+    "question answering": "question-answering-finetuned",
+    "image classification": "digits-finetuned",
+    "translation": "translation-fr-finetuned",
+    "summarization": "summarization-finetuned",
+}
 PRESETS: dict[str, dict[str, Any]] = {
-    "quick": {"tasks": 1, "rates": 3, "steps": 200, "seeds": 3},
-    "full": {"tasks": 3, "rates": 3, "steps": 1000, "seeds": 5},
+    "quick": {"tasks": 1, "fine_tuned": 2, "rates": 3, "steps": 200, "seeds": 3},
+    "full": {"tasks": 3, "fine_tuned": 5, "rates": 3, "steps": 1000, "seeds": 5},
 }
 # Shown in figures 2 to 7: (kind, optimizer).
 SHOWN = (("image classification", "adagrad"), ("summarization", "adafactor"), ("tagging", "sgd"))
@@ -72,7 +83,9 @@ PRINTED = {
 def run(job: Job) -> None:
     """Trains all runs and writes rows, tables, figures and report; resumes an interrupted job."""
     chosen = PRESETS[job.preset]
-    tasks = job.tasks([task for _, tasks in KINDS.values() for task in tasks[: chosen["tasks"]]])
+    fine_tuned = list(FINE_TUNED.values())[: chosen["fine_tuned"]]
+    tasks = job.tasks([task for _, tasks in KINDS.values() for task in tasks[: chosen["tasks"]]] + fine_tuned)
+    pretrain_for(tasks, job.console)
     groups = [
         Group(
             task,
@@ -93,13 +106,16 @@ def run(job: Job) -> None:
     runs = sweep.finish()
 
     table, further = summarize(runs), pl.concat([summarize(runs, name) for name in FURTHER])
-    here, paper = tally(table), tally(published())
-    rows = [(name, here[name], paper[name], PRINTED[name]) for name in PRINTED]
+    is_fine_tuned = pl.col("task").is_in(list(FINE_TUNING_TASKS))
+    scratch, tuned, paper = (
+        tally(each) for each in (table.filter(~is_fine_tuned), table.filter(is_fine_tuned), published())
+    )
+    rows = [(name, scratch[name], tuned[name], paper[name], PRINTED[name]) for name in PRINTED]
     print_table(job.console, "Tables II to IV", _SUMMARY_HEADERS, rows)
     for kind in table["kind"].unique(maintain_order=True):
         print_table(job.console, _title(kind), _HEADERS, _cells(table, kind), left=4)
-    verdict = " ".join([_conclude(table), *(_conclude(further.filter(schedule=name)) for name in FURTHER)])
-    job.console.print(verdict)
+    conclusion = " ".join([_conclude(table), *(_conclude(further.filter(schedule=name)) for name in FURTHER)])
+    job.console.print(conclusion)
     publish(
         job,
         "GreedyLR against common schedules",
@@ -107,7 +123,7 @@ def run(job: Job) -> None:
         "GreedyLR. Yes: GreedyLR's loss is lower; *: by less than 0.1; losses are means over seeds of the "
         "mean over the 5% of steps before a stage. Difference: the baseline's final loss minus GreedyLR's, "
         "with "
-        f"its 95% confidence interval over seeds; positive if GreedyLR is better. {verdict}",
+        f"its 95% confidence interval over seeds; positive if GreedyLR is better. {conclusion}",
         tables={
             "table": table,
             "further": further,
@@ -127,7 +143,8 @@ def baseline_of(optimizer: str) -> str:
 
 def kind_of(task: str) -> str:
     """The kind of a task, a key of :data:`KINDS`, or "other"."""
-    return next((kind for kind, (_, tasks) in KINDS.items() if task in tasks), "other")
+    own = (kind for kind, (_, tasks) in KINDS.items() if task in (*tasks, FINE_TUNED.get(kind)))
+    return next(own, "other")
 
 
 def _title(kind: str) -> str:
@@ -208,7 +225,12 @@ def outcome(baseline: float, greedy: float) -> str:
 
 
 def tally(table: pl.DataFrame) -> dict[str, str]:
-    """The numbers of the paper's Tables II to IV for a table of experiments, without "dnf"."""
+    """The numbers of the paper's Tables II to IV for a table of experiments, without "dnf".
+
+    Empty texts for an empty table.
+    """
+    if table.is_empty():
+        return dict.fromkeys(PRINTED, "")
     stages = {stage: [each for each in table[f"at_{stage}"] if each in OUTCOMES] for stage in STAGES}
     everything = [each for stage in stages.values() for each in stage]
     counts = {name: everything.count(name) for name in OUTCOMES}
@@ -237,7 +259,13 @@ def tally(table: pl.DataFrame) -> dict[str, str]:
     }
 
 
-_SUMMARY_HEADERS = ("", "here", "from the paper's Tables V to X", "printed in the paper")
+_SUMMARY_HEADERS = (
+    "",
+    "here, from scratch",
+    "here, fine-tuned",
+    "from the paper's Tables V to X",
+    "printed in the paper",
+)
 _HEADERS = (
     "model and data",
     "optimizer",

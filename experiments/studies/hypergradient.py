@@ -159,14 +159,14 @@ def run(job: Job) -> None:
     table = summarize(runs)
     title = f"{task.name}, {optimizer}, {steps} steps, {seeds} seeds: loss at the end"
     print_table(job.console, title, _HEADERS, _cells(table), left=2)
-    verdict = conclude(table)
-    job.console.print(verdict)
+    conclusion = conclude(table)
+    job.console.print(conclusion)
     write_atomically(job.out / "runs.parquet", runs.write_parquet)
     publish(
         job,
         "First-order GreedyLR",
         f"One network trained with {optimizer} at a constant rate, with GreedyLR, and with hypergradient "
-        f"descent: {title}. Figures 8 to 10 of the first GreedyLR paper. {verdict}",
+        f"descent: {title}. Figures 8 to 10 of the first GreedyLR paper. {conclusion}",
         tables={"table": table},
         figures={
             "fig8_losses": draw_losses(runs),
@@ -179,23 +179,27 @@ def run(job: Job) -> None:
 
 
 def conclude(table: pl.DataFrame) -> str:
-    """Which methods end significantly lower than a constant rate, and where the grid is too narrow."""
-    sentences, at_edge = [], []
+    """How the methods compare with a constant rate and GreedyLR, and where the grid is too narrow."""
+    sentences, over_greedy, at_edge = [], [], []
     for row in table.filter(pl.col("method") != CONSTANT).iter_rows(named=True):
-        lower, higher = row["difference_high"] < 0, row["difference_low"] > 0
-        relation = "significantly lower" if lower else "significantly higher" if higher else "not different"
         name = f"{row['method']} from {row['learning_rate']:g}"
-        sentences.append(f"{name}: {relation}")
-        if (
-            METHODS[row["method"]].has_hyper_rate
-            and row["hyper_learning_rate"] in HYPER_RATES[:: len(HYPER_RATES) - 1]
-        ):
+        sentences.append(f"{name}: {_relation(row['difference_low'], row['difference_high'])}")
+        if not METHODS[row["method"]].has_hyper_rate:
+            continue
+        over_greedy.append(f"{name}: {_relation(row['over_greedy_low'], row['over_greedy_high'])}")
+        if row["hyper_learning_rate"] in (HYPER_RATES[0], HYPER_RATES[-1]):
             at_edge.append(name)
     edge = f"is at its edge for {', '.join(at_edge)}" if at_edge else "is inside it everywhere"
     return (
-        f"Final loss against the constant rate (95% confidence over seeds): {'; '.join(sentences)}. The best "
+        f"Final loss against the constant rate (95% confidence over seeds): {'; '.join(sentences)}. "
+        f"Against GreedyLR: {'; '.join(over_greedy)}. The best "
         f"hyper learning rate of the grid from {HYPER_RATES[0]:g} to {HYPER_RATES[-1]:g} {edge}."
     )
+
+
+def _relation(low: float, high: float) -> str:
+    """How a loss compares, from the confidence interval of its difference."""
+    return "significantly lower" if high < 0 else "significantly higher" if low > 0 else "not different"
 
 
 def _row(method: str, spec: tuple[int, float, float], history: History) -> dict[str, Any]:
@@ -213,13 +217,20 @@ def _row(method: str, spec: tuple[int, float, float], history: History) -> dict[
 
 
 def summarize(runs: pl.DataFrame) -> pl.DataFrame:
-    """One row for each initial rate and method: mean final loss and its difference from constant SGD."""
+    """One row for each initial rate and method: mean final loss and its difference from the constant rate.
+
+    ``over_greedy_low`` and ``over_greedy_high`` bound the mean difference from GreedyLR (95%, over seeds).
+    """
     rows = []
     for (rate,), cell in runs.group_by(["learning_rate"], maintain_order=True):
-        baseline = cell.filter(pl.col("method") == CONSTANT).sort("seed")["final_loss"].to_numpy()
+        baseline, greedy = (
+            cell.filter(pl.col("method") == name).sort("seed")["final_loss"].to_numpy()
+            for name in (CONSTANT, "GreedyLR")
+        )
         for (method,), group in cell.group_by(["method"], maintain_order=True):
             losses = group.sort("seed")["final_loss"].to_numpy()
             low, high = confidence_interval(losses - baseline)
+            over_low, over_high = confidence_interval(losses - greedy)
             rows.append(
                 {
                     "learning_rate": rate,
@@ -229,6 +240,8 @@ def summarize(runs: pl.DataFrame) -> pl.DataFrame:
                     "difference": float(np.mean(losses - baseline)),
                     "difference_low": low,
                     "difference_high": high,
+                    "over_greedy_low": over_low,
+                    "over_greedy_high": over_high,
                     "test_accuracy": 100 * float(group["test_accuracy"].mean()),
                 }
             )
@@ -265,13 +278,14 @@ def _sections(runs: pl.DataFrame, table: pl.DataFrame) -> list[html.Section]:
             shown = {name: values for name, values in first.items() if values is not None}
             for name, values in shown.items():
                 rate_look = look if len(shown) == 1 else next(looks)
-                shown_values = _positive(np.array(values, float))
-                rates.append(
-                    html.Curve(f"{method}: {name}", np.arange(len(values)), shown_values, rate_look.plotly())
-                )
+                smoothed = drawing.smooth(np.array(values, float), _WIDTH)
+                steps = np.arange(len(smoothed)) + _WIDTH
+                rates.append(html.Curve(f"{method}: {name}", steps, smoothed, rate_look.plotly()))
         parts = [
             html.line_figure(losses, "step", f"training loss, running mean of {_WIDTH}", y_log=True),
-            html.line_figure(rates, "step", "learning rate, first seed", y_log=True),
+            html.line_figure(
+                rates, "step", f"learning rate, first seed, running mean of {_WIDTH}", y_log=True
+            ),
             html.Table(_HEADERS, _cells(table.filter(pl.col("learning_rate") == rate))),
         ]
         sections.append(html.Section(f"Initial rate {rate:g}", "", parts))
@@ -332,34 +346,29 @@ def draw_greedy(runs: pl.DataFrame) -> plt.Figure:
 def draw_groups(runs: pl.DataFrame) -> plt.Figure:
     """Figure 10: learning rates per parameter (mean and range) and per group, of the first seed.
 
-    A rate may be 0, which a logarithmic axis cannot show: there the curve is interrupted, and the band ends
-    at the lower edge of the panel.
+    Single rates are 0 in single steps, so running means are drawn, and the axis is linear near 0.
     """
-    figure, panels = _panels(runs, "Learning rates of hypergradient descent (first seed)")
+    title = f"Learning rates of hypergradient descent (first seed, running mean over {_WIDTH} steps)"
+    figure, panels = _panels(runs, title)
     for axes, rate in panels:
         low, mean, high = (
-            _histories(runs, "per parameter", rate, f"learning_rate_{name}")[0]
+            drawing.smooth(_histories(runs, "per parameter", rate, f"learning_rate_{name}")[0], _WIDTH)
             for name in ("min", "mean", "max")
         )
-        steps = np.arange(len(mean))
-        groups = _group_rates(runs, rate)
-        shown = np.concatenate([mean, high, *groups.values()])
-        bottom = shown[shown > 0].min() / 2
-        axes.fill_between(steps, np.maximum(low, bottom), high, color=drawing.BLUE, alpha=0.2, lw=0)
+        steps = np.arange(len(mean)) + _WIDTH
+        axes.fill_between(steps, low, high, color=drawing.BLUE, alpha=0.2, lw=0)
         label = "per parameter: mean (band: minimum to maximum)"
-        axes.plot(steps, _positive(mean), color=drawing.BLUE, lw=1.5, label=label)
+        axes.plot(steps, mean, color=drawing.BLUE, lw=1.5, label=label)
+        groups = _group_rates(runs, rate)
         for (name, values), look in zip(groups.items(), _distinct_looks(), strict=False):
-            axes.plot(steps, _positive(values), **look.matplotlib(), lw=1.3, label=f"per group: {name}")
+            smoothed = drawing.smooth(values, _WIDTH)
+            axes.plot(steps, smoothed, **look.matplotlib(), lw=1.3, label=f"per group: {name}")
         axes.axhline(rate, color=drawing.GREY, lw=1, label=CONSTANT)
         axes.set_ylabel("learning rate")
-        axes.set_ylim(bottom, None)
+        axes.set_yscale("symlog", linthresh=rate / 10)
+        axes.set_ylim(0, None)
     drawing.add_legend(figure, panels[0][0], columns=3)
     return figure
-
-
-def _positive(values: np.ndarray) -> np.ndarray:
-    """The values, NaN where they are not above 0."""
-    return np.where(values > 0, values, np.nan)
 
 
 def _group_rates(runs: pl.DataFrame, rate: float) -> dict[str, np.ndarray]:

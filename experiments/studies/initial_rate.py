@@ -6,7 +6,8 @@ one is best is decided by the median over the same seeds, so the reference is sl
 a rule is how much worse its median is, in tolerances; a tolerance is 2 points of accuracy, or 10% of the
 reference's loss or return.
 
-Runs of a folder are kept: a call that selects other tasks or rules trains only what is missing.
+Runs of a folder are kept: a call that selects other tasks or rules trains only what is missing, and
+``--fresh`` discards them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -79,7 +80,7 @@ RULES = {
         Rule("dog", "DoG", "dog"),
         Rule("mechanic", "Mechanic", "mechanic"),
         Rule("auto", "auto_lr", "auto"),
-        Rule("auto-endless", "auto_lr without total_steps", "auto-endless"),
+        Rule("auto-without-steps", "auto_lr without total_steps", "auto-without-steps"),
     )
 }
 # Variants of auto_lr among which its constants were chosen, see docs/auto.md; only --rule selects them.

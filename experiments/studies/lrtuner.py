@@ -177,8 +177,8 @@ def run(job: Job) -> None:
     runs = sweep.finish()
     table = summarize(runs)
     print_table(job.console, "LRTuner against hand-tuned schedules", _HEADERS, _cells(table), left=5)
-    verdict = conclude(table)
-    job.console.print(verdict)
+    conclusion = conclude(table)
+    job.console.print(conclusion)
     rates = {case: best[case.task, case.optimizer] for case in cases}
     fits, deviations = lrtuner_appendix.measure(
         [(case.task, case.optimizer, rate, case.bound) for case, rate in rates.items()], chosen["steps"]
@@ -189,7 +189,7 @@ def run(job: Job) -> None:
         f"{chosen['steps']} steps, {chosen['seeds']} seeds, mean (standard deviation). Steps saved: steps "
         "before the end, in percent of all steps, at which LRTuner's held-out metric (mean over seeds, "
         "evaluated every 5% of the steps) permanently reaches the baseline's final one; none if it does not. "
-        f"Perplexity: exponential of the mean loss per word. {verdict}",
+        f"Perplexity: exponential of the mean loss per word. {conclusion}",
         tables={"table": table, "fits": fits, "deviations": deviations},
         figures={
             "histories": draw(runs),

@@ -165,9 +165,9 @@ def draw_fits(fits: pl.DataFrame) -> plt.Figure:
         for kind in (_TESTED, _FITTED, _MINIMUM):
             own, (marker, color) = cell.filter(kind=kind), markers[kind]
             axes.plot(own["epsilon"], own["loss"], marker, color=color, ms=5, label=f"loss, {kind}")
-        least = cell.filter(kind=_MINIMUM)
+        lowest = cell.filter(kind=_MINIMUM)
         axes.plot(
-            least["epsilon"], least["parabola"], "o", color=drawing.RED, ms=5, label="parabola, minimum"
+            lowest["epsilon"], lowest["parabola"], "o", color=drawing.RED, ms=5, label="parabola, minimum"
         )
         axes.axvline(0, color=drawing.GREY, lw=0.8)
         axes.set_title(f"{title}; bound {cell['bound'][0]:.3g}", fontsize=9)
@@ -206,15 +206,15 @@ def fit_errors(fits: pl.DataFrame) -> pl.DataFrame:
         scale = float(np.ptp(cell["loss"].to_numpy()))
         errors = cell.with_columns(error=(pl.col("loss") - pl.col("parabola")).abs() / scale)
         width = float(cell.filter(kind=_FITTED)["epsilon"].max())
-        tested, least = errors.filter(kind=_TESTED), errors.filter(kind=_MINIMUM)
+        tested, lowest = errors.filter(kind=_TESTED), errors.filter(kind=_MINIMUM)
         is_within = pl.col("epsilon").abs() <= width * (1 + 1e-6)
         rows.append(
             dict(zip(keys, key, strict=True))
             | {
                 "within": tested.filter(is_within)["error"].max(),
                 "beyond": tested.filter(~is_within)["error"].max(),
-                "at_minimum": least["error"][0],
-                "is_clipped": bool(abs(least["epsilon"][0]) >= cell["bound"][0] * (1 - 1e-6)),
+                "at_minimum": lowest["error"][0],
+                "is_clipped": bool(abs(lowest["epsilon"][0]) >= cell["bound"][0] * (1 - 1e-6)),
             }
         )
     return pl.DataFrame(rows, infer_schema_length=None)

@@ -74,17 +74,17 @@ def disturbances() -> list[str]:
 
 def run(job: Job) -> None:
     """Trains all runs and writes rows, tables, figures and report; resumes an interrupted job."""
-    chosen = PRESETS[job.preset]
+    chosen, optimizer = PRESETS[job.preset], job.one_optimizer(OPTIMIZER)
     groups = []
-    for task in chosen["tasks"]:
-        rate = make_task(task).learning_rates[OPTIMIZER][1]
+    for task in job.tasks(chosen["tasks"]):
+        rate = make_task(task).learning_rates[optimizer][1]
         specs = [
             RunSpec(schedule, rate, seed, disturbance)
             for seed in range(chosen["seeds"])
             for disturbance in disturbances()
             for schedule in SCHEDULES
         ]
-        groups.append(Group(task, OPTIMIZER, specs))
+        groups.append(Group(task, optimizer, specs))
     described = {"preset": chosen, "schedules": SCHEDULES, "disturbances": disturbances()}
     sweep = Sweep(job, Settings(chosen["steps"], disturbed=True), described)
     sweep.train(groups)
@@ -100,16 +100,17 @@ def run(job: Job) -> None:
     publish(
         job,
         "Robustness to noise",
-        f"{len(runs)} runs of {chosen['steps']} steps with {OPTIMIZER}. Final loss: the clean training "
+        f"{len(runs)} runs of {chosen['steps']} steps with {optimizer}. Final loss: the clean training "
         "loss, the mean over the last 5% of steps, relative to that of the undisturbed run with a constant "
         "rate and the same task and seed. Damage: the same, relative to the undisturbed run of the same "
-        f"schedule; damaged: by more than 1%. Recovery: steps after a parameter perturbation until the loss (mean of {_WINDOW} steps) "
-        "is at or below its value before it; runs that never recover are counted separately. Percentiles "
-        "are over noises and seeds within a task; their median over tasks is shown.",
+        "schedule; damaged: by more than 1%. Recovery: steps after a parameter perturbation until the loss "
+        f"(mean of {_WINDOW} steps) is at or below its value before it; runs that never recover are counted "
+        "separately. Percentiles are over noises and seeds within a task; their median over tasks is shown.",
         tables={"table": table, "against": comparison},
         figures={"bands": draw_bands(measured), "recovery": draw_recovery(runs)},
         sections=_sections(runs, measured, table, comparison),
         recomputed_by="experiments.studies.robustness.run_metrics, then summarize and compare",
+        schedules=SCHEDULES,
     )
 
 

@@ -69,7 +69,8 @@ def final_loss(
     start_key, noise_key = jax.random.split(jax.random.key(seed))
     tx = optax.chain(
         OPTIMIZERS[optimizer](initial_rate / smoothness),
-        greedy_lr(factor, PATIENCE, window=None, min_scale=1e-3, max_scale=1e3),
+        # A relative threshold, so that the unit of the loss changes no decision.
+        greedy_lr(factor, PATIENCE, threshold_mode="rel", window=None, min_scale=1e-3, max_scale=1e3),
     )
     loss_fn = lambda x: OBJECTIVES[objective].value(smoothness, x)  # noqa: E731
 
@@ -93,15 +94,15 @@ def run(job: Job) -> None:
     table = summarize(runs)
     title = "Median final loss of the best factor and of the paper's factor"
     print_table(job.console, title, _HEADERS, _cells(table))
-    verdict = conclude(table)
-    job.console.print(verdict)
+    conclusion = conclude(table)
+    job.console.print(conclusion)
     write_atomically(job.out / "runs.parquet", runs.write_parquet)
     publish(
         job,
         "The optimal factor",
         f"Median final loss of {optimizer} with GreedyLR after {STEPS} steps, patience {PATIENCE}, bounds at "
         "1/1000 and 1000 times the initial rate, against the factor; the dotted line is 1 - 1/L. "
-        f"{verdict}",
+        f"{conclusion}",
         tables={"table": table},
         figures={"theory": draw(runs)},
         sections=_sections(runs, table),

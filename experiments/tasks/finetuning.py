@@ -53,7 +53,7 @@ class Goal(NamedTuple):
     objective: Objective
     splits: tuple[Batch, Batch]
     start: Arrays
-    batch_size: int = 16
+    batch_size: int = 8
 
 
 def make(name: str, kind: str, method: str, preset: str, data_dir: Path | None = None) -> Task:
@@ -256,7 +256,6 @@ def summarization(preset: str, data_dir: Path | None) -> Goal:
             **_renamed(decoder, "transformer.", "decoder."),
             **_renamed(decoder, "logits.", "logits."),
         },
-        batch_size=8,
     )
 
 
@@ -289,6 +288,7 @@ def translation(preset: str, data_dir: Path | None) -> Goal:
         seq2seq.OBJECTIVE,
         (_stack(encode("train")), _stack(encode("test"))),
         {**_renamed(arrays, "encoder.", "encoder."), **layers},
+        batch_size=16,
     )
 
 

@@ -2,8 +2,8 @@
 
 Source: K. He et al., "Deep Residual Learning for Image Recognition", 2015, in the form for CIFAR that paper
 002 uses (github.com/kuangliu/pytorch-cifar): 11,173,962 parameters for ten classes, a first convolution of
-3x3 without pooling, and training images that are shifted by up to four pixels and mirrored at random. Held-out
-images are normalised by the statistics of a fixed part of the training images, as in
+3x3 without pooling, and training images that are shifted by up to four pixels and mirrored at random.
+Held-out images are normalised by the statistics of a fixed part of the training images, as in
 :mod:`experiments.tasks.batch_norm`, instead of by running averages.
 """
 

@@ -5,8 +5,8 @@ loss before the backward pass, while the scheduler is given the clean loss, so i
 disturbance has one of these targets:
 
 - ``observe``: the loss that a rule is given; gradients and parameters are unchanged.
-- ``gradient``: the gradients. The norm of the noise does not fall with that of the gradient: noise in proportion
-  to the current gradient vanishes at the minimum, and hardly changes where a training ends.
+- ``gradient``: the gradients. The norm of the noise does not fall with that of the gradient: noise in
+  proportion to the current gradient vanishes at the minimum, and hardly changes where a training ends.
 - ``parameters``: the parameters, once, at the step with the maximum noise (a parameter perturbation).
 - ``all``: all of these.
 """

@@ -24,7 +24,7 @@ from experiments import welcome
 from experiments.tasks.base import Batch, Params, Task
 from experiments.training.disturbance import Disturbance, disturbance_inputs
 from experiments.training.loop import batch_indices, take
-from experiments.training.schedules import RateOptimizer, ScheduleInputs, parse, schedule_inputs
+from experiments.training.schedules import ScheduleInputs, program_of, schedule_inputs
 from experiments.training.stepper import make_stepper
 from greedylr_jax import superbatch_loss
 
@@ -186,7 +186,8 @@ class Engine:
     """Trains runs of one task with one optimizer.
 
     All passive schedules and adaptive scales share one compilation, at the first call; each
-    :class:`~experiments.training.schedules.RateOptimizer` has another one for each of its settings.
+    :class:`~experiments.training.schedules.RateOptimizer` has another one for each of its settings that are
+    not traced.
     """
 
     def __init__(self, task: Task, optimizer: str, settings: Settings, accumulation: int = 1):
@@ -209,7 +210,7 @@ class Engine:
         parts = (slice(0, None, 2), slice(1, None, 2)) if settings.validated else (slice(0), slice(None))
         validation, test = (jax.tree.map(lambda rows, part=part: rows[part], task.test) for part in parts)
         self._data = place((task.train, validation, test), self._mesh)
-        self._compiled: dict[str | None, Callable[..., RunResult]] = {}  # by schedule; None: the shared one
+        self._compiled: dict[str | None, Callable[..., RunResult]] = {}  # by program_of; None: the shared one
 
     @property
     def num_compilations(self) -> int:
@@ -220,9 +221,7 @@ class Engine:
         """Trains the runs and yields them in groups as they finish, each with its duration in seconds."""
         by_program: dict[str | None, list[RunSpec]] = {}
         for spec in specs:
-            entry, _ = parse(spec.schedule)
-            key = spec.schedule if isinstance(entry, RateOptimizer) else None
-            by_program.setdefault(key, []).append(spec)
+            by_program.setdefault(program_of(spec.schedule), []).append(spec)
         for key, together in by_program.items():
             share, start = 1, 0
             while start < len(together):

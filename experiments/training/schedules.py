@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,8 @@ import greedylr_jax.arc
 from experiments.errors import UsageError
 from experiments.reporting import palette
 from experiments.reporting.palette import Look
+from greedylr_jax.arc import ACTIONS
+from greedylr_jax.arc._controller import MULTIPLIERS
 from greedylr_jax.schedules import knee_schedule
 
 EVALUATIONS = 50  # of the training loss per run, each the mean loss of as many steps
@@ -64,10 +66,20 @@ class PassiveSchedule(Schedule):
     """A schedule that is fixed before training.
 
     Attributes:
-      fractions: number of steps -> the learning rate of each step over the initial learning rate.
+      fractions: number of steps and keyword-only settings -> the learning rate of each step over the initial
+        learning rate.
     """
 
-    fractions: Callable[[int], optax.Schedule]
+    fractions: Callable[..., optax.Schedule]
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The keyword-only parameters of ``fractions`` with their defaults."""
+        return _keyword_only(self.fractions)
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Makes the schedule once."""
+        self.fractions(100, **settings)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,8 +87,8 @@ class AdaptiveScale(Schedule):
     """A rule that multiplies the learning rate by a scale.
 
     Attributes:
-      transform: steps per evaluation of the training loss (a 50th of the run's steps) and settings -> the rule
-        as a transformation of the updates.
+      transform: steps per evaluation of the training loss (a 50th of the run's steps) and settings -> the
+        rule as a transformation of the updates.
       traced: the settings with their defaults, inputs of the compiled program.
     """
 
@@ -100,6 +112,8 @@ class RateOptimizer(Schedule):
     Attributes:
       optimizer: the run's optimizer built with learning rate 1, the initial learning rate, the number of
         steps and keyword-only settings -> the optimizer to train with.
+      traced: names of the settings that are inputs of the compiled program, numbers; all values of the others
+        have a program of their own.
       superbatch: number of batches that ``value_fn`` averages over, a further setting; 1 is the batch of the
         step, and then it is not a setting.
       reads_validation: whether it uses validation losses, in runs that have them.
@@ -108,6 +122,7 @@ class RateOptimizer(Schedule):
     """
 
     optimizer: Callable[..., optax.GradientTransformation]
+    traced: Sequence[str] = ()
     superbatch: int = 1
     reads_validation: bool = False
     reports_rate: bool = True
@@ -115,8 +130,7 @@ class RateOptimizer(Schedule):
     @property
     def settings(self) -> Mapping[str, Any]:
         """The keyword-only parameters of ``optimizer`` with their defaults, and the superbatch."""
-        parameters = inspect.signature(self.optimizer).parameters.values()
-        own = {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
+        own = _keyword_only(self.optimizer)
         return own | ({"superbatch": self.superbatch} if self.superbatch > 1 else {})
 
     def make(
@@ -136,6 +150,12 @@ class RateOptimizer(Schedule):
     def check(self, settings: Mapping[str, Any]) -> None:
         """Makes the optimizer once."""
         self.make(optax.sgd(1.0), 1.0, 100, settings)
+
+
+def _keyword_only(function: Callable[..., Any]) -> dict[str, Any]:
+    """The keyword-only parameters of a function with their defaults."""
+    parameters = inspect.signature(function).parameters.values()
+    return {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
 
 
 def _inverse_sqrt(warmup: int) -> optax.Schedule:
@@ -166,6 +186,35 @@ def _three_cosines(steps: int) -> optax.Schedule:
 def _staircase(epochs: int, factor: float) -> Callable[[int], optax.Schedule]:
     """Multiplies by ``factor`` after each of ``epochs`` equal parts of the training."""
     return lambda steps: lambda step: jnp.float32(factor) ** (epochs * step // steps)
+
+
+def _always_raise(steps: int, *, decisions: int = 10) -> optax.Schedule:
+    """What ARC does if its decision is always "raise"."""
+    return _actions(steps, [MULTIPLIERS[ACTIONS.index("raise")]] * _at_least_one("decisions", decisions))
+
+
+def _random_action(steps: int, *, decisions: int = 10, draw: int = 0) -> optax.Schedule:
+    """What ARC does if each decision is drawn at random from its three actions; ``draw`` is the seed."""
+    chosen = np.random.default_rng(draw).choice(MULTIPLIERS, _at_least_one("decisions", decisions))
+    return _actions(steps, list(chosen))
+
+
+def _at_least_one(name: str, value: int) -> int:
+    if value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value}")
+    return value
+
+
+def _actions(steps: int, multipliers: Sequence[float]) -> optax.Schedule:
+    """Multiplies the rate in the last step of each cycle, as ARC does."""
+    per_cycle = max(2, steps // len(multipliers))
+    scales = np.concatenate([[1.0], np.cumprod(multipliers)])
+
+    def schedule(step: jax.Array) -> jax.Array:
+        cycle = jnp.minimum((step + 1) // per_cycle, len(multipliers))
+        return jnp.asarray(scales, jnp.float32)[cycle]
+
+    return schedule
 
 
 def _defaults(function: Callable[..., Any], *names: str) -> dict[str, float]:
@@ -237,11 +286,27 @@ def _relative(
 
 
 def _polling(*factors: float) -> Callable[..., optax.GradientTransformation]:
-    return lambda optimizer, rate, steps: optax.chain(
-        optimizer, optax.scale(rate), greedylr_jax.factor_polling(factors)
-    )
+    """Factor polling with some factors; ``every`` and ``sharpness`` are traced."""
+
+    def optimizer(
+        optimizer: optax.GradientTransformation,
+        rate: jax.Array,
+        steps: int,
+        *,
+        every: int = _POLLING["every"],
+        sharpness: float = _POLLING["sharpness"],
+        normalize: Literal["minmax", "standard", "none"] = "minmax",
+        score: Literal["exponential", "inverse", "linear"] = "exponential",
+    ) -> optax.GradientTransformation:
+        rule = greedylr_jax.factor_polling(
+            factors, every=every, sharpness=sharpness, normalize=normalize, score=score
+        )
+        return optax.chain(optimizer, optax.scale(rate), rule)
+
+    return optimizer
 
 
+_POLLING = _defaults(greedylr_jax.factor_polling, "every", "sharpness")
 _PAPER_POLLING = "Automated Learning Rate Scheduling with In-training Information, paper 004"
 _ARC_PAPER = "X. Dong et al., paper 003, Section 4"
 _ENTRIES: tuple[Schedule, ...] = (
@@ -339,14 +404,27 @@ _ENTRIES: tuple[Schedule, ...] = (
         look=Look(palette.PINK, "-."),
         fractions=lambda steps: optax.linear_onecycle_schedule(steps, 1.0),
     ),
+    # ARC without its network: what the decisions of the network are compared with.
+    PassiveSchedule(
+        name="always-raise",
+        source="times 1.618 at each of ARC's decisions",
+        look=Look(palette.BROWN, ":"),
+        fractions=_always_raise,
+    ),
+    PassiveSchedule(
+        name="random-action",
+        source="times 1.618, 1 or 0.618, drawn at random, at each of ARC's decisions",
+        look=Look(palette.BROWN, "-."),
+        fractions=_random_action,
+    ),
     AdaptiveScale(
         name="plateau",
         # Factor 0.1, patience 10 and a relative threshold of 1e-4 are the defaults of Optax, Keras and
         # PyTorch (PyTorch waits for one evaluation more). The floor is that of He et al., who divide the rate
         # by 10 twice when the error plateaus. Their evaluations are epochs, of which runs this short have too
         # few.
-        source="optax.contrib.reduce_on_plateau with its defaults, 50 evaluations, and a minimum of 1% of the "
-        "initial rate as in K. He et al., Deep Residual Learning, 2016",
+        source="optax.contrib.reduce_on_plateau with its defaults, 50 evaluations, and a minimum of 1% of "
+        "the initial rate as in K. He et al., Deep Residual Learning, 2016",
         look=Look(palette.GREY, "--"),
         transform=lambda steps_per_evaluation, settings: optax.contrib.reduce_on_plateau(
             factor=0.1, patience=10, rtol=1e-4, accumulation_size=steps_per_evaluation, min_scale=0.01
@@ -403,7 +481,7 @@ _ENTRIES: tuple[Schedule, ...] = (
         optimizer=lambda optimizer, rate, steps: greedylr_jax.auto_lr(optimizer, total_steps=max(10, steps)),
     ),
     RateOptimizer(
-        name="auto-endless",
+        name="auto-without-steps",
         label="auto, unknown number of steps",
         source="greedylr_jax.auto_lr without total_steps; it has no initial rate",
         look=Look(palette.BROWN, ":"),
@@ -421,6 +499,7 @@ _ENTRIES: tuple[Schedule, ...] = (
         source=_PAPER_POLLING,
         look=Look(palette.GREEN, ":"),
         optimizer=_polling(2.0, 1.0, 0.5),
+        traced=tuple(_POLLING),
     ),
     RateOptimizer(
         name="polling-5",
@@ -428,6 +507,7 @@ _ENTRIES: tuple[Schedule, ...] = (
         source=_PAPER_POLLING,
         look=Look(palette.GREEN, "-."),
         optimizer=_polling(4.0, 2.0, 1.0, 0.5, 0.25),
+        traced=tuple(_POLLING),
     ),
     RateOptimizer(
         name="polling-5-4batches",
@@ -435,6 +515,7 @@ _ENTRIES: tuple[Schedule, ...] = (
         source=_PAPER_POLLING,
         look=Look(palette.BLACK, ":"),
         optimizer=_polling(4.0, 2.0, 1.0, 0.5, 0.25),
+        traced=tuple(_POLLING),
         superbatch=4,
     ),
     RateOptimizer(
@@ -443,6 +524,7 @@ _ENTRIES: tuple[Schedule, ...] = (
         source=_PAPER_POLLING,
         look=Look(palette.BLACK, "-."),
         optimizer=_polling(4.0, 2.0, 1.0, 0.5, 0.25),
+        traced=tuple(_POLLING),
         superbatch=16,
     ),
     RateOptimizer(
@@ -451,6 +533,7 @@ _ENTRIES: tuple[Schedule, ...] = (
         source=_PAPER_POLLING,
         look=Look(palette.GREEN),
         optimizer=_polling(8.0, 4.0, 2.0, 1.0, 0.5, 0.25, 0.125),
+        traced=tuple(_POLLING),
     ),
     # Baselines from Optax with its defaults. Those that are optimizers themselves ignore the run's optimizer.
     RateOptimizer(
@@ -538,6 +621,7 @@ class ScheduleInputs(NamedTuple):
     rates: np.ndarray  # shape=(steps,), dtype=float32; the passive part
     scale_index: np.ndarray  # shape=(), dtype=int32; 0: no adaptive scale, n: the n-th of the registry
     settings: tuple[dict[str, np.ndarray], ...]  # of each adaptive scale, each of shape=()
+    own: dict[str, np.ndarray]  # the traced settings of a RateOptimizer, each of shape=()
 
 
 def _scales() -> list[AdaptiveScale]:
@@ -601,25 +685,51 @@ def schedule_inputs(name: str, learning_rate: float, steps: int) -> ScheduleInpu
     entry, settings = parse(name)
     traced = tuple(
         {
-            key: np.asarray(
-                settings.get(key, default) if scale is entry else default,
-                np.int32 if isinstance(default, int) else np.float32,
-            )
+            key: _scalar(settings.get(key, default) if scale is entry else default, default)
             for key, default in scale.traced.items()
         }
         for scale in _scales()
     )
     index = 1 + _scales().index(entry) if isinstance(entry, AdaptiveScale) else 0
-    passive = entry.name if isinstance(entry, PassiveSchedule) else "constant"
-    return ScheduleInputs(np.float32(learning_rate) * _fractions(passive, steps), np.int32(index), traced)
+    passive = name if isinstance(entry, PassiveSchedule) else "constant"
+    rates = np.float32(learning_rate) * _fractions(passive, steps)
+    own = {}
+    if isinstance(entry, RateOptimizer):
+        own = {
+            key: _scalar(settings.get(key, entry.settings[key]), entry.settings[key]) for key in entry.traced
+        }
+    return ScheduleInputs(rates, np.int32(index), traced, own)
+
+
+def _scalar(value: float, default: float) -> np.ndarray:
+    """A traced setting as an array, an integer if its default is one."""
+    return np.asarray(value, np.int32 if isinstance(default, int) else np.float32)
+
+
+def program_of(name: str) -> str | None:
+    """The name of the schedule whose compiled program trains the schedule ``name``.
+
+    Returns:
+      None for passive schedules and adaptive scales, which share a program; otherwise the name without its
+      traced settings.
+
+    Examples:
+      >>> program_of("cosine"), program_of("polling-5(every=40, normalize='none')")
+      (None, "polling-5(normalize='none')")
+    """
+    entry, settings = parse(name)
+    if not isinstance(entry, RateOptimizer):
+        return None
+    fixed = [f"{key}={value!r}" for key, value in settings.items() if key not in entry.traced]
+    return f"{entry.name}({', '.join(fixed)})" if fixed else entry.name
 
 
 @functools.cache
 def _fractions(name: str, steps: int) -> np.ndarray:
     """A passive schedule over the initial learning rate, shape (steps,); shared, do not change."""
-    schedule = SCHEDULES[name]
-    assert isinstance(schedule, PassiveSchedule)
-    return np.array(jax.vmap(schedule.fractions(steps))(np.arange(steps)), np.float32)
+    entry, settings = parse(name)
+    assert isinstance(entry, PassiveSchedule)
+    return np.array(jax.vmap(entry.fractions(steps, **settings))(np.arange(steps)), np.float32)
 
 
 def switch(

@@ -41,8 +41,8 @@ def make_stepper(
     """The stepper of a program.
 
     Args:
-      schedule: a :class:`~experiments.training.schedules.RateOptimizer` with its settings; None: any passive
-        schedule or adaptive scale, whichever ``inputs`` selects.
+      schedule: a :class:`~experiments.training.schedules.RateOptimizer` with the settings that are not
+        traced; None: any passive schedule or adaptive scale, whichever ``inputs`` selects.
       optimizer: built with learning rate 1.
       inputs: of the run.
       steps: number of steps.
@@ -53,7 +53,7 @@ def make_stepper(
         return _shared_stepper(_accumulated(optimizer, accumulation), inputs)
     entry, settings = parse(schedule)
     assert isinstance(entry, RateOptimizer)
-    tx, superbatch = entry.make(optimizer, inputs.rates[0], steps // accumulation, settings)
+    tx, superbatch = entry.make(optimizer, inputs.rates[0], steps // accumulation, {**settings, **inputs.own})
     tx = _accumulated(tx, accumulation)
     validated = validated and entry.reads_validation
     return _rate_optimizer_stepper(tx, entry, superbatch, validated=validated)

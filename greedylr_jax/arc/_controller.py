@@ -185,24 +185,11 @@ def _make_rule(
             history=stream.init(),
         )
 
-    def decide(state: ArcState) -> ArcState:
-        history = state.history._replace(
-            rates=state.history.rates.at[-1].set(state.scale.astype(jnp.float32))
-        )
-        cycles = state.cycles + 1
-        logits = action_logits(arrays, stream.features(history, cycles))
-        action = jnp.where(state.has_diverged, MULTIPLIERS.index(min(MULTIPLIERS)), jnp.argmax(logits))
-        return state._replace(
-            scale=bounds.clip(state.scale * jnp.asarray(MULTIPLIERS, state.scale.dtype)[action]),
-            step=jnp.zeros_like(state.step),
-            cycles=jnp.minimum(cycles, MAX_CYCLES - 1),
-            action=action.astype(jnp.int32),
-            has_diverged=jnp.zeros_like(state.has_diverged),
-            history=stream.next_cycle(history),
-        )
-
-    def keep(state: ArcState) -> ArcState:
-        return state
+    def choose(state: ArcState) -> jax.Array:
+        """Which action the network chooses, shape (3,)."""
+        rates = state.history.rates.at[state.history.row].set(state.scale.astype(jnp.float32))
+        features = stream.features(state.history._replace(rates=rates), state.cycles + 1)
+        return jnp.arange(len(MULTIPLIERS)) == jnp.argmax(action_logits(arrays, features))
 
     def update(state: ArcState, value: jax.Array, validation_value: jax.Array | None = None) -> ArcState:
         finite = jnp.isfinite(value)
@@ -212,13 +199,30 @@ def _make_rule(
         history = stream.add_loss(state.history, state.step, loss)
         if validation and validation_value is not None:
             history = stream.add_validation(history, _finite_or_none(validation_value))
-        state = state._replace(
-            step=state.step + 1,
-            worst_value=worst,
-            has_diverged=state.has_diverged | ~finite,
-            history=history,
+        state = state._replace(worst_value=worst, history=history)
+        # Arrays that a conditional returns are copied at every step, so it returns the choice alone.
+        chosen = jax.lax.cond(
+            state.step == steps_per_cycle - 1,
+            choose,
+            lambda _: jnp.zeros(len(MULTIPLIERS), bool),
+            state,
         )
-        return jax.lax.cond(state.step == steps_per_cycle, decide, keep, state)
+        return finish(state, chosen, state.has_diverged | ~finite)
+
+    def finish(state: ArcState, chosen: jax.Array, has_diverged: jax.Array) -> ArcState:
+        """The state after a loss; ``chosen`` is all False within a cycle."""
+        raises, keeps, lowers = chosen
+        is_end = raises | keeps | lowers
+        action = jnp.where(lowers | has_diverged, 2, jnp.where(raises, 0, 1))
+        scale = bounds.clip(state.scale * jnp.asarray(MULTIPLIERS, state.scale.dtype)[action])
+        return state._replace(
+            scale=jnp.where(is_end, scale, state.scale),
+            step=jnp.where(is_end, 0, state.step + 1),
+            cycles=jnp.where(is_end, jnp.minimum(state.cycles + 1, MAX_CYCLES - 1), state.cycles),
+            action=jnp.where(is_end, action, state.action).astype(jnp.int32),
+            has_diverged=~is_end & has_diverged,
+            history=stream.end_cycle(state.history, state.scale, is_end),
+        )
 
     return _rule.Rule(init, update, "arc", ("validation_value",))
 

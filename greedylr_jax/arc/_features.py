@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 MAX_CYCLES = 3
 ROWS_PER_CYCLE = 100
@@ -110,12 +111,18 @@ def _standardize(values: np.ndarray) -> np.ndarray:
 
 
 class History(NamedTuple):
-    """The last three cycles of a stream, the current one last."""
+    """The last three cycles of a stream. Each has a row; a new cycle replaces the oldest one.
 
-    train: jax.Array  # shape=(3, used), dtype=float32; the losses that any row uses
+    What a row held before is not erased: every loss that is used is written before the end of its cycle.
+    """
+
+    train: (
+        jax.Array
+    )  # shape=(3, used + 1), dtype=float32; losses that features use, last one that they do not
     validation: jax.Array  # shape=(3, max_validations), dtype=float32
     validation_count: jax.Array  # shape=(3,), dtype=int32
     rates: jax.Array  # shape=(3,), dtype=float; at the end of each cycle
+    row: jax.Array  # shape=(), dtype=int32; the row of the current cycle
 
 
 class FeatureStream:
@@ -128,7 +135,7 @@ class FeatureStream:
       >>> history = stream.init()
       >>> for step, loss in enumerate([3.0, 1.0]):
       ...     history = stream.add_loss(history, jnp.int32(step), jnp.float32(loss))
-      >>> features = stream.features(history._replace(rates=jnp.array([1.0, 1.0, 0.5])), jnp.int32(1))
+      >>> features = stream.features(history._replace(rates=jnp.array([0.5, 1.0, 1.0])), jnp.int32(1))
       >>> bool(jnp.allclose(features, batch_features([[3.0, 1.0]], [[]], [0.5]), atol=1e-5))
       True
     """
@@ -144,6 +151,9 @@ class FeatureStream:
         taps = [_linear_taps(cycles * steps_per_cycle, cycles * ROWS_PER_CYCLE) for cycles in (1, 2, 3)]
         indices = [index for low, high, _ in taps for index in (low, high)]
         self._used_steps = np.unique(np.concatenate(indices) % steps_per_cycle)
+        # The column of each step, the last one where no row uses it. There are at most 601 columns.
+        self._columns = np.full(steps_per_cycle, len(self._used_steps), np.int16)
+        self._columns[self._used_steps] = np.arange(len(self._used_steps))
         # For each number of cycles, the positions of each row's two losses in the flattened history.
         self._low, self._high = np.zeros((2, MAX_CYCLES, ROWS), np.int32)
         self._weight = np.zeros((MAX_CYCLES, ROWS), np.float32)
@@ -151,7 +161,7 @@ class FeatureStream:
         for cycles, (low, high, weight) in enumerate(taps, start=1):
             rows = np.s_[cycles - 1, ROWS - cycles * ROWS_PER_CYCLE :]
             self._low[rows], self._high[rows] = (
-                len(self._used_steps) * (MAX_CYCLES - cycles + index // steps_per_cycle)
+                (len(self._used_steps) + 1) * (MAX_CYCLES - cycles + index // steps_per_cycle)
                 + np.searchsorted(self._used_steps, index % steps_per_cycle)
                 for index in (low, high)
             )
@@ -161,40 +171,49 @@ class FeatureStream:
     def init(self) -> History:
         """An empty history."""
         return History(
-            train=jnp.zeros((MAX_CYCLES, len(self._used_steps)), jnp.float32),
+            train=jnp.zeros((MAX_CYCLES, len(self._used_steps) + 1), jnp.float32),
             validation=jnp.zeros((MAX_CYCLES, self.max_validations), jnp.float32),
             validation_count=jnp.zeros((MAX_CYCLES,), jnp.int32),
             rates=jnp.ones((MAX_CYCLES,), jnp.float32),
+            row=jnp.zeros((), jnp.int32),
         )
 
     def add_loss(self, history: History, step: jax.Array, loss: jax.Array) -> History:
-        """Adds the loss of a step of the current cycle, counted from 0, if any row uses it."""
-        steps = jnp.asarray(self._used_steps)
-        slot = jnp.minimum(jnp.searchsorted(steps, step), len(steps) - 1)
-        current = history.train[-1, slot]
-        value = jnp.where(steps[slot] == step, loss.astype(current.dtype), current)
-        return history._replace(train=history.train.at[-1, slot].set(value))
+        """Adds the loss of a step of the current cycle, counted from 0."""
+        column = jnp.asarray(self._columns)[step].astype(jnp.int32)
+        loss = loss.astype(history.train.dtype).reshape(1, 1)
+        return history._replace(
+            train=jax.lax.dynamic_update_slice(history.train, loss, (history.row, column))
+        )
 
     def add_validation(self, history: History, loss: jax.Array) -> History:
         """Adds a validation loss of the current cycle; NaN stands for none."""
-        count, losses = history.validation_count[-1], history.validation[-1]
+        count, losses = history.validation_count[history.row], history.validation[history.row]
         full = count == self.max_validations
-        losses = jnp.where(full, jnp.roll(losses, -1), losses)
-        losses = losses.at[jnp.minimum(count, self.max_validations - 1)].set(loss.astype(losses.dtype))
+        moved = jnp.where(full, jnp.roll(losses, -1), losses)
+        moved = moved.at[jnp.minimum(count, self.max_validations - 1)].set(loss.astype(losses.dtype))
         after = jnp.minimum(count + 1, self.max_validations)
         is_present = ~jnp.isnan(loss)
         return history._replace(
-            validation=history.validation.at[-1].set(jnp.where(is_present, losses, history.validation[-1])),
-            validation_count=history.validation_count.at[-1].set(jnp.where(is_present, after, count)),
+            validation=history.validation.at[history.row].set(jnp.where(is_present, moved, losses)),
+            validation_count=history.validation_count.at[history.row].set(
+                jnp.where(is_present, after, count)
+            ),
         )
 
-    def next_cycle(self, history: History) -> History:
-        """Drops the oldest cycle and starts a new one."""
-        shifted = jax.tree.map(lambda cycles: jnp.roll(cycles, -1, axis=0).at[-1].set(0), history)
-        return shifted._replace(rates=shifted.rates.at[-1].set(1))
+    def end_cycle(self, history: History, rate: jax.Array, is_end: ArrayLike = True) -> History:
+        """Ends the current cycle, at this learning rate, and starts a new one, if ``is_end``."""
+        rows, following = np.arange(MAX_CYCLES), (history.row + 1) % MAX_CYCLES
+        return history._replace(
+            rates=jnp.where(is_end & (rows == history.row), rate.astype(history.rates.dtype), history.rates),
+            validation_count=jnp.where(is_end & (rows == following), 0, history.validation_count),
+            row=jnp.where(is_end, following, history.row),
+        )
 
     def features(self, history: History, cycles: jax.Array) -> jax.Array:
         """Features of the last ``cycles`` (1 to 3) cycles at the end of the current one, shape (300, 3)."""
+        oldest_first = (history.row + 1 + np.arange(MAX_CYCLES)) % MAX_CYCLES
+        history = jax.tree.map(lambda rows: rows[oldest_first], history._replace(row=oldest_first))
         which = cycles - 1
         used, flat = jnp.asarray(self._is_used)[which], history.train.ravel()
         weight = jnp.asarray(self._weight)[which]

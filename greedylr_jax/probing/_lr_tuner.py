@@ -82,6 +82,7 @@ def lr_tuner(
     rollback_threshold: ArrayLike = 0.1,
     min_learning_rate: ArrayLike = 0.0,
     max_learning_rate: ArrayLike = jnp.inf,
+    matmul_precision: Literal["default", "high", "highest"] | None = "highest",
     axis_name: Hashable | None = None,
 ) -> _rule.GradientTransformationExtraLoss:
     """An optimizer that periodically sets its learning rate to the minimum of a parabola along its step.
@@ -113,6 +114,12 @@ def lr_tuner(
         fraction of the drop before it; 1 is the paper to the letter. May be traced.
       min_learning_rate: lower bound of the rate, in [0, ``learning_rate``]. May be traced.
       max_learning_rate: upper bound of the rate, >= ``learning_rate``. May be traced.
+      matmul_precision: precision of the matrix products in ``value_fn``, as in
+        ``jax.default_matmul_precision``: ``"highest"`` (float32), ``"high"``, ``"default"``, or None for that
+        of the caller. The parabola rests on small differences of losses: with the bfloat16 products that are
+        a TPU's default, a fit at rate 1e-3 proposed 1.006 times the rate instead of 17 times (SGD, perceptron
+        on digits); ``method="taylor"`` erred by 0.4% at most. On a TPU a product in float32 costs six in
+        bfloat16. Products with a precision of their own are not affected.
       axis_name: the mapped axis, or axes, over which losses are averaged first, so that all devices decide
         alike.
 
@@ -168,6 +175,7 @@ def lr_tuner(
         learning_rate,
         settings.max_learning_rate,
     )
+    matmul_precision = _checks.check_precision(matmul_precision)
     inner = _forwarding.accept_extra_args(inner)
 
     def init_fn(params: optax.Params) -> LRTunerState:
@@ -197,6 +205,7 @@ def lr_tuner(
         **extra_args: Any,
     ) -> tuple[optax.Updates, LRTunerState]:
         loss_fn = _probe.check_value_fn("lr_tuner", value_fn, params)
+        loss_fn = _numerics.at_precision(loss_fn, matmul_precision)
         params = _snapshot.check_params("lr_tuner", params)
         loss, has_value_now = _observe.read("lr_tuner", value, has_value, state.window.mean.dtype, axis_name)
         observed = jnp.asarray(has_value_now)
@@ -364,7 +373,7 @@ def _roll_back(
     learning_rate, states = state.rate.learning_rate, (advanced.inner_state, state.inner_state)
     has_changed = advanced.rate.learning_rate != learning_rate
     restoring = state.restore_steps_left > 0
-    skip = _snapshot.is_not_finite(steps, params, *states, settings.axis_name)
+    skip, _ = _snapshot.check_step(steps, params, *states, axis_name=settings.axis_name)
     actions = _snapshot.Actions(save=has_changed, skip=skip, restore=is_bad, restoring=restoring)
     steps, inner_state, snapshot, restores = _snapshot.act(
         actions, steps, states[0], snapshot, params, states[1], settings.axis_name

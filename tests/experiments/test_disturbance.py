@@ -1,5 +1,7 @@
 """Disturbances: each changes its target and nothing else."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,6 +16,7 @@ from experiments.training.disturbance import (
     perturbation_step,
 )
 from experiments.training.engine import Engine, RunSpec, Settings
+from experiments.training.schedules import SCHEDULES
 
 STEPS, RATE = 200, 0.1
 NOISY = [kind for kind in KINDS if kind != "none"]
@@ -62,6 +65,27 @@ def test_noise_of_the_gradients_changes_the_parameters_at_its_first_step(results
     first = int(np.flatnonzero(noise.gradient)[0])
     np.testing.assert_array_equal(disturbed.loss[: first + 1], clean.loss[: first + 1])
     assert disturbed.loss[first + 1] != clean.loss[first + 1]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in NOISY if "spike" not in kind and kind != "burst"])
+def test_noise_of_the_gradients_does_not_vanish_at_the_minimum(results, kind):
+    """A constant rate ends higher: the noise has the norm of the first gradient to the end."""
+    disturbed, clean = results["constant", name_of(kind, 0.5, "gradient")], results["constant", "none"]
+    assert disturbed.loss[-20:].mean() > 2 * clean.loss[-20:].mean()
+
+
+def test_reduce_on_plateau_stops_at_its_floor():
+    """A loss that never improves reduces the rate twice, to a hundredth."""
+    rule = SCHEDULES["plateau"].transform(2, {})
+    state = rule.init(jnp.ones(()))
+
+    def step(state, _):
+        scale, state = rule.update(jnp.ones(()), state, value=jnp.asarray(1.0))
+        return state, scale
+
+    scales = jax.lax.scan(step, state, length=200)[1]
+    np.testing.assert_allclose(np.unique(np.round(scales, 5)), [0.01, 0.1, 1.0])
+    assert np.argmax(scales < 1) == 2 * 11 - 1  # the first evaluation is the best; ten more do not improve
 
 
 @pytest.mark.parametrize("kind", NOISY)

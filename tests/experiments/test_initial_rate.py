@@ -134,7 +134,7 @@ def test_gradients_are_averaged_over_steps():
     task = make_task("mnist1d-batch-4")
     with_two = Engine(task, "sgd", Settings(4), accumulation=2)
     ((_, constant, _),) = next(with_two.train([RunSpec("constant", 0.1, 0)]))
-    ((_, auto, _),) = next(with_two.train([RunSpec("auto-endless", 1.0, 0)]))
+    ((_, auto, _),) = next(with_two.train([RunSpec("auto-without-steps", 1.0, 0)]))
     ((_, every_step, _),) = next(Engine(task, "sgd", Settings(4)).train([RunSpec("constant", 0.1, 0)]))
     # The losses of the first two steps are those of the initial parameters.
     np.testing.assert_allclose(constant.loss[:2], auto.loss[:2], rtol=1e-6)

@@ -18,6 +18,7 @@ from experiments.reporting import summary
 from experiments.reporting.palette import Look
 from experiments.studies import (
     compare,
+    finetune,
     greedylr,
     leaderboard,
     lrtuner,
@@ -27,6 +28,7 @@ from experiments.studies import (
 )
 from experiments.studies.base import sources
 from experiments.tasks import make_task
+from experiments.tasks.base import TextScore
 from experiments.tasks.convolution import matmul_convolution
 from experiments.training.engine import Engine, RunSpec, Settings
 from experiments.training.loop import batch_indices, train
@@ -129,6 +131,20 @@ def test_a_run_of_the_engine_equals_plain_training(data_dir, monkeypatch):
     assert len({got[name].loss[-1] for name in transformations}) == 4
 
 
+def test_predictions_are_those_of_the_final_parameters(data_dir):
+    def predict(params, batch):
+        return jnp.argmax(batch["input"].reshape(-1, 64) @ params, axis=-1)
+
+    task = linear_task(data_dir)
+    labels = np.asarray(task.test["label"])
+    score = TextScore("accuracy", predict, lambda rows: 100 * float(np.mean(rows == labels)))
+    engine = Engine(task._replace(text=score), "sgd", Settings(10, text=True))
+    (((_, result, _),),) = engine.train([RunSpec("constant", 0.5, 0)])
+    assert result.predictions.shape == labels.shape
+    assert score.score(result.predictions) == pytest.approx(100 * result.test_metric[-1], abs=1e-3)
+    assert len(np.unique(result.predictions)) > 1
+
+
 def test_every_schedule_has_a_look_and_a_label_of_its_own():
     looks, labels = ([getattr(entry, name) for entry in SCHEDULES.values()] for name in ("look", "label"))
     assert len(set(looks)) == len(looks) and len(set(labels)) == len(labels)
@@ -173,7 +189,7 @@ def test_reports_list_the_source_of_each_schedule():
 
 
 @pytest.mark.parametrize(
-    "study", [compare, greedylr, leaderboard, lrtuner, polling, rate_sensitivity, robustness]
+    "study", [compare, finetune, greedylr, leaderboard, lrtuner, polling, rate_sensitivity, robustness]
 )
 def test_studies_choose_schedules_from_the_registry(study):
     names = {*getattr(study, "SCHEDULES", ())}
@@ -187,9 +203,33 @@ def test_settings_of_a_schedule_are_those_that_it_accepts():
         "factor", "patience", "threshold", "cooldown", "warmup", "min_scale", "max_scale",
     }  # fmt: skip
     assert SCHEDULES["ARC"].settings == {"weights": None, "decisions": 10, "validation": True}
-    assert all(not SCHEDULES[name].settings for name in kinds(PassiveSchedule))
+    settings = {name: SCHEDULES[name].settings for name in kinds(PassiveSchedule)}
+    assert {name: each for name, each in settings.items() if each} == {
+        "always-raise": {"decisions": 10},
+        "random-action": {"decisions": 10, "draw": 0},
+    }
     entry, settings = parse("ARC(decisions=4)")
     assert entry is SCHEDULES["ARC"] and settings == {"decisions": 4}
+
+
+def test_the_controls_of_arc_change_the_rate_in_the_steps_of_its_decisions():
+    raised = schedule_inputs("always-raise(decisions=3)", 0.5, 12).rates
+    np.testing.assert_allclose(raised, 0.5 * 1.618 ** np.array([0, 0, 0, *[1] * 4, *[2] * 4, 3]), rtol=1e-6)
+    # As ARC does, which multiplies the update of the step that completes a cycle.
+    tx = greedylr_jax.arc.arc(steps_per_cycle=4)
+    state, scales = tx.init(jnp.ones(1)), []
+    for _ in range(12):
+        _, state = tx.update(jnp.ones(1), state, value=1.0)
+        scales.append(float(greedylr_jax.get_scale(state)))
+    changed = np.flatnonzero(np.diff(raised)) + 1
+    assert len(np.flatnonzero(np.diff(scales))) > 0
+    assert set(np.flatnonzero(np.diff(scales)) + 1) <= set(changed) == {3, 7, 11}
+
+    draws = [schedule_inputs(f"random-action(draw={draw})", 1.0, 100).rates for draw in (0, 0, 1)]
+    np.testing.assert_array_equal(draws[0], draws[1])
+    assert (draws[0] != draws[2]).any()
+    ratios = np.concatenate([each[1:] / each[:-1] for each in draws])
+    np.testing.assert_allclose(np.unique(ratios.round(3)), [0.618, 1.0, 1.618])
 
 
 def test_batches_are_permutations_of_whole_epochs(data_dir):
@@ -227,6 +267,7 @@ def test_an_adaptive_schedule_starts_from_a_constant_rate():
         ("GreedyLR(factor=)", "cannot read the settings"),
         ("GreedyLR(factor=2.0)", "factor must be"),
         ("GreedyLR(patience=-1)", "patience must be"),
+        ("always-raise(decisions=0)", "decisions must be an integer >= 1, got 0"),
     ],
 )
 def test_an_invalid_schedule_is_refused_by_name(name, message):

@@ -12,12 +12,14 @@ from rich.console import Console
 from experiments.errors import UsageError
 from experiments.studies import (
     STUDIES,
+    finetune,
     greedylr,
     hypergradient,
     leaderboard,
     lrtuner,
     lrtuner_appendix,
     polling,
+    polling_ablation,
     rate_sensitivity,
     robustness,
     theory,
@@ -25,6 +27,7 @@ from experiments.studies import (
 from experiments.studies.base import Job, Selection
 from experiments.tasks import make_task
 from experiments.training.schedules import parse
+from tests.experiments import test_finetune_study
 from tests.experiments.browser import HAS_BROWSER, open_and_click
 from tests.experiments.figures import assert_is_drawn, lines_of
 
@@ -173,7 +176,7 @@ def polling_runs():
              test_loss=1.0, test_losses=[metric] * 5, rate=[0.1] * 5)
         for seed in (0, 1)
         for label, metrics in ((polling.BEST, (0.8, 0.9)), (polling.LARGE, (0.1, 0.7)))
-        for schedule, metric in zip(("constant", "polling-5"), metrics, strict=True)
+        for schedule, metric in zip(("constant", "polling-5(every=22)"), metrics, strict=True)
     ]  # fmt: skip
     return pl.DataFrame(rows)
 
@@ -200,6 +203,46 @@ def test_recovery_is_drawn_for_perturbations_of_strength_one(label, count):
     assert len(robustness._after_perturbation(runs, "t", "constant")) == count
 
 
+def test_polling_at_every_step_is_a_variant_of_its_own():
+    runs = polling_runs()
+    stepwise = runs.filter(pl.col("schedule") != "constant").with_columns(
+        schedule=pl.lit("polling-5(every=1)"), test_metric=pl.col("test_metric") - 0.3
+    )
+    table = polling.summarize(pl.concat([runs, stepwise])).filter(start="best")
+    assert dict(table.select("schedule", "difference").iter_rows()) == pytest.approx(
+        {"constant": 0.0, "polling-5": 10.0, "polling-5(every=1)": -20.0}
+    )
+    assert [cell[1] for cell in polling._cells(table)][-1] == "polling, 5 factors, every step"
+
+
+def test_the_ablation_of_polling_has_a_row_for_each_variant(monkeypatch):
+    monkeypatch.setattr(polling_ablation, "REDUCED", ("digits",))
+    rows = [
+        {"task": task, "schedule": schedule, "label": label, "seed": seed, "test_metric": metric + 0.1 * seed}
+        for task, lower in (("digits-mlp", 0.0), ("mnist1d-mlp", 0.2), ("digits", 0.4))
+        for label in (polling_ablation.GOOD, polling_ablation.LARGE)
+        for schedule, metric in (
+            ("constant", 0.8 - lower),
+            *(
+                (polling_ablation._schedule(each, make_task(task).steps_per_epoch), 0.7 - lower)
+                for each in polling_ablation.variants(reduced=task == "digits")
+            ),
+        )
+        for seed in range(2)
+    ]
+    table = polling_ablation.summarize(pl.DataFrame(rows))
+    assert len(table) == 2 * (1 + len(polling_ablation.variants()))
+    best = table.row(0, named=True)
+    assert (best["score"], best["label"], best["every"]) == ("constant", polling_ablation.GOOD, None)
+    assert best["accuracy"] == pytest.approx(75) and best["worst"] == pytest.approx(60)
+    assert best["digits"] == pytest.approx(45) and best["digits-mlp"] == pytest.approx(85)
+    assert table.filter(pl.col("normalize") == "none")["digits"].is_null().all()
+    # Once per epoch is one variant, although epochs differ in length.
+    assert set(table["every"].drop_nulls()) == {polling_ablation.EPOCH, 1, 5}
+    lines = lines_of(polling_ablation.draw(table).axes[0])
+    assert set(lines) == {"every 1 steps", "every 5 steps", "once per epoch", "constant rate"}
+
+
 def test_every_listed_study_can_be_loaded():
     for name, study in STUDIES.items():
         assert callable(study.load()), name
@@ -209,7 +252,7 @@ def test_every_listed_study_can_be_loaded():
 def shrink(monkeypatch, study):
     """Reduces a study to a few seconds on the smallest tasks."""
     presets = {
-        "greedylr": {"tasks": 1, "rates": 1, "steps": 40, "seeds": 2},
+        "greedylr": {"tasks": 1, "fine_tuned": 0, "rates": 1, "steps": 40, "seeds": 2},
         "robustness": {"tasks": ("quadratic-10", "digits-mlp"), "steps": 100, "seeds": 1},
         "rate-sensitivity": {
             "tasks": ("digits-mlp",),
@@ -219,9 +262,11 @@ def shrink(monkeypatch, study):
         },
         "lrtuner": {"steps": 40, "seeds": 2},
         "polling": {"steps": 40, "seeds": 2},
+        "polling-ablation": {"tasks": {"digits-mlp": 0.1}, "steps": 40, "seeds": 1},
         "hypergradient": {"steps": 40, "seeds": 2},
         "theory": {"starts": 2},
         "leaderboard": {"tasks": ("quadratic-10", "ackley"), "steps": 40, "seeds": 2},
+        "finetune": test_finetune_study.SMALL,
     }
     modules = {
         "greedylr": greedylr,
@@ -229,9 +274,11 @@ def shrink(monkeypatch, study):
         "rate-sensitivity": rate_sensitivity,
         "lrtuner": lrtuner,
         "polling": polling,
+        "polling-ablation": polling_ablation,
         "hypergradient": hypergradient,
         "theory": theory,
         "leaderboard": leaderboard,
+        "finetune": finetune,
     }
     monkeypatch.setitem(modules[study].PRESETS, "quick", presets[study])
     if study == "greedylr":
@@ -250,8 +297,14 @@ def shrink(monkeypatch, study):
         monkeypatch.setattr(lrtuner, "CASES", cases[:1])
         monkeypatch.setattr(lrtuner, "SUPERBATCH", 3)
         monkeypatch.setattr(lrtuner_appendix, "SIZES", (1, 2))
+    if study == "finetune":
+        test_finetune_study.use_tiny_networks(monkeypatch)
     if study == "polling":
         monkeypatch.setattr(polling, "TASKS", ("digits-mlp",))
+    if study == "polling-ablation":
+        monkeypatch.setattr(polling_ablation, "REDUCED", ())
+        monkeypatch.setattr(polling_ablation, "NORMALIZATIONS", ("minmax",))
+        monkeypatch.setattr(polling_ablation, "SCORES", ("exponential", "inverse"))
     return modules[study]
 
 
@@ -267,8 +320,14 @@ RECOMPUTED = {
     "rate-sensitivity": lambda runs: {"table": rate_sensitivity.summarize(runs)},
     "lrtuner": lambda runs: {"table": lrtuner.summarize(runs)},
     "polling": lambda runs: {"table": polling.summarize(runs)},
+    "polling-ablation": lambda runs: {"table": polling_ablation.summarize(runs)},
     "hypergradient": lambda runs: {"table": hypergradient.summarize(runs)},
     "theory": lambda runs: {"table": theory.summarize(runs)},
+    "finetune": lambda runs: {
+        "table": finetune.summarize(runs),
+        "claims": finetune.compare(runs),
+        "recovery": finetune.recovery_table(runs),
+    },
     "leaderboard": lambda runs: {
         "scores": leaderboard.summarize(leaderboard.time_to_target(runs)),
         "tasks": leaderboard.by_task(leaderboard.time_to_target(runs)),

@@ -11,6 +11,8 @@ from flax import nnx
 from experiments.data.vocabulary import END, PAD, START, UNKNOWN, Vocabulary
 from experiments.errors import UsageError
 from experiments.tasks import (
+    FINE_TUNING_TASKS,
+    PRETRAINING_TASKS,
     SUITE_TASKS,
     TASKS,
     detection,
@@ -60,7 +62,7 @@ def train(task, steps):
     [
         pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
         for name in TASKS
-        if name not in (*PUBLIC, *SUITE_TASKS)
+        if name not in (*PUBLIC, *SUITE_TASKS, *PRETRAINING_TASKS, *FINE_TUNING_TASKS)
     ],
 )
 def test_a_task_can_be_learned(name):

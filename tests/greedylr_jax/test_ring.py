@@ -23,7 +23,7 @@ def run(values, is_valid, clears, *, size):
         value, valid, clear = inputs
         cleared = _ring.clear(ring)
         ring = jax.tree.map(functools.partial(jnp.where, clear), cleared, ring)
-        ring = _ring.insert(ring, value, valid, was_cleared=True)
+        ring = _ring.insert(ring, value, valid)
         return ring, (ring, _ring.mean(ring, was_cleared=True))
 
     return jax.lax.scan(body, _ring.empty(size, jnp.float32), (values, is_valid, clears))[1]

@@ -137,7 +137,26 @@ def test_what_counts_as_not_finite(where):
     if where == "rule":
         after = (moments, rule)  # whose best value is infinite
     expected = where in ("update", "sum", "moment")
-    assert _snapshot.is_not_finite(updates, params, after, before) == expected
+    assert _snapshot.check_step(updates, params, after, before)[0] == expected
+
+
+@pytest.mark.parametrize("leaf", ["w", "b", "mask", None])
+def test_one_gradient_that_is_not_zero_is_enough(leaf):
+    params = {"w": jnp.ones((2, 3)), "b": jnp.float32(1), "mask": jnp.ones(2, int)}
+    gradients = jax.tree.map(jnp.zeros_like, params)
+    if leaf is not None:
+        gradients[leaf] = gradients[leaf] + 1
+    is_nan = jax.tree.map(lambda array: array / 0 if array.ndim == 2 else array, params)
+    for updates in (params, is_nan):
+        skip, any_nonzero = _snapshot.check_step(updates, params, (), (), gradients)
+        assert any_nonzero == (leaf in ("w", "b"))  # integers have no gradient
+        assert skip == (updates is is_nan)
+
+
+def test_without_gradients_none_is_zero():
+    params = {"mask": jnp.ones(2, int)}
+    assert _snapshot.check_step(params, params, (), (), params)[1]
+    assert _snapshot.check_step(params, params, (), ())[1]
 
 
 PARAMS = {"w": jnp.linspace(-1.0, 1.0, 5), "b": jnp.ones(2)}

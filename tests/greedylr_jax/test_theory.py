@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from greedylr_jax import greedy_lr
+from greedylr_jax import get_scale, greedy_lr
 from greedylr_jax.theory import convergence_bound, estimate_smoothness, local_smoothness, optimal_factor
 
 
@@ -160,3 +160,23 @@ def test_the_bound_is_tight_within_a_factor_on_a_flat_function():
 def test_learning_rates_out_of_range_raise(rates):
     with pytest.raises(ValueError, match=r"learning_rates must be .* in \(0, 1\)"):
         convergence_bound(rates, smoothness=2.0, initial_distance=1.0)
+
+
+def test_the_unit_of_the_loss_changes_no_decision_so_no_factor_of_the_smoothness_alone_can_be_optimal():
+    @jax.jit
+    def scales(unit):
+        tx = optax.chain(optax.scale(-0.02 / unit), greedy_lr(0.5, 1, threshold_mode="rel", window=None))
+
+        def step(carry, _):
+            params, state = carry
+            loss, grads = jax.value_and_grad(lambda p: unit * jnp.sum(jnp.array([0.1, 2.0]) * p**2))(params)
+            updates, state = tx.update(grads, state, params, value=loss)
+            return (optax.apply_updates(params, updates), state), get_scale(state)
+
+        params = jnp.array([1.0, -3.0])
+        return jax.lax.scan(step, (params, tx.init(params)), None, length=25)[1]
+
+    expected = scales(1.0)
+    for unit in (0.25, 64.0):  # powers of two, so that nothing is rounded
+        np.testing.assert_array_equal(scales(unit), expected)
+    assert len(set(expected.tolist())) > 3

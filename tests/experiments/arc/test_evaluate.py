@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from experiments.arc import evaluate, select
-from experiments.arc.evaluate import ARC, ARC_NO_VALIDATION, PASSIVE_SCHEDULES
+from experiments.arc.evaluate import ALWAYS_RAISE, ARC, ARC_NO_VALIDATION, PASSIVE_SCHEDULES, RANDOM_ACTION
 from experiments.errors import UsageError
 from experiments.studies.base import Job
 from greedylr_jax.arc import load_weights
@@ -32,10 +32,11 @@ def frame(rows):
     return pl.DataFrame(rows, schema_overrides={"every": pl.Int64}, infer_schema_length=None)
 
 
-def full_table(arc=0.9, passive=0.8):
+def full_table(arc=0.9, passive=0.8, raising=0.8):
+    levels = {ARC: arc, ALWAYS_RAISE: raising}
     rows = [
-        make_run(schedule, rate, (0.1, (arc if schedule == ARC else passive) - 0.1 * place, 0.2), seed)
-        for schedule in (*PASSIVE_SCHEDULES, ARC, ARC_NO_VALIDATION)
+        make_run(schedule, rate, (0.1, levels.get(schedule, passive) - 0.1 * place, 0.2), seed)
+        for schedule in (*PASSIVE_SCHEDULES, ALWAYS_RAISE, RANDOM_ACTION, ARC, ARC_NO_VALIDATION)
         for place, rate in enumerate(RATES)
         for seed in range(3)
     ]
@@ -55,11 +56,70 @@ def test_a_cell_is_the_median_of_the_best_metrics_of_runs():
     assert cells["Armijo"]["worst"] == pytest.approx(70)
 
 
-@pytest.mark.parametrize(("arc", "holds"), [(0.9, True), (0.8, False), (0.7, False)])
-def test_the_claim_compares_the_worst_of_three_rates(arc, holds):
-    table = evaluate.summarize(frame(full_table(arc=arc)))
-    assert evaluate.claim(table, "image")[0] is holds
-    assert ("does not hold" in evaluate.claim(table, "image")[1]) is not holds
+@pytest.mark.parametrize(
+    ("arc", "raising", "best_cells", "holds"),
+    [
+        (0.9, 0.8, 3, True),
+        (0.9, 0.9, 3, False),  # always raising does as well
+        (0.9, 0.95, 3, False),
+        (0.8, 0.7, 3, False),  # ties with the passive schedules
+        (0.7, 0.6, 0, False),
+    ],
+)
+def test_the_claim_compares_arc_with_passive_schedules_and_with_always_raising(
+    arc, raising, best_cells, holds
+):
+    claim = evaluate.claim(frame(full_table(arc, raising=raising)), "image")
+    assert (claim.best_cells, claim.holds) == (best_cells, holds)
+    assert claim.text.endswith("the paper's claim holds." if holds else "the paper's claim does not hold.")
+    relation = {True: "better than", False: "worse than"}.get(arc > raising, "")
+    assert (relation if arc != raising else "not distinguishable from") in claim.text
+
+
+def test_weights_that_always_raise_do_not_fulfil_the_claim():
+    """From rates that are too low every controller that raises is better than every passive schedule."""
+    rows = [row for row in full_table(raising=0.9) if row["schedule"] != ARC]
+    rows += [row | {"schedule": ARC} for row in rows if row["schedule"] == ALWAYS_RAISE]
+    claim = evaluate.claim(frame(rows), "image")
+    assert claim.worst_is_best and not claim.beats_raising and not claim.holds
+
+
+def test_arc_is_paired_with_its_controls_by_seed():
+    raised = np.repeat([1.0, 1.618, 1.618**2], 2)
+    rows = [
+        make_run(schedule, rate, (0.5 + 0.1 * seed + gain,), seed, rates=raised)
+        for schedule, gain in ((ARC, 0.03), (ALWAYS_RAISE, 0.0), ("constant", 0.05), (RANDOM_ACTION, 0.01))
+        for rate in RATES
+        for seed in range(3)
+    ]
+    table = evaluate.against(frame(rows))
+    assert len(table) == 3 * (len(RATES) + 1)
+    cells = {(row["control"], row["learning_rate"]): row for row in table.iter_rows(named=True)}
+    for rate in (*RATES, None):
+        # The same difference in each seed, although the seeds differ by more.
+        raising = cells[ALWAYS_RAISE, rate]
+        assert [raising[f"difference{end}"] for end in ("", "_low", "_high")] == pytest.approx([3.0] * 3)
+        assert raising["different"] == pytest.approx(80)  # two of ten decisions are to raise
+        assert cells["constant", rate]["different"] == pytest.approx(20)
+        assert cells["constant", rate]["difference"] == pytest.approx(-2.0)
+        assert cells[RANDOM_ACTION, rate]["different"] is None
+
+
+def test_perplexities_are_compared_by_their_logarithm_and_infinite_ones_as_the_highest():
+    rows = [
+        make_run(schedule, rate, (0.1,), seed, case="language", losses=(loss,))
+        for schedule, loss in (
+            (ARC, 2.0),
+            (ALWAYS_RAISE, float("inf")),
+            ("constant", 3.0),
+            (RANDOM_ACTION, 2.5),
+        )
+        for rate in (10.0, 1.0, 0.1)
+        for seed in range(2)
+    ]
+    table = evaluate.against(frame(rows)).filter(learning_rate=1.0)
+    gains = dict(table.select("control", "difference").iter_rows())
+    assert gains == pytest.approx({ALWAYS_RAISE: 1.0, "constant": 1.0, RANDOM_ACTION: 0.5})
 
 
 def test_lower_perplexities_are_better_and_a_run_without_a_finite_loss_scores_infinity():
@@ -72,11 +132,12 @@ def test_lower_perplexities_are_better_and_a_run_without_a_finite_loss_scores_in
     )
     np.testing.assert_allclose(evaluate.scores(runs)["score"], np.exp([2.0, np.inf, 4.0]))
     rows = [
-        make_run(schedule, rate, (0.1,), case="language", losses=(2.0 if schedule == ARC else 3.0,))
-        for schedule in (*PASSIVE_SCHEDULES, ARC)
+        make_run(schedule, rate, (0.1,), seed, case="language", losses=(2.0 if schedule == ARC else 3.0,))
+        for schedule in (*PASSIVE_SCHEDULES, ALWAYS_RAISE, RANDOM_ACTION, ARC)
         for rate in (10.0, 1.0, 0.1)
+        for seed in range(2)
     ]
-    assert evaluate.claim(evaluate.summarize(frame(rows)), "language")[0]
+    assert evaluate.claim(frame(rows), "language").holds
 
 
 def test_decisions_are_inferred_from_the_rates():
@@ -118,7 +179,9 @@ def test_the_figure_of_histories_shows_metric_and_rate_of_the_median_runs():
     for rate, metric, rates in zip(RATES, panels[::2], panels[1::2], strict=True):
         assert f"from {rate:g}" in metric.get_title()
         lines = {line.get_label(): line for line in metric.lines}
-        assert set(lines) == {*PASSIVE_SCHEDULES, ARC, ARC_NO_VALIDATION, "one-cycle", "Armijo"}
+        assert set(lines) == {
+            *PASSIVE_SCHEDULES, ALWAYS_RAISE, RANDOM_ACTION, ARC, ARC_NO_VALIDATION, "one-cycle", "Armijo",
+        }  # fmt: skip
         np.testing.assert_allclose(lines[ARC].get_ydata(), [10, 60])
         (line,) = (line for line in rates.lines if line.get_label() == ARC)
         np.testing.assert_allclose(line.get_ydata(), [rate, 3 * rate])  # of seed 2, whose score is the median
@@ -133,6 +196,34 @@ def test_the_figure_of_runs_has_a_box_of_the_scores_of_each_schedule():
         assert axes.patches[0].get_path().get_extents().get_points()[:, 1] == pytest.approx(
             [55, 65]
         )  # the quartiles
+
+
+def test_the_figure_of_failures_shows_every_run_of_arc_from_the_rate_where_it_fails():
+    rows = spread_table()
+    for row in rows:
+        if row["schedule"] == ARC and row["learning_rate"] == RATES[1] and row["seed"] == 1:
+            row["test_metrics"] = [0.1, 0.3]
+    figure = evaluate.draw_failures(frame(rows))
+    metric, rates = figure.axes
+    assert metric.get_title() == "digits, from 0.001: accuracy, %"
+    assert "33% below every constant rate" in rates.get_title()
+    labels = {line.get_label(): line.get_ydata() for line in metric.lines}
+    assert len(labels) == len(rates.lines) == 3
+    np.testing.assert_allclose(labels["seed 1, the worst"], [10, 30])
+
+
+def test_the_figure_of_range_tests_marks_the_suggested_rate():
+    tested = pl.DataFrame(
+        {
+            "case": ["image"] * 4, "learning_rate": [0.01, 0.1, 1.0, 10.0], "loss": [2.0, 1.0, 3.0, 9.0],
+            "smoothed": [2.0, 1.5, 2.5, float("inf")], "suggested": [0.1] * 4,
+        }
+    )  # fmt: skip
+    (axes,) = evaluate.draw_range_test(tested).axes
+    lines = {line.get_label(): line for line in axes.lines}
+    assert set(lines) == {"loss of the batch", "smoothed", "0.1"}
+    np.testing.assert_allclose(lines["smoothed"].get_ydata(), [2.0, 1.5, 2.5])
+    assert evaluate.suggested_rate(tested) == 0.1
 
 
 def test_the_figure_of_intervals_has_a_box_for_each():
@@ -195,15 +286,19 @@ def test_the_whole_pipeline_runs_from_one_command(tmp_path):
         ("table", evaluate.summarize(runs)),
         ("frequency", evaluate.by_frequency(runs)),
         ("decisions", evaluate.decisions(runs)),
+        ("against", evaluate.against(runs)),
     ):
         written = pl.read_csv(tmp_path / f"evaluation/{name}.csv")
         for column in table.columns:
-            assert written[column].to_list() == pytest.approx(table[column].to_list())
-    assert evaluate.claim(evaluate.summarize(runs), "image")[1] in " ".join(ended.stdout.split())
+            assert written[column].to_list() == pytest.approx(table[column].to_list(), nan_ok=True)
+    claim = evaluate.claim(runs, "image")
+    assert claim.text in " ".join(ended.stdout.split())
+    assert not claim.holds  # these weights are useless
     pictures = {path.relative_to(tmp_path).as_posix(): path for path in tmp_path.glob("*/*.png")}
     assert pictures.keys() == {
         "candidates/training.png", "selection/selection.png", "evaluation/histories.png",
-        "evaluation/runs.png", "evaluation/frequency.png",
+        "evaluation/runs.png", "evaluation/frequency.png", "evaluation/failures.png",
+        "evaluation/range_test.png",
     }  # fmt: skip
     for path in pictures.values():
         assert matplotlib.image.imread(path)[..., :3].std() > 0.03, path  # not blank

@@ -6,8 +6,10 @@ import numpy as np
 import polars as pl
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from experiments.arc import training as module
+from experiments.arc.metrics import by_metric, held_out_metrics
 from experiments.arc.training import (
     CandidateSettings,
     confusion,
@@ -16,6 +18,7 @@ from experiments.arc.training import (
     make_epoch,
     make_samples,
 )
+from experiments.cli import app
 from experiments.errors import UsageError
 from greedylr_jax.arc import batch_features, load_weights
 
@@ -67,6 +70,53 @@ def test_every_tenth_training_run_is_held_out():
     np.testing.assert_array_equal(held_out.labels, expected["label"])
     with pytest.raises(UsageError, match="at least 10 training runs, got 9"):
         make_samples(rows(9))
+
+
+def test_the_metrics_of_a_worthless_network_are_worthless():
+    labels = np.array([0, 0, 1, 2])
+    always_raise = held_out_metrics(np.tile([0.8, 0.1, 0.1], (4, 1)), labels)
+    assert always_raise["accuracy"] == 0.5 and always_raise["mcc"] == 0
+    np.testing.assert_allclose(always_raise["calibration_error"], 0.8 - 0.5)
+    np.testing.assert_allclose(always_raise["weighted_accuracy"], (1 + 1 + 0 - 1) / 4)
+    np.testing.assert_allclose(always_raise["loss"], -np.mean(np.log([0.8, 0.8, 0.1, 0.1])))
+    right = held_out_metrics(np.eye(3)[labels], labels)
+    assert list(right.values()) == pytest.approx([1, 1, 0, 0, 1], abs=1e-9)
+
+
+def test_each_metric_selects_a_candidate():
+    measured = pl.DataFrame(
+        {
+            "candidate": [0, 1, 2], "accuracy": [0.5, 0.7, 0.6], "mcc": [0.1, 0.2, 0.3],
+            "loss": [0.1, 0.2, 0.3], "calibration_error": [0.3, 0.1, 0.2],
+            "weighted_accuracy": [0.5, 0.5, 0.5],
+        }
+    )  # fmt: skip
+    table = by_metric(measured, {0: 10.0, 1: 20.0, 2: 30.0})
+    rows = {row["metric"]: row for row in table.iter_rows(named=True)}
+    assert {name: row["candidate"] for name, row in rows.items()} == {
+        "accuracy": 1, "mcc": 2, "loss": 0, "calibration_error": 1, "weighted_accuracy": 0, "proxy task": 2,
+    }  # fmt: skip
+    assert rows["mcc"]["correlation"] == pytest.approx(1) and rows["loss"]["correlation"] == pytest.approx(-1)
+    assert rows["weighted_accuracy"]["correlation"] is None and rows["proxy task"]["score"] == 30
+
+
+@pytest.mark.parametrize(("architecture", "size"), [("small", 9315), ("published", 79043)])
+def test_candidates_have_the_architecture_of_their_name(architecture, size):
+    candidates = initial_candidates(2, 1e-3, module.ARCHITECTURES[architecture])
+    assert sum(leaf.size for leaf in jax.tree.leaves(candidates.weights)) == 2 * size
+
+
+@pytest.mark.slow
+def test_the_published_architecture_is_trained_by_command(tmp_path):
+    samples = tmp_path / "samples.parquet"
+    rows().write_parquet(samples)
+    arguments = ["arc", "train", "--architecture", "published", "--candidates", "1", "--epochs", "2"]
+    result = CliRunner().invoke(app, [*arguments, "--samples", str(samples), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    weights = load_weights(tmp_path / "out/candidate-00.safetensors")
+    assert sum(np.size(array) for array in weights.values()) == 79043
+    (measured,) = pl.read_csv(tmp_path / "out/metrics.csv").iter_rows(named=True)
+    assert 0 <= measured["accuracy"] <= 1 and measured["loss"] > 0
 
 
 @pytest.mark.slow

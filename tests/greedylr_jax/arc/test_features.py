@@ -95,7 +95,8 @@ def compiled(steps, max_validations):
     @jax.jit
     def features(losses, validation, rates, count):
         def cycle(index, history):
-            history = jax.lax.cond(index > 0, stream.next_cycle, lambda history: history, history)
+            last_rate = rates[jnp.maximum(index - 1, 0)]
+            history = stream.end_cycle(history, last_rate, is_end=index > 0)
             history = jax.lax.fori_loop(
                 0, steps, lambda step, history: stream.add_loss(history, step, losses[index, step]), history
             )
@@ -105,7 +106,7 @@ def compiled(steps, max_validations):
                 lambda place, history: stream.add_validation(history, validation[index, place]),
                 history,
             )
-            return history._replace(rates=history.rates.at[-1].set(rates[index]))
+            return history._replace(rates=history.rates.at[history.row].set(rates[index]))
 
         history = jax.lax.fori_loop(0, count, cycle, stream.init())
         return stream.features(history, jnp.minimum(count, 3))
