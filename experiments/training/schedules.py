@@ -408,13 +408,13 @@ _ENTRIES: tuple[Schedule, ...] = (
     PassiveSchedule(
         name="always-raise",
         source="times 1.618 at each of ARC's decisions",
-        look=Look(palette.BROWN, ":"),
+        look=Look(palette.RED, ":"),
         fractions=_always_raise,
     ),
     PassiveSchedule(
         name="random-action",
         source="times 1.618, 1 or 0.618, drawn at random, at each of ARC's decisions",
-        look=Look(palette.BROWN, "-."),
+        look=Look(palette.RED, "-."),
         fractions=_random_action,
     ),
     AdaptiveScale(

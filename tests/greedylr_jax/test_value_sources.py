@@ -45,7 +45,7 @@ def optimizer(case, adapter, inner=optax.adam):
 def pseudo_loss(params, value):
     """A loss with the given value, and gradients that depend on the parameters."""
     shift = sum(jnp.sum((leaf - 0.5) ** 2) for leaf in jax.tree.leaves(params))
-    return value + shift - jax.lax.stop_gradient(shift)
+    return value + (shift - jax.lax.stop_gradient(shift))  # exactly the value
 
 
 def run(tx, values, extra=lambda value: {}, before=lambda state, value: state, loss_fn=None, params=PARAMS):
