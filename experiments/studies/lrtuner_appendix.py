@@ -124,8 +124,8 @@ def _fit(
     k0, k1, k2 = (float(k) for k in _probe.fit_parabola(jnp.asarray(losses), jnp.asarray(width)))
     minimum = -k1 / (2 * k2) if k2 > 0 else -np.sign(k1) * limit
     clipped = float(np.clip(minimum, -limit, limit))
-    span = max(width, abs(clipped))
-    tested = np.linspace(-span, span, TESTS)
+    span = 2 * max(width, abs(clipped))  # beyond the samples, to show the error of the extrapolation
+    tested = np.linspace(-min(span, rate), span, TESTS)
     kinds = {_FITTED: fitted, _TESTED: tested, _MINIMUM: np.array([clipped])}
     return [
         {

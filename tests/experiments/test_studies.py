@@ -475,7 +475,9 @@ def test_the_parabola_of_a_quadratic_has_no_error_and_a_noisy_loss_deviates_less
     errors = lrtuner_appendix.fit_errors(fits)
     assert errors["within"].max() < 0.05
     assert len(fits) == 2 * (lrtuner_appendix.SAMPLES + lrtuner_appendix.TESTS + 1)
-    assert (fits["epsilon"].abs() <= fits["bound"] * (1 + 1e-6)).all()
+    proposed = fits.filter(pl.col("kind") != "tested")
+    assert (proposed["epsilon"].abs() <= proposed["bound"] * (1 + 1e-6)).all()
+    assert errors["beyond"].is_not_null().all()
     assert deviations["deviation"][-1] < deviations["deviation"][0] / 3
 
 
