@@ -6,7 +6,7 @@ after 10% and after 50% of the steps, C after 50%. The loss is that of LRTuner's
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -59,34 +59,47 @@ def measure(settings: Sequence[Setting], steps: int) -> tuple[pl.DataFrame, pl.D
     for name, optimizer, rate, bound in settings:
         task = make_task(name)
         about = {"task": name, "optimizer": optimizer}
+        train, loss_at = _trainer(task, optimizer, rate, round(max(STAGES) * steps)), _loss_along(task)
         for stage in STAGES:
-            point = _train(task, optimizer, rate, round(stage * steps))
-            fits += [about | {"stage": stage} | row for row in _fit(task, point, rate, bound * rate)]
+            point = train(round(stage * steps))
+            fits += [about | {"stage": stage} | row for row in _fit(task, loss_at, point, rate, bound * rate)]
         deviations += [about | row for row in _deviations(task, point)]
     return pl.DataFrame(fits), pl.DataFrame(deviations)
 
 
-def _train(task: Task, optimizer: str, rate: float, steps: int) -> Point:
-    """Trains at a constant rate with the batches of seed 0, and computes the next step."""
+def _trainer(task: Task, optimizer: str, rate: float, maximum: int) -> Callable[[int], Point]:
+    """A function of the number of steps, at most ``maximum``, that trains with the batches of seed 0."""
     inner = OPTIMIZERS[optimizer](1.0)
     tx = optax.with_extra_args_support(optax.chain(inner, optax.scale(rate)))
 
     @jax.jit
-    def train() -> Point:
+    def train(steps: jax.Array) -> Point:
         init_key, batch_key = jax.random.split(jax.random.key(0))
         params = task.init(init_key)
-        batches = loop.batch_indices(task, steps + 1, batch_key)
+        batches = loop.batch_indices(task, maximum + 1, batch_key)
 
-        def body(carry: Any, indices: jax.Array) -> Any:
-            params, state, _ = loop.train_step(task, tx, *carry, loop.take(task.train, indices))
-            return (params, state), None
+        def body(step: jax.Array, carry: Any) -> Any:
+            batch = loop.take(task.train, batches[step])
+            params, state, _ = loop.train_step(task, tx, *carry, batch)
+            return params, state
 
-        (params, state), _ = jax.lax.scan(body, (params, tx.init(params)), batches[:-1])
-        loss, grads = jax.value_and_grad(task.loss)(params, loop.take(task.train, batches[-1]))
+        params, state = jax.lax.fori_loop(0, steps, body, (params, tx.init(params)))
+        loss, grads = jax.value_and_grad(task.loss)(params, loop.take(task.train, batches[steps]))
         step, _ = optax.with_extra_args_support(inner).update(grads, state[0], params, value=loss)
         return Point(params, step, loss)
 
-    return train()
+    return train
+
+
+def _loss_along(task: Task) -> Callable[..., jax.Array]:
+    """A function of a point, a distance along its step, and stacked batches: the mean loss there."""
+
+    @jax.jit
+    def loss_at(point: Point, distance: jax.Array, batches: Batch) -> jax.Array:
+        value_fn = superbatch_loss(task.loss, batches)
+        return _probe.losses_along(value_fn, point.params, point.step, distance[None])[0]
+
+    return loss_at
 
 
 def _superbatches(task: Task, seed: int, batches: int) -> Batch:
@@ -95,23 +108,24 @@ def _superbatches(task: Task, seed: int, batches: int) -> Batch:
     return loop.take(task.train, jnp.asarray(rows))
 
 
-def _fit(task: Task, point: Point, rate: float, bound: float) -> list[dict[str, Any]]:
+def _fit(
+    task: Task, loss_at: Callable[..., jax.Array], point: Point, rate: float, bound: float
+) -> list[dict[str, Any]]:
     """Losses around the rate, the parabola, and its minimum after clipping, as in LRTuner."""
-    value_fn = superbatch_loss(task.loss, _superbatches(task, 0, SUPERBATCH))
+    batches = _superbatches(task, 0, SUPERBATCH)
     limit = float(bound * np.cbrt(abs(float(point.loss))))
     width = min(limit, PROBE_WIDTH * rate)
 
-    @jax.jit
-    def losses_at(epsilons: jax.Array) -> jax.Array:
-        return _probe.losses_along(value_fn, point.params, point.step, rate + epsilons)
+    def losses_at(epsilons: np.ndarray) -> np.ndarray:
+        return np.array([loss_at(point, jnp.float32(rate + epsilon), batches) for epsilon in epsilons])
 
     fitted = np.linspace(-width, width, SAMPLES)
-    losses = np.asarray(losses_at(jnp.asarray(fitted)))
+    losses = losses_at(fitted)
     k0, k1, k2 = (float(k) for k in _probe.fit_parabola(jnp.asarray(losses), jnp.asarray(width)))
     minimum = -k1 / (2 * k2) if k2 > 0 else -np.sign(k1) * limit
     clipped = float(np.clip(minimum, -limit, limit))
-    span = max(width, abs(clipped))
-    tested = np.linspace(-span, span, TESTS)
+    span = 2 * max(width, abs(clipped))  # beyond the samples, to show the error of the extrapolation
+    tested = np.linspace(-min(span, rate), span, TESTS)
     kinds = {_FITTED: fitted, _TESTED: tested, _MINIMUM: np.array([clipped])}
     return [
         {
@@ -122,7 +136,7 @@ def _fit(task: Task, point: Point, rate: float, bound: float) -> list[dict[str, 
             "bound": limit / rate,
         }
         for kind, epsilons in kinds.items()
-        for epsilon, loss in zip(epsilons, np.asarray(losses_at(jnp.asarray(epsilons))), strict=True)
+        for epsilon, loss in zip(epsilons, losses_at(epsilons), strict=True)
     ]
 
 

@@ -164,7 +164,7 @@ def test_the_study_pairs_differences_from_constant_sgd_by_seed():
     assert same["difference"] == 0
 
 
-def test_the_conclusion_names_hyper_learning_rates_at_the_edge_of_the_grid():
+def test_the_conclusion_names_the_extreme_hyper_learning_rates_of_the_grid():
     table = study.summarize(made_up_runs())
     text = study.conclude(table)
     assert "GreedyLR from 0.01: significantly higher; per parameter from 0.01: not different" in text
