@@ -9,7 +9,6 @@ import numpy as np
 import polars as pl
 import pytest
 
-from experiments import pretraining
 from experiments.studies import finetune
 from experiments.tasks import TASKS, make_task
 from experiments.tasks.pretraining import SIZES
