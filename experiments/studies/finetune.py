@@ -429,7 +429,8 @@ def _smoothed(cell: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
 
 def _panels(runs: pl.DataFrame) -> tuple[plt.Figure, list[tuple[plt.Axes, str]]]:
     tasks = runs["task"].unique(maintain_order=True).to_list()
-    figure, panels = drawing.panels(len(tasks), 4, width=4.0, height=3.0)
+    width = 4.0 if len(tasks) > 1 else 6.5  # inches; room for the title
+    figure, panels = drawing.panels(len(tasks), 4, width=width, height=3.0)
     return figure, list(zip(panels, tasks, strict=True))
 
 
