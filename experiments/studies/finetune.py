@@ -14,7 +14,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from experiments.pretraining import pretrain_for
 from experiments.reporting import drawing, html
@@ -396,7 +396,12 @@ def _claim_cells(claims: pl.DataFrame) -> list[list[str]]:
             str(row["lower"]),
             str(row["higher"]),
             f"{row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]",
-            f"{row['metric']:+.1f} [{row['metric_low']:+.1f}, {row['metric_high']:+.1f}]",
+            f"{row['metric']:+.1f}"
+            + (
+                ""
+                if math.isnan(row["metric_low"])
+                else f" [{row['metric_low']:+.1f}, {row['metric_high']:+.1f}]"
+            ),
             f"{row['narrower']:.0f}",
         ]
         for row in claims.sort("schedule", maintain_order=True).iter_rows(named=True)
@@ -424,16 +429,17 @@ def _smoothed(cell: pl.DataFrame) -> tuple[np.ndarray, np.ndarray]:
 
 def _panels(runs: pl.DataFrame) -> tuple[plt.Figure, list[tuple[plt.Axes, str]]]:
     tasks = runs["task"].unique(maintain_order=True).to_list()
-    figure, panels = drawing.panels(len(tasks), 4, width=4.0, height=3.0)
+    width = 4.0 if len(tasks) > 1 else 6.5  # inches; room for the title
+    figure, panels = drawing.panels(len(tasks), 4, width=width, height=3.0)
     return figure, list(zip(panels, tasks, strict=True))
 
 
 def _logarithmic(axes: plt.Axes) -> None:
-    """A logarithmic vertical axis with plain numbers, also between powers of ten if there are few."""
+    """A logarithmic vertical axis with plain numbers at 1, 2 and 5 times powers of ten."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(LogFormatter())
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
-    axes.tick_params(axis="y", which="both", labelsize=8)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def draw_histories(runs: pl.DataFrame) -> plt.Figure:
@@ -451,9 +457,7 @@ def draw_histories(runs: pl.DataFrame) -> plt.Figure:
         axes.set_ylabel("training loss")
         _logarithmic(axes)
     drawing.add_legend(figure, panels[0][0], columns=len(SCHEDULES) if len(panels) > 1 else 3)
-    figure.suptitle(
-        "From the middle initial rate; line: median over seeds, band: minimum to maximum", fontsize=12
-    )
+    figure.suptitle("From the middle initial rate: median, minimum to maximum", fontsize=12)
     return figure
 
 
