@@ -81,7 +81,7 @@ def test_notebook_installs_the_library_from_the_checkout_it_is_in(tmp_path, monk
     failed = subprocess.run(command, check=False, cwd=empty, text=True, capture_output=True)
     assert failed.returncode and "pip found no greedylr-jax at SOURCE='..'. Set SOURCE" in failed.stderr
 
-    checkout = tmp_path / "checkout"  # a copy, since pip leaves files of the build in it
+    checkout = tmp_path / "checkout"  # a copy, since pip writes files of the build into it
     for folder in ("greedylr_jax", "notebooks"):
         shutil.copytree(ROOT / folder, checkout / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):

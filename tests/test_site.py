@@ -60,5 +60,4 @@ def test_the_site_builds_without_warnings_and_all_its_links_lead_somewhere(tmp_p
         [*command, "docs", str(tmp_path)], check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
     assert problems(tmp_path) == []
-    formulas = [path for path in tmp_path.rglob("*.html") if "<math" in path.read_text()]
-    assert formulas and not any("mathjax" in path.read_text().lower() for path in formulas)
+    assert "<math" in (tmp_path / "design.html").read_text()  # a browser draws it without a script
