@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from experiments.bench import accelerators, hlo, perceptron
+from experiments.bench import accelerators, hlo, language_model, perceptron
 from experiments.bench.accelerators import AXIS, BARE, RULES, TARGETS, WIDTHS
 from tests.accelerators.budgets import BUDGETS
 
@@ -117,6 +117,34 @@ def test_other_generations(target):
     check_stays_on_the_device(got)
     assert got.conditionals == got.loops == 0
     assert got.bytes - bare.bytes < 0.01 * 4 * 256 * 512
+
+
+def sharded_program(rule, target):
+    """A transformer whose parameters, moments and batch are split over eight devices."""
+    size = language_model.Size(vocabulary=64, length=32, width=64, layers=1, heads=2, batch=8)
+    task = language_model.make_task(size)
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    tx = RULES[rule]()
+    shapes = (params, jax.eval_shape(tx.init, params), jax.eval_shape(lambda: task.train))
+    specs = jax.tree.map(lambda leaf: P(AXIS) if leaf.ndim and leaf.shape[0] % 8 == 0 else P(), shapes[:2])
+    step = accelerators.make_step(task.loss, tx)
+    compiled = accelerators.compile_step(step, shapes, accelerators.make_mesh(TARGETS[target], 8), specs)
+    return hlo.read_program(compiled.as_text())
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param(target, marks=[*needs_compiler(target), *([] if target == TPU else [pytest.mark.slow])])
+        for target in (TPU, GPU)
+    ],
+)
+def test_a_fully_sharded_transformer(target):
+    got, bare = sharded_program("greedy_lr", target), sharded_program(BARE, target)
+    check_stays_on_the_device(got)
+    assert got.all_reduces == bare.all_reduces
+    assert got.conditionals == got.loops == 0
+    assert got.bytes - bare.bytes < 0.02 * bare.bytes
 
 
 @pytest.mark.parametrize("target", [pytest.param(TPU, marks=needs_compiler(TPU))])

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from rich.console import Console
 
 from experiments.bench import accelerators, hlo
 from experiments.errors import UsageError
@@ -102,3 +103,22 @@ def test_a_missing_compiler_names_its_extra(monkeypatch):
         accelerators.make_mesh(accelerators.TARGETS["v5e"], 1)
     with pytest.raises(UsageError, match=r"xla_cuda12 with pip install"):
         accelerators.make_mesh(accelerators.TARGETS["h100"], 1)
+
+
+def test_steps_are_timed_on_a_device(monkeypatch):
+    rules = {name: accelerators.RULES[name] for name in ("bare", "greedy_lr")}
+    monkeypatch.setattr(accelerators, "RULES", rules)
+    monkeypatch.setattr(accelerators, "_STEPS", 2)
+    rows = accelerators.measured_rows(jax.devices()[0], repeats=2, widths=(8, 16, 4))
+    assert [row.rule for row in rows] == ["bare", "greedy_lr"]
+    assert all(row.step_seconds > 0 and row.compile_seconds > 0 for row in rows)
+    assert rows[1].program.kernels > rows[0].program.kernels
+
+
+def test_without_compilers_the_benchmark_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(accelerators, "missing_compiler", lambda target: f"no compiler for {target.name}")
+    console = Console(record=True, width=200)
+    result = accelerators.run(console, tmp_path, repeats=1)
+    text = console.export_text()
+    assert "Skipped: no compiler for v5e" in text and "no GPU or TPU here" in text
+    assert result["rows"] == [] and (tmp_path / "accelerators.json").exists()
