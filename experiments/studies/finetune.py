@@ -291,7 +291,7 @@ def recovery_table(runs: pl.DataFrame) -> pl.DataFrame:
       A frame with ``task``, ``schedule``; ``recovery``: the median of :func:`recovery` over seeds, infinite
       if most do not recover; ``recovered``: percent of the seeds that do; ``damage``: the median over seeds
       of the final loss over that of the undisturbed run of the same schedule and seed; ``metric`` and
-      ``points_lost``: the median held-out metric in percent, and how many points it is below that of the
+      ``points_below``: the median held-out metric in percent, and how many points it is below that of the
       undisturbed runs.
     """
     undisturbed, disturbed = split(runs)
@@ -312,7 +312,7 @@ def recovery_table(runs: pl.DataFrame) -> pl.DataFrame:
                 "recovered": 100 * float(np.mean(np.isfinite(steps))),
                 "damage": float(np.median(final_losses(cell) / final_losses(plain))),
                 "metric": metric,
-                "points_lost": before - metric,
+                "points_below": before - metric,
             }
         )
     return pl.DataFrame(rows, infer_schema_length=None)
@@ -381,7 +381,7 @@ def _recovery_cells(table: pl.DataFrame) -> list[list[str]]:
             f"{row['recovered']:.0f}",
             f"{row['damage']:.2f}",
             f"{row['metric']:.1f}",
-            f"{row['points_lost']:+.1f}",
+            f"{row['points_below']:+.1f}",
         ]
         for row in table.iter_rows(named=True)
     ]

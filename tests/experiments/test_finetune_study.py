@@ -111,7 +111,7 @@ def test_recovery_counts_from_the_last_wrong_batch():
     assert len(table) == 5 and set(table["task"]) == {"b"}
     recovered = table.filter(schedule="constant").row(0, named=True)
     assert recovered["recovery"] == 10 and recovered["recovered"] == 100
-    assert recovered["damage"] == pytest.approx(1) and recovered["points_lost"] == 0
+    assert recovered["damage"] == pytest.approx(1) and recovered["points_below"] == 0
     not_recovered = table.filter(schedule="cosine").row(0, named=True)
     assert not_recovered["recovery"] == math.inf and not_recovered["recovered"] == 0
     assert not_recovered["damage"] == pytest.approx(6.1 / 1.1)
