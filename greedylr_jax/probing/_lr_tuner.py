@@ -175,7 +175,7 @@ def lr_tuner(
         learning_rate,
         settings.max_learning_rate,
     )
-    matmul_precision = _checks.check_precision(matmul_precision)
+    precision = _checks.check_precision(matmul_precision)
     inner = _forwarding.accept_extra_args(inner)
 
     def init_fn(params: optax.Params) -> LRTunerState:
@@ -205,7 +205,7 @@ def lr_tuner(
         **extra_args: Any,
     ) -> tuple[optax.Updates, LRTunerState]:
         loss_fn = _probe.check_value_fn("lr_tuner", value_fn, params)
-        loss_fn = _numerics.at_precision(loss_fn, matmul_precision)
+        loss_fn = _numerics.at_precision(loss_fn, precision)
         params = _snapshot.check_params("lr_tuner", params)
         loss, has_value_now = _observe.read("lr_tuner", value, has_value, state.window.mean.dtype, axis_name)
         observed = jnp.asarray(has_value_now)

@@ -123,7 +123,7 @@ def factor_polling(
     divergence = _checks.check_real("divergence", divergence, low=1.0)
     _checks.check_choice("normalize", normalize, tuple(_NORMALIZE))
     _checks.check_choice("score", score, tuple(_SCORES))
-    matmul_precision = _checks.check_precision(matmul_precision)
+    precision = _checks.check_precision(matmul_precision)
 
     def init_fn(params: optax.Params) -> _rule.RuleState:
         del params
@@ -168,7 +168,7 @@ def factor_polling(
         if _checks.is_known_false(has_value):
             return _numerics.scale_updates(updates, state.rule.scale), state
         loss_fn = _probe.check_value_fn("factor_polling", value_fn, params)
-        loss_fn = _numerics.at_precision(loss_fn, matmul_precision)
+        loss_fn = _numerics.at_precision(loss_fn, precision)
         assert params is not None
         rule = state.rule
         loss = jnp.full((), jnp.inf, rule.scale.dtype)
