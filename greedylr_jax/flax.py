@@ -92,7 +92,7 @@ def observe(optimizer: nnx.Optimizer, value: ArrayLike) -> None:
       >>> tx = value_from_observe(optax.chain(optax.sgd(0.1), greedy_lr(factor=0.5, patience=0)))
       >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
       >>> greedylr_jax.flax.observe(optimizer, 1.0)  # in a callback
-      >>> optimizer.update(model, nnx.state(model, nnx.Param))
+      >>> _ = optimizer.update(model, nnx.state(model, nnx.Param))
       >>> print(get_scale(optimizer.opt_state))
       2.0
     """

@@ -29,10 +29,8 @@ def test_the_readme_lists_all_notebooks():
 
 @pytest.mark.parametrize(
     "path",
-    [
-        pytest.param(path, marks=[] if path.stem == "quickstart" else pytest.mark.slow, id=path.stem)
-        for path in NOTEBOOKS
-    ],
+    # The documentation executes all notebooks, too.
+    [pytest.param(path, marks=pytest.mark.slow, id=path.stem) for path in NOTEBOOKS],
 )
 def test_notebook_runs_from_top_to_bottom(path, tmp_path):
     notebook = read(path)

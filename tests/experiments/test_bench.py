@@ -65,12 +65,14 @@ def test_ratios_are_relative_to_the_bare_optimizer(rows):
     assert ratios == {"bare": (1, 1), "greedy_lr": (1.5, 1.5), "hypergradient": (1.5, 1.5)}
 
 
+@pytest.mark.slow
 def test_greedy_lr_adds_no_large_operation_to_a_transformer():
     size = language_model.Size(vocabulary=64, length=16, width=32, layers=1, heads=2, batch=2)
     rows = rows_of("greedy_lr", network=overhead.transformer(size, steps=1))
     assert rows["greedy_lr"].operations == 0 and rows["greedy_lr"].bytes < 1000
 
 
+@pytest.mark.slow
 def test_the_transformer_has_the_parameters_of_gpt_2_small():
     params, batch = jax.eval_shape(overhead.transformer(language_model.Size(), steps=1).make)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 124_439_808

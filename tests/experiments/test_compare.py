@@ -111,6 +111,7 @@ def check_that_each_schedule_has_its_rates(finished):
     assert rates["GreedyLR"].max() > 0.5  # the loss decreases, so the rate increases
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_is_resumed(finished, tmp_path, monkeypatch, capsys):
     out = tmp_path / "interrupted"
     append = RunStore.append
@@ -151,6 +152,7 @@ def test_a_comparison_from_end_to_end(finished):
     check_that_settings_are_stored_with_the_results(finished)
 
 
+@pytest.mark.slow
 def test_compiled_programs_are_stored_in_the_users_cache_folder(tmp_path):
     code = "import jax; from experiments.training.engine import configure; configure(cpus=3); "
     code += "print(jax.config.jax_compilation_cache_dir, jax.device_count())"

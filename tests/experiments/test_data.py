@@ -39,6 +39,7 @@ def scenes(tmp_path_factory):
     return {split: load_split(DigitScenes, split, folder) for split in ("train", "test")}
 
 
+@pytest.mark.slow
 def test_boxes_and_masks_of_a_scene_match_its_digits(scenes):
     assert [len(scene["image"]) for scene in scenes.values()] == [2000, 400]
     digits = digit_splits()

@@ -129,6 +129,7 @@ def test_a_variant_with_the_settings_of_auto_lr_is_auto_lr():
     assert not np.allclose(other, updates_of("auto"), rtol=0.1)
 
 
+@pytest.mark.slow
 def test_gradients_are_averaged_over_steps():
     """Two steps of half the batch are one step of the whole; the updates of the first steps are zero."""
     task = make_task("mnist1d-batch-4")

@@ -40,7 +40,10 @@ def fails(monkeypatch, capsys, *arguments):
             "study theory has no option --split; it has --task and --optimizer",
         ),
         ("study initial-rate --task nope", "--task must be one or more of pinn-"),
-        ("bench nope", "NAME must be one of arc, overhead, probing, published, sweep, got 'nope'"),
+        (
+            "bench nope",
+            "NAME must be one of accelerators, arc, overhead, probing, published, sweep, got 'nope'",
+        ),
         ("arc train --epochs 0", "--epochs must be at least 1, got 0"),
         ("arc evaluate --published nowhere.h5", "--published must be a file, got nowhere.h5"),
         ("nope", "No such command 'nope'"),

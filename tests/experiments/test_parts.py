@@ -92,6 +92,7 @@ def kinds(kind):
     return [name for name, entry in SCHEDULES.items() if isinstance(entry, kind)]
 
 
+@pytest.mark.slow
 def test_a_run_of_the_engine_equals_plain_training(data_dir, monkeypatch):
     """Every run of a compiled program equals the same run written in plain Optax.
 
@@ -131,6 +132,7 @@ def test_a_run_of_the_engine_equals_plain_training(data_dir, monkeypatch):
     assert len({got[name].loss[-1] for name in transformations}) == 4
 
 
+@pytest.mark.slow
 def test_predictions_are_those_of_the_final_parameters(data_dir):
     def predict(params, batch):
         return jnp.argmax(batch["input"].reshape(-1, 64) @ params, axis=-1)
@@ -212,6 +214,7 @@ def test_settings_of_a_schedule_are_those_that_it_accepts():
     assert entry is SCHEDULES["ARC"] and settings == {"decisions": 4}
 
 
+@pytest.mark.slow
 def test_the_controls_of_arc_change_the_rate_in_the_steps_of_its_decisions():
     raised = schedule_inputs("always-raise(decisions=3)", 0.5, 12).rates
     np.testing.assert_allclose(raised, 0.5 * 1.618 ** np.array([0, 0, 0, *[1] * 4, *[2] * 4, 3]), rtol=1e-6)

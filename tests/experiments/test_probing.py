@@ -71,7 +71,13 @@ def accuracies(task, make_tx, cadences=(1,), steps=300):
     return np.asarray(jax.jit(lambda cells: jax.lax.map(accuracy, cells))(cells))
 
 
-@pytest.mark.parametrize("factors", [bench.FACTORS, bench.FACTORS[1:-1]], ids=["7 factors", "5 factors"])
+@pytest.mark.parametrize(
+    "factors",
+    [
+        pytest.param(bench.FACTORS, marks=pytest.mark.slow, id="7 factors"),
+        pytest.param(bench.FACTORS[1:-1], id="5 factors"),
+    ],
+)
 def test_polling_recovers_from_a_rate_200_times_too_large(task, factors):
     """At every cadence, also where the first period is as long as an epoch."""
     if task.name == "digits" and len(factors) < len(bench.FACTORS):
@@ -105,6 +111,7 @@ def test_without_its_guard_against_divergence_polling_does_not_recover(task):
     assert (unguarded < 0.5).any()  # with it, all are above
 
 
+@pytest.mark.slow
 def test_the_range_test_suggests_the_best_rate_of_a_grid_within_a_factor_of_three(task, tmp_path):
     grid = jnp.array([0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0])
 

@@ -156,6 +156,7 @@ def plain():
     return variants.make("plain", Variant())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", [1e-6, 1e6])
 def test_the_unit_of_parameters_changes_neither_loss_nor_relative_step(plain, unit):
     task = variants.make("scaled", Variant(parameter_unit=unit))
@@ -227,6 +228,7 @@ def test_a_pendulum_that_stands_costs_nothing_and_one_that_hangs_the_most():
     np.testing.assert_allclose(down[1], -(np.pi**2) / 6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_dqn_learns_from_what_it_has_seen():
     task = make_task("cart-pole-dqn")
     params = task.init(jax.random.key(0))
@@ -298,6 +300,7 @@ def test_the_residual_of_the_solution_of_poissons_equation_is_zero():
     np.testing.assert_allclose(residuals, 0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_density_of_a_flow_integrates_to_one():
     task = densities.make_flow("flow", "grid")
     params = jax.tree.map(lambda leaf: 1.2 * leaf, task.init(jax.random.key(0)))
@@ -307,6 +310,7 @@ def test_the_density_of_a_flow_integrates_to_one():
     np.testing.assert_allclose(np.exp(logs).sum() * 0.1**2, 1, atol=0.01)
 
 
+@pytest.mark.slow
 def test_adapters_start_at_the_network_that_they_are_added_to():
     task = adapters.make("adapters", "digits")
     first, second = (task.init(jax.random.key(seed)) for seed in (0, 1))

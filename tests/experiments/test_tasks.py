@@ -197,6 +197,7 @@ def test_uniform_span_scores_give_the_log_of_the_number_of_words(bias):
     np.testing.assert_allclose(loss, (np.log(10) + np.log(20)) / 2, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_decoder_ignores_future_tokens_and_padding():
     model = Transformer(11, 6, 8, 1, cross=True, rngs=nnx.Rngs(0))
     tokens = jnp.array([[1, 2, 3, 4, 5, 6]])

@@ -41,7 +41,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", mostly_slow(CASES, "every 3", "schedule", "skip"))
+@pytest.mark.parametrize("case", mostly_slow(CASES, "schedule", "skip"))
 def test_multi_steps_equals_optax(case):
     settings = CASES[case]
     bad = (1, 5) if case == "skip" else ()

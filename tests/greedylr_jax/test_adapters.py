@@ -322,8 +322,10 @@ def test_a_rate_that_was_read_outlives_the_donated_state(case):
 
 
 @every_rule
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-@pytest.mark.parametrize("inner", [optax.sgd, optax.lion])
+@pytest.mark.parametrize(
+    "dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow), jnp.float32]
+)
+@pytest.mark.parametrize("inner", [optax.sgd, pytest.param(optax.lion, marks=pytest.mark.slow)])
 def test_a_schedule_keeps_the_dtype_of_the_updates(case, dtype, inner):
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), PARAMS)
     tx = optax.inject_hyperparams(inner)(learning_rate=case.schedule())

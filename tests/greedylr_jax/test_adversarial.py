@@ -72,7 +72,17 @@ def test_strict_dtype_promotion_of_rate_optimizers(name):
         jax.jit(make_step(RATE_OPTIMIZERS[name])).lower(START, RATE_OPTIMIZERS[name].init(START))
 
 
-@every_optimizer
+# Checking for leaks is slow. Each kind of rule is checked by default.
+CHECKED = ("greedy-reference-transformation", "greedy-reference-schedule", "with_rollback", "lr_tuner-fit")
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        pytest.param(*each.values, id=each.id, marks=each.marks if each.id in CHECKED else pytest.mark.slow)
+        for each in optimizers()
+    ],
+)
 def test_nothing_traced_outlives_its_trace(tx):
     with jax.checking_leaks():
         step = jax.jit(make_step(tx))

@@ -17,6 +17,27 @@ LABELS = {"w": "weights", "b": "bias"}
 RATES = {"min_learning_rate": 1e-3, "max_learning_rate": 1.0}
 
 
+def slotted() -> optax.GradientTransformation:
+    """``value_from_slot`` for parameters without a slot."""
+    tx = greedylr_jax.value_from_slot(greedylr_jax.chain(optax.sgd(0.1), greedylr_jax.greedy_lr()))
+
+    def init(params):
+        return tx.init(greedylr_jax.add_loss_slot(params))
+
+    def update(updates, state, params, *, value, **extra_args):
+        del extra_args
+        loss_slot = jnp.asarray(value, jnp.float32)
+        steps, state = tx.update(greedylr_jax.LossSlot(updates, loss_slot), state)
+        return steps.params, state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def filled():
+    loss_fn = greedylr_jax.fill_loss_slot(lambda params: 2.0 * params)
+    return lambda params: loss_fn(greedylr_jax.add_loss_slot(params))
+
+
 # Every public function that makes a transformation, a schedule or a part of one.
 CONSTRUCTORS = {
     "arc.arc": lambda: arc.arc(steps_per_cycle=2),
@@ -35,6 +56,7 @@ CONSTRUCTORS = {
     "hypergradient, elements": lambda: greedylr_jax.hypergradient(
         optax.adam(1.0), 0.1, 1e-3, granularity="parameter", mode="multiplicative"
     ),
+    "fill_loss_slot": filled,
     "lr_tuner": lambda: greedylr_jax.lr_tuner(optax.sgd(1.0), 0.1, explore_steps=2, recompute_every=2),
     "multi_steps": lambda: greedylr_jax.multi_steps(optax.sgd(0.1), 2),
     "scale_by_rule": lambda: SCALE_RULES[-1].transformation(every=2),
@@ -46,14 +68,19 @@ CONSTRUCTORS = {
     "theory.local_smoothness": theory.local_smoothness,
     "trend_lr": greedylr_jax.trend_lr,
     "trend_lr_schedule": lambda: greedylr_jax.trend_lr_schedule(0.1, **RATES),
+    "value_from": lambda: greedylr_jax.value_from(greedylr_jax.trend_lr(), "loss"),
+    "value_from_observe": lambda: greedylr_jax.value_from_observe(greedylr_jax.greedy_lr()),
+    "value_from_slot": slotted,
     "with_rollback": lambda: greedylr_jax.with_rollback(optax.adam(0.1)),
 }
 # Functions that act at once, and so have no constructor to test.
 ACT_AT_ONCE = {
+    "add_loss_slot",
     "assert_controls_learning_rate",
     "get_learning_rate",
     "get_scale",
     "metrics",
+    "observe",
     "set_learning_rate",
     "set_scale",
 }

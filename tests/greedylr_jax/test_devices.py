@@ -124,6 +124,7 @@ print(json.dumps({"scales": scales, "out": np.asarray(params["out"].addressable_
 """
 
 
+@pytest.mark.slow
 def test_two_processes_hold_identical_rates(expected, tmp_path):
     """Real processes, joined over the loopback interface with the gloo collectives of jaxlib."""
     with socket.socket() as probe:

@@ -36,6 +36,7 @@ LINE_SEARCHES = {
     ),
     "zoom": lambda: optax.chain(optax.sgd(1.0), optax.scale_by_zoom_linesearch(max_linesearch_steps=15)),
 }
+FAST = {("with_rollback", "lbfgs"), ("lr_tuner", "backtracking")}
 
 
 def run(tx, steps=12, value_fn=loss_fn, **extra_args):
@@ -58,7 +59,13 @@ def bare(search):
     return run(LINE_SEARCHES[search]())
 
 
-@pytest.mark.parametrize(("wrapper", "search"), crossed(WRAPPERS, LINE_SEARCHES))
+@pytest.mark.parametrize(
+    ("wrapper", "search"),
+    [
+        pytest.param(*each.values, marks=[] if each.values in FAST else pytest.mark.slow)
+        for each in crossed(WRAPPERS, LINE_SEARCHES)
+    ],
+)
 def test_a_wrapped_line_search_equals_the_bare_one(wrapper, search):
     params = run(WRAPPERS[wrapper](LINE_SEARCHES[search]()), has_value=jnp.asarray(True))
     np.testing.assert_allclose(params["w"], bare(search)["w"], rtol=1e-5, atol=1e-6)

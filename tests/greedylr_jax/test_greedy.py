@@ -12,7 +12,7 @@ import pytest
 
 import greedylr_jax
 from greedylr_jax import get_scale, greedy_lr, greedy_lr_schedule
-from tests.greedylr_jax.rules import losses, scales
+from tests.greedylr_jax.rules import losses, mostly_slow, scales
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_the_mean_is_that_of_the_last_losses_whatever_the_window(window):
     assert best == np.float32(values[-window:].sum() / np.float32(window))
 
 
-@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("window", mostly_slow(WINDOWS, *WINDOWS[::4]))
 def test_after_a_reset_the_mean_is_that_of_the_losses_since(window):
     for since in {1, window // 2 + 1, window, window + 1}:
         best, values = best_of_falling(

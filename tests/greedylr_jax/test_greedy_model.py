@@ -107,7 +107,7 @@ TO_ZERO = dict(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(cases())
 @example(TO_ZERO)
 def test_rule_equals_the_plain_python_model(case):

@@ -43,7 +43,7 @@ def lr_tuner(rate, **precision):
 
 
 def factor_polling(rate, **precision):
-    return optax.chain(optax.sgd(rate), greedylr_jax.factor_polling(**precision))
+    return optax.chain(optax.sgd(rate), greedylr_jax.factor_polling(sharpness=20.0, **precision))
 
 
 def rate_after_one_step(tx, product, rate):

@@ -34,7 +34,7 @@ numbers = st.integers(-4096, 4096).map(lambda n: n / 64)
 steps = st.tuples(numbers, st.integers(0, 9).map(bool), st.integers(0, 39).map(lambda n: n == 0))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.sampled_from(SIZES), st.lists(steps, min_size=LENGTH, max_size=LENGTH))
 def test_the_mean_is_that_of_the_last_valid_values_since_the_last_clear(size, steps):
     values, is_valid, clears = map(np.array, zip(*steps, strict=True))

@@ -60,7 +60,7 @@ def check(wrapper, pairs):
         assert losses[-1] < 0.5 * losses[0], (own, of_gradients)
 
 
-@pytest.mark.parametrize("wrapper", mostly_slow(WRAPPERS, "with_rollback and a rule"))
+@pytest.mark.parametrize("wrapper", mostly_slow(WRAPPERS))
 def test_parameters_and_gradients_may_have_any_dtypes(wrapper):
     check(wrapper, PAIRS)
 

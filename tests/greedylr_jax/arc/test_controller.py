@@ -66,7 +66,7 @@ def test_the_rate_changes_at_the_end_of_each_cycle(action, multiplier):
     assert MULTIPLIERS[ACTIONS.index(action)] == multiplier
 
 
-@pytest.mark.parametrize("validation", [True, False])
+@pytest.mark.parametrize("validation", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_decisions_are_those_of_whole_histories(validation):
     rng = np.random.default_rng(3)
     cycles, weights = CYCLES, lively_weights()

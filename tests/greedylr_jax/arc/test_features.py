@@ -40,6 +40,7 @@ def test_what_lies_before_the_first_cycle_is_padding():
     np.testing.assert_allclose(features[200:, 1], np.repeat([-1.0, 1.0], 50), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_losses_whose_squares_overflow_are_standardized_as_smaller_ones_are():
     losses = np.random.default_rng(0).uniform(1, 2, 150).astype(np.float32)
     expected = batch_features([losses], [losses[:4]], [0.1])

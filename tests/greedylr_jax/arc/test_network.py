@@ -21,7 +21,10 @@ from tests.greedylr_jax.arc import numpy_network
 from tests.reference_data import reference_file
 
 
-@pytest.fixture(scope="module", params=[PUBLISHED, SMALL], ids=["published", "small"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(PUBLISHED, marks=pytest.mark.slow, id="published"), pytest.param(SMALL, id="small")],
+)
 def weights(request):
     """Random weights, biases among them, larger than a fresh network's so that probabilities differ."""
     rng = np.random.default_rng(0)
