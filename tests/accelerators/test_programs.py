@@ -12,6 +12,7 @@ from experiments.bench.accelerators import AXIS, BARE, RULES, TARGETS, WIDTHS
 from tests.accelerators.budgets import BUDGETS
 
 TPU, GPU = "v5e", "h100"
+DTYPES = ("float32", "bfloat16")
 ADDED = [rule for rule in RULES if rule != BARE]
 MAPPED = [rule for rule in ADDED if rule not in ("reduce_on_plateau", "hypergradient", "auto_lr")]
 # Those that run by default; all others are slow. Every rule is compiled for one device and for several, and
@@ -38,7 +39,7 @@ def cases():
         for rule in ADDED
         for target in (TPU, GPU)
         for num_devices in (1, 4, 8)
-        for dtype in ("float32", "bfloat16")
+        for dtype in DTYPES
     ]
 
 
@@ -63,11 +64,12 @@ def test_what_a_rule_adds_to_a_step(rule, target, num_devices, dtype):
     assert got.all_reduces - bare.all_reduces <= (budget.all_reduces if num_devices > 1 else 0)
     params, _, _ = accelerators.shapes_of(BARE, WIDTHS, jnp.dtype(dtype))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in params)
-    streams = budget.tpu_streams if target == TPU else budget.gpu_streams
-    assert (got.bytes - bare.bytes) / size <= streams
+    budgeted_bytes = budget.tpu_bytes if target == TPU else budget.gpu_bytes
+    assert (got.bytes - bare.bytes) / size <= budgeted_bytes[DTYPES.index(dtype)]
     if target == GPU:
-        assert got.kernels - bare.kernels <= budget.kernels
-        assert got.copies - bare.copies <= budget.copies
+        kernels, copies = budget.one_gpu if num_devices == 1 else budget.several_gpus
+        assert got.kernels - bare.kernels <= kernels
+        assert got.copies - bare.copies <= copies
 
 
 @functools.cache
