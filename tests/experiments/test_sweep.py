@@ -54,16 +54,10 @@ def test_mnist1d_equals_the_published_set_and_keeps_the_random_state(tmp_path):
         assert {r.tobytes(): int(y) for r, y in zip(built["signal"], built["label"], strict=True)} == rows
 
 
-FAST = ("LRTuner",)  # with a superbatch and a learning rate of its own
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[] if name in FAST else pytest.mark.slow)
-        for name, entry in SCHEDULES.items()
-        if isinstance(entry, RateOptimizer) and entry.reports_rate
-    ],
+    [name for name, entry in SCHEDULES.items() if isinstance(entry, RateOptimizer) and entry.reports_rate],
 )
 def test_an_optimizer_with_its_own_rate_trains_as_in_plain_optax(task, name):
     steps, rate, seed = 40, 0.1, 5

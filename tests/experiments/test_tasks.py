@@ -140,6 +140,7 @@ def test_an_unknown_task_lists_the_available_ones():
         make_task("imagenet")
 
 
+@pytest.mark.slow
 def test_the_minimum_of_each_function_is_zero():
     at = {"rosenbrock": 1.0}
     for name, function in functions.FUNCTIONS.items():

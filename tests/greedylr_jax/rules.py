@@ -99,6 +99,18 @@ def mostly_slow(names: Iterable[str], *fast: str) -> list:
     return [pytest.param(name, marks=[] if name in fast else pytest.mark.slow) for name in names]
 
 
+def thinned(parameters: Iterable, every: int) -> list:
+    """Parameters of a test, of which every so many run by default, those that are not slow already."""
+    result, number = [], 0
+    for each in parameters:
+        values, marks = (each.values, each.marks) if hasattr(each, "marks") else ((each,), ())
+        if not marks:
+            marks = [] if number % every == 0 else pytest.mark.slow
+            number += 1
+        result.append(pytest.param(*values, marks=marks, id=getattr(each, "id", None)))
+    return result
+
+
 def crossed(rows: Iterable[str], columns: Iterable[str]) -> list:
     """All pairs as parameters of a test; those off the diagonal are slow, each is in some that are not."""
     rows, columns = list(rows), list(columns)

@@ -46,7 +46,7 @@ def _optax_step(loss_fn, params, tx, state):
 
 
 @every_rule
-@pytest.mark.parametrize("adapter", ["transformation", "schedule"])
+@pytest.mark.parametrize("adapter", ["transformation", pytest.param("schedule", marks=pytest.mark.slow)])
 def test_an_nnx_optimizer_trains_as_plain_optax_does(case, adapter):
     model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
     graph, params = nnx.split(model)

@@ -66,7 +66,10 @@ def test_a_rule_decides_on_a_tpu_as_with_exact_products(name):
     np.testing.assert_allclose(rate_after_one_step(make(rate), tpu_product, rate), exact, rtol=1e-6)
 
 
-@pytest.mark.parametrize("precision", [None, "default", "high"])
+@pytest.mark.parametrize(
+    "precision",
+    [None, pytest.param("default", marks=pytest.mark.slow), pytest.param("high", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("name", RULES)
 def test_with_rounded_products_it_would_not(name, precision):
     """Without this the test above would say nothing. Here "high" is rounded, too."""

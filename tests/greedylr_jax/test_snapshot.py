@@ -8,6 +8,7 @@ import pytest
 
 import greedylr_jax
 from greedylr_jax import _rule, _snapshot
+from tests.greedylr_jax.rules import thinned
 
 NO, YES = jnp.asarray(False), jnp.asarray(True)
 
@@ -202,7 +203,7 @@ def _greedy():
     return greedylr_jax.greedy_lr(factor=0.5, patience=0, window=None)
 
 
-@pytest.mark.parametrize("wrapper", [name for name in WRAPPERS if name != "auto_lr"])  # has its own scale
+@pytest.mark.parametrize("wrapper", thinned((name for name in WRAPPERS if name != "auto_lr"), 2))
 def test_readers_give_the_numbers_of_the_acting_rule(wrapper):
     """After three losses the scale is 2 * 2 / 2, whereas that of a snapshot is still 1, 2 or 4."""
     state = _steps(WRAPPERS[wrapper](optax.chain(optax.sgd(1.0), _greedy())))
@@ -224,7 +225,9 @@ def test_readers_give_the_rate_of_an_optimizer_with_its_own(wrapper):
     assert greedylr_jax.get_learning_rate(state) == greedylr_jax.metrics(state)["learning_rate"] == rate
 
 
-@pytest.mark.parametrize("wrapper", [name for name in WRAPPERS if "tuner" not in name and name != "auto_lr"])
+@pytest.mark.parametrize(
+    "wrapper", thinned((name for name in WRAPPERS if "tuner" not in name and name != "auto_lr"), 2)
+)
 def test_readers_give_the_rate_of_the_acting_schedule(wrapper):
     schedule = greedylr_jax.greedy_lr_schedule(
         0.25, min_learning_rate=0.025, max_learning_rate=2.5, factor=0.5, patience=0, window=None

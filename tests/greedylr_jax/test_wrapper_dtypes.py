@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import greedylr_jax
-from tests.greedylr_jax.rules import mostly_slow
+from tests.greedylr_jax.rules import mostly_slow, thinned
 
 REAL = ("float16", "bfloat16", "float32")
 PAIRS = [*itertools.product(REAL, REAL), ("complex64", "complex64")]
@@ -108,7 +108,7 @@ SHARDED = {
 }
 
 
-@pytest.mark.parametrize("case", SHARDED)
+@pytest.mark.parametrize("case", thinned(SHARDED, 2))
 def test_devices_with_parts_of_the_parameters_decide_alike(case):
     gradients, (num_rollbacks, num_skipped) = SHARDED[case]
     inner = greedylr_jax.chain(optax.sgd(0.0, momentum=0.9), greedylr_jax.greedy_lr())

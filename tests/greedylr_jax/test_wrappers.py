@@ -63,10 +63,14 @@ def optimizer(case, adapter):
 
 
 def marks(number, place, adapter):
-    """By default the first rule goes through every wrapper, in both adapters, and others through a third."""
+    """By default the first rule goes through every wrapper, and others through a third."""
     # What differs from rule to rule is little here, and ARC's network takes seconds to compile.
     is_default = adapter == "transformation" and SCALE_RULES[number].name not in ("arc", "trend")
-    return [] if number == 0 or (is_default and (place - number) % 3 == 0) else pytest.mark.slow
+    return (
+        []
+        if (number == 0 and adapter == "transformation") or (is_default and (place - number) % 3 == 0)
+        else pytest.mark.slow
+    )
 
 
 COMBINATIONS = [

@@ -100,7 +100,9 @@ def test_each_metric_selects_a_candidate():
     assert rows["weighted_accuracy"]["correlation"] is None and rows["proxy task"]["score"] == 30
 
 
-@pytest.mark.parametrize(("architecture", "size"), [("small", 9315), ("published", 79043)])
+@pytest.mark.parametrize(
+    ("architecture", "size"), [("small", 9315), pytest.param("published", 79043, marks=pytest.mark.slow)]
+)
 def test_candidates_have_the_architecture_of_their_name(architecture, size):
     candidates = initial_candidates(2, 1e-3, module.ARCHITECTURES[architecture])
     assert sum(leaf.size for leaf in jax.tree.leaves(candidates.weights)) == 2 * size

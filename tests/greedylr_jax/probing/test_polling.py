@@ -93,7 +93,7 @@ def test_if_all_candidates_diverge_the_minimum_factor_is_used_and_the_update_is_
 NAN = np.nan
 
 
-@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize(
     ("losses", "declines", "repeats"),
     [
