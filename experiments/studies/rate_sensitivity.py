@@ -182,13 +182,14 @@ def _print(table: pl.DataFrame, console: Console) -> None:
 def draw(table: pl.DataFrame, title: str) -> plt.Figure:
     """Accuracy against the initial rate, a panel for each task and optimizer."""
     parts = list(table.group_by(["task", "optimizer"], maintain_order=True))
-    figure, panels = drawing.panels(len(parts), table["optimizer"].n_unique(), sharey=True)
+    columns = table["optimizer"].n_unique()
+    figure, panels = drawing.panels(len(parts), columns, sharey=True)
     for axes, ((task, optimizer), part) in zip(panels, parts, strict=True):
         for schedule in _shown(part):
             entry = REGISTRY[schedule]
             own = part.filter(pl.col("schedule") == schedule).sort("factor")
             style = {**entry.look.matplotlib(), "lw": 2.4 if schedule == "auto" else 1.4}
-            axes.plot(own["factor"], own["accuracy"], marker="o", ms=3, label=entry.label, **style)
+            axes.plot(own["factor"], own["accuracy"], label=entry.label, **style)
             if schedule in HIGHLIGHTED:
                 band = own["accuracy_low"], own["accuracy_high"]
                 axes.fill_between(own["factor"], *band, color=entry.look.color, alpha=0.12, lw=0)
@@ -196,7 +197,7 @@ def draw(table: pl.DataFrame, title: str) -> plt.Figure:
         axes.set_title(f"{task}, {optimizer}", fontsize=10)
         axes.set_xlabel("initial rate / best rate")
         axes.set_ylabel("test accuracy, %")
-    drawing.add_legend(figure, panels[0], columns=8)
+    drawing.add_legend(figure, panels[0], columns=2 * columns + 1)
     bands = f"band of {' and '.join(HIGHLIGHTED)}: minimum to maximum"
     figure.suptitle(f"{title}; line: median, {bands}", fontsize=12)
     return figure

@@ -320,7 +320,7 @@ def draw_bands(measured: pl.DataFrame) -> plt.Figure:
         for schedule in SCHEDULES:
             low, median, high = (np.minimum(each, 1e6) for each in _by_strength(measured, target, schedule))
             look = REGISTRY[schedule].look
-            axes.plot(strengths, median, **_style(schedule), marker="o", ms=3, label=schedule)
+            axes.plot(strengths, median, **_style(schedule), label=schedule)
             axes.fill_between(strengths, low, high, color=look.color, alpha=0.12, lw=0)
         axes.set_yscale("log")
         axes.set_title(f"disturbed: {target}", fontsize=10)
