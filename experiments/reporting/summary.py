@@ -62,15 +62,15 @@ def confidence_interval(differences: np.ndarray) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def interval_text(row: Mapping[str, float], spec: str) -> str:
-    """The ``difference`` of a table's row with its confidence interval, as text.
+def interval_text(row: Mapping[str, float], spec: str, name: str = "difference") -> str:
+    """A column of a table's row with its confidence interval (``NAME_low``, ``NAME_high``), as text.
 
     Examples:
       >>> interval_text({"difference": 0.5, "difference_low": -1.0, "difference_high": 2.0}, "+.1f")
       '+0.5 [-1.0, +2.0]'
     """
-    low, high = row["difference_low"], row["difference_high"]
-    return f"{row['difference']:{spec}} [{low:{spec}}, {high:{spec}}]"
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    return f"{row[name]:{spec}} [{low:{spec}}, {high:{spec}}]"
 
 
 def summarize(runs: pl.DataFrame) -> pl.DataFrame:

@@ -26,7 +26,7 @@ from experiments.reporting.summary import (
 )
 from experiments.reporting.summary import summarize as summarize_task
 from experiments.reporting.tables import print_table
-from experiments.studies.base import Job, Sweep, publish
+from experiments.studies.base import Job, Sweep, line_style, publish
 from experiments.tasks import make_task
 from experiments.training.engine import Settings, make_specs
 from experiments.training.schedules import SCHEDULES as REGISTRY
@@ -330,7 +330,7 @@ _HEADERS = (
     "final loss minus GreedyLR's [95% CI]",
 )
 _BEST = ("task", "schedule", "best rate", "final loss", "held-out, %", "held-out at the worst rate, %")
-_RECOVERY = ("task", "schedule", "recovery, steps", "recovered, %", "damage", "held-out, %", "points lost")
+_RECOVERY = ("task", "schedule", "recovery, steps", "recovered, %", "damage", "held-out, %", "points below")
 _CLAIMS = (
     "against",
     "rate",
@@ -395,21 +395,14 @@ def _claim_cells(claims: pl.DataFrame) -> list[list[str]]:
             str(row["experiments"]),
             str(row["lower"]),
             str(row["higher"]),
-            f"{row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]",
+            interval_text(row, ".2f", "ratio"),
             f"{row['metric']:+.1f}"
-            + (
-                ""
-                if math.isnan(row["metric_low"])
-                else f" [{row['metric_low']:+.1f}, {row['metric_high']:+.1f}]"
-            ),
+            if math.isnan(row["metric_low"])
+            else interval_text(row, "+.1f", "metric"),
             f"{row['narrower']:.0f}",
         ]
         for row in claims.sort("schedule", maintain_order=True).iter_rows(named=True)
     ]
-
-
-def _style(schedule: str) -> dict[str, Any]:
-    return {**REGISTRY[schedule].look.matplotlib(), "lw": 2 if schedule == GREEDYLR else 1.2}
 
 
 def _middle(runs: pl.DataFrame, task: str) -> pl.DataFrame:
@@ -449,7 +442,7 @@ def draw_histories(runs: pl.DataFrame) -> plt.Figure:
     for axes, task in panels:
         for (schedule,), cell in _middle(undisturbed, task).group_by(["schedule"], maintain_order=True):
             steps, losses = _smoothed(cell)
-            axes.plot(steps, np.median(losses, axis=0), label=schedule, **_style(schedule))
+            axes.plot(steps, np.median(losses, axis=0), label=schedule, **line_style(schedule))
             color = REGISTRY[schedule].look.color
             axes.fill_between(steps, losses.min(axis=0), losses.max(axis=0), color=color, alpha=0.12, lw=0)
         axes.set_title(task, fontsize=9)
@@ -467,7 +460,7 @@ def draw_rates(table: pl.DataFrame) -> plt.Figure:
     for axes, task in panels:
         for schedule in SCHEDULES:
             own = table.filter(task=task, schedule=schedule).sort("learning_rate")
-            style = {**_style(schedule), "markevery": 1}
+            style = {**line_style(schedule), "markevery": 1}
             axes.plot(own["learning_rate"], own["test_metric"], label=schedule, **style)
         axes.set_title(task, fontsize=9)
         axes.set_xscale("log")
@@ -485,7 +478,7 @@ def draw_recovery(runs: pl.DataFrame) -> plt.Figure:
     for axes, task in panels:
         for (schedule,), cell in disturbed.filter(task=task).group_by(["schedule"], maintain_order=True):
             losses = np.array(cell["loss"].to_list(), float)
-            axes.plot(np.median(losses, axis=0), label=schedule, **_style(schedule))
+            axes.plot(np.median(losses, axis=0), label=schedule, **line_style(schedule))
         axes.axvspan(_start(task), _start(task) + WRONG_BATCHES, color=drawing.GREY, alpha=0.3, lw=0)
         axes.set_title(task.partition("+")[0], fontsize=9)
         axes.set_xlabel("step")

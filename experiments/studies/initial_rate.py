@@ -21,7 +21,7 @@ from experiments.errors import UsageError
 from experiments.options import names, one_of
 from experiments.reporting import drawing, html, palette
 from experiments.reporting.palette import Look
-from experiments.reporting.summary import confidence_interval
+from experiments.reporting.summary import confidence_interval, interval_text
 from experiments.reporting.tables import print_table
 from experiments.studies.base import Job, Selection, Sweep, publish
 from experiments.tasks import make_task
@@ -412,7 +412,7 @@ def _rule_cells(table: pl.DataFrame) -> list[list[str]]:
         against = ""
         if row["auto_better"] is not None:
             against = "{auto_better} / {auto_equal} / {auto_worse}".format(**row)
-        mean = "{mean:.2f} [{mean_low:.2f}, {mean_high:.2f}]".format(**row)
+        mean = interval_text(row, ".2f", "mean")
         worst = "{worst:.1f}, {worst_task}".format(**row)
         rows.append([EVERY_RULE[row["rule"]].title, *counts, mean, worst, against])
     return rows

@@ -99,7 +99,7 @@ COSTS = {"steps": "steps to the target", "seconds": "time to the target"}
 def run(job: Job) -> None:
     """Trains all runs and writes rows, tables, figures and report; resumes an interrupted job."""
     chosen = PRESETS[job.preset]
-    entered = submissions(None if job.optimizer is None else job.one_optimizer(""))
+    entered = submissions(None if job.selection.optimizer is None else job.one_optimizer(""))
     tasks, groups = job.tasks(chosen["tasks"]), []
     for task in tasks:
         for optimizer in dict.fromkeys(("adamw", *(each.optimizer for each in entered))):

@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import polars as pl
 
+from experiments.errors import UsageError
 from experiments.reporting import drawing, html
 from experiments.reporting.tables import print_table
 from experiments.studies.base import Job, Sweep, publish
@@ -53,9 +54,13 @@ def variants(*, reduced: bool = False) -> list[dict[str, Any]]:
 def run(job: Job) -> None:
     """Trains all runs and writes rows, table, figure and report; resumes an interrupted job."""
     chosen = PRESETS[job.preset]
+    if job.one_optimizer(OPTIMIZER) != OPTIMIZER:
+        raise UsageError(f"study {job.name} knows good rates of {OPTIMIZER} only: leave out --optimizer")
+    tasks = job.tasks(tuple(chosen["tasks"]), chosen["tasks"])
     sweep = Sweep(job, Settings(chosen["steps"]), {"preset": chosen, "variants": variants()})
     groups = []
-    for name, rate in chosen["tasks"].items():
+    for name in tasks:
+        rate = chosen["tasks"][name]
         per_epoch = make_task(name).steps_per_epoch
         schedules = ["constant", *(_schedule(each, per_epoch) for each in variants(reduced=name in REDUCED))]
         specs = [
@@ -75,7 +80,7 @@ def run(job: Job) -> None:
         f"{VARIANT}, {chosen['steps']} steps, {chosen['seeds']} seeds, {OPTIMIZER}, held-out accuracy in "
         "percent. Mean and lowest: over the seeds of all tasks but those trained with one normalization and "
         f"score ({', '.join(REDUCED)}). Initial rates: "
-        f"{chosen['tasks']} and {TOO_LARGE:g} times as much.",
+        f"{ {task: chosen['tasks'][task] for task in tasks} } and {TOO_LARGE:g} times as much.",
         tables={"table": table},
         figures={"cadence": draw(table)},
         sections=[html.Section("All variants", "", [html.Table(_HEADERS, _cells(table))])],

@@ -14,9 +14,9 @@ import numpy as np
 import polars as pl
 
 from experiments.reporting import drawing, html
-from experiments.reporting.summary import GREEDYLR, confidence_interval, stage_losses
+from experiments.reporting.summary import GREEDYLR, confidence_interval, interval_text, stage_losses
 from experiments.reporting.tables import print_table
-from experiments.studies.base import Job, Sweep, publish
+from experiments.studies.base import Job, Sweep, line_style, publish
 from experiments.tasks import make_task
 from experiments.training.disturbance import (
     KINDS,
@@ -297,7 +297,7 @@ def _rows(comparison: pl.DataFrame) -> list[list[str]]:
             row["schedule"],
             f"{row['lower']:.0f}",
             f"{row['higher']:.0f}",
-            f"{row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]",
+            interval_text(row, ".2f", "ratio"),
         ]
         for row in comparison.iter_rows(named=True)
     ]
@@ -320,7 +320,7 @@ def draw_bands(measured: pl.DataFrame) -> plt.Figure:
         for schedule in SCHEDULES:
             low, median, high = (np.minimum(each, 1e6) for each in _by_strength(measured, target, schedule))
             look = REGISTRY[schedule].look
-            axes.plot(strengths, median, **_style(schedule), label=schedule)
+            axes.plot(strengths, median, **line_style(schedule), label=schedule)
             axes.fill_between(strengths, low, high, color=look.color, alpha=0.12, lw=0)
         axes.set_yscale("log")
         axes.set_title(f"disturbed: {target}", fontsize=10)
@@ -329,11 +329,6 @@ def draw_bands(measured: pl.DataFrame) -> plt.Figure:
     drawing.add_legend(figure, panels[0], columns=len(SCHEDULES))
     figure.suptitle("Median over noises and seeds; band: 10% to 90%; the median task", fontsize=12)
     return figure
-
-
-def _style(schedule: str) -> dict[str, Any]:
-    """How a line of a schedule is drawn."""
-    return {**REGISTRY[schedule].look.matplotlib(), "lw": 2 if schedule == GREEDYLR else 1.2}
 
 
 def _after_perturbation(runs: pl.DataFrame, task: str, schedule: str) -> np.ndarray:
@@ -359,7 +354,7 @@ def draw_recovery(runs: pl.DataFrame) -> plt.Figure:
     for axes, task in zip(panels, tasks, strict=True):
         for schedule in SCHEDULES:
             histories = _after_perturbation(runs, task, schedule)
-            axes.plot(np.median(histories, axis=0), **_style(schedule), label=schedule)
+            axes.plot(np.median(histories, axis=0), **line_style(schedule), label=schedule)
         axes.axhline(1, color=drawing.GREY, lw=0.8)
         axes.set_yscale("log")
         axes.set_title(task, fontsize=10)

@@ -12,6 +12,7 @@ from rich.console import Console
 from experiments.errors import UsageError
 from experiments.studies import (
     STUDIES,
+    check_options,
     finetune,
     greedylr,
     hypergradient,
@@ -377,6 +378,24 @@ def test_a_study_trains_the_given_task_with_the_given_optimizer(study, tmp_path,
         assert set(runs["task"]) == {"imdb-transformer"} and "adam" in set(runs["optimizer"])
     page = (tmp_path / "report.html").read_text()
     assert f"{study} --preset quick --task imdb-transformer --optimizer adam." in page
+
+
+@pytest.mark.parametrize("study", STUDIES)
+@pytest.mark.parametrize("option", ["task", "optimizer"])
+def test_every_study_reads_its_options(study, option, tmp_path):
+    """An option that a study ignored would pass without an error."""
+    selection = Selection(**{option: "nope"})
+    with pytest.raises(UsageError, match=f"--{option}"):
+        check_options(study, selection)
+        STUDIES[study].load()(Job(study, "quick", tmp_path, Console(quiet=True), selection=selection))
+
+
+def test_the_ablation_of_polling_has_rates_of_sgd_only(tmp_path):
+    job = Job(
+        "polling-ablation", "quick", tmp_path, Console(quiet=True), selection=Selection(optimizer="adam")
+    )
+    with pytest.raises(UsageError, match="knows good rates of sgd only: leave out --optimizer"):
+        polling_ablation.run(job)
 
 
 def test_options_of_a_study_are_checked():
