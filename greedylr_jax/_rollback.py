@@ -231,7 +231,8 @@ def with_rollback(
         has_value: ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, RollbackState]:
-        params = _snapshot.check_params("with_rollback", params)
+        params = _snapshot.check_params("with_rollback", params, updates)
+        _snapshot.check_structure("with_rollback", state.snapshot, params)
         loss = _observe.read("with_rollback", value, has_value, state.monitor.baseline.dtype, axis_name)
         extra_args |= {"value": value, "has_value": has_value}
         steps, inner_state = inner.update(updates, state.inner_state, params, **extra_args)

@@ -167,14 +167,36 @@ def are_equal(left: optax.Params, right: optax.Params) -> jax.Array:
     return jnp.all(jnp.array([jnp.all(a == b) for a, b in _leaf_pairs(left, right)], bool))
 
 
-def check_params(name: str, params: optax.Params | None) -> optax.Params:
-    """Returns ``params`` as arrays, or raises an error that shows the right call if they are missing."""
+def check_params(name: str, params: optax.Params | None, updates: optax.Updates) -> optax.Params:
+    """Returns the parameters that have an update, as arrays, or raises an error if they are missing.
+
+    Where an update is None, as Equinox has it for arrays that are not trained, so is the parameter.
+    """
     if params is None:
         raise TypeError(
             f"{name} requires `params`, which it saves and restores; call "
             "tx.update(grads, state, params, value=loss)."
         )
-    return jax.tree.map(jnp.asarray, params)
+    return jax.tree.map(
+        lambda update, part: None if update is None else jax.tree.map(jnp.asarray, part),
+        updates,
+        params,
+        is_leaf=lambda update: update is None,
+    )
+
+
+def check_structure(name: str, snapshot: Snapshot, params: optax.Params) -> None:
+    """Raises an error unless the snapshot holds the parameters that have an update, and no others."""
+    paths = [
+        {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (snapshot.params, params)
+    ]
+    if different := sorted(paths[0] ^ paths[1]):
+        raise ValueError(
+            f"{name}: tx.init was called with other parameters than there are updates for; different at "
+            f"{', '.join(different[:5])}. Call tx.init with the parameters that are trained, as in "
+            "tx.init(eqx.filter(model, eqx.is_inexact_array))."
+        )
 
 
 def _difference(target: jax.Array, param: jax.Array, update: jax.Array) -> jax.Array:

@@ -206,11 +206,13 @@ def lr_tuner(
     ) -> tuple[optax.Updates, LRTunerState]:
         loss_fn = _probe.check_value_fn("lr_tuner", value_fn, params)
         loss_fn = _numerics.at_precision(loss_fn, precision)
-        params = _snapshot.check_params("lr_tuner", params)
+        trained = _snapshot.check_params("lr_tuner", params, updates)
+        if state.snapshot is not None:
+            _snapshot.check_structure("lr_tuner", state.snapshot, trained)
         loss, has_value_now = _observe.read("lr_tuner", value, has_value, state.window.mean.dtype, axis_name)
         observed = jnp.asarray(has_value_now)
         extra_args |= {"value": loss if value is None else value, "has_value": has_value}
-        step, inner_state = inner.update(updates, state.inner_state, params, value_fn=value_fn, **extra_args)
+        step, inner_state = inner.update(updates, state.inner_state, trained, value_fn=value_fn, **extra_args)
 
         window = _numerics.select(observed, observe(state.window, loss), state.window)
         is_full = observed & (window.steps >= jnp.asarray(settings.recompute_every, loss.dtype))
@@ -232,7 +234,7 @@ def lr_tuner(
         steps = _numerics.scale_updates(step, learning_rate)
         if state.snapshot is None:
             return steps, advanced
-        return _roll_back(settings, state, advanced, state.snapshot, window, steps, params, is_full, is_bad)
+        return _roll_back(settings, state, advanced, state.snapshot, window, steps, trained, is_full, is_bad)
 
     return _rule.GradientTransformationExtraLoss(init_fn, update_fn)
 

@@ -190,9 +190,14 @@ def best_rate(parabola: Parabola, learning_rate: jax.Array, bound: jax.Array) ->
 
 
 def move(params: optax.Params, direction: optax.Updates, distance: ArrayLike) -> optax.Params:
-    """``params + distance * direction``, in the parameters' dtypes."""
+    """``params + distance * direction``, in the parameters' dtypes; those without a direction as they are."""
     steps = _numerics.scale_updates(direction, jnp.asarray(distance, _numerics.default_float_dtype()))
-    return optax.apply_updates(params, steps)
+    return jax.tree.map(
+        lambda step, part: part if step is None else optax.apply_updates(part, step),
+        steps,
+        params,
+        is_leaf=lambda step: step is None,
+    )
 
 
 def _loss(value_fn: ValueFn, params: optax.Params) -> jax.Array:

@@ -104,6 +104,37 @@ def test_empty_and_missing_leaves_pass_through(name):
 
 
 @every_rate_optimizer
+def test_parameters_without_an_update_are_left_alone(name):
+    """Equinox's gradients are None where the model has integer arrays."""
+    tx = optax.with_extra_args_support(RATE_OPTIMIZERS[name])
+
+    def run(rest):
+        @jax.jit
+        def step(trained, state):
+            loss, grads = jax.value_and_grad(loss_fn)(trained)
+            params = {"w": trained["w"], "b": {"bias": trained["b"]["bias"], "n": rest}}
+            value_fn = lambda params: loss_fn((params["w"], params["b"]["bias"]))  # noqa: E731
+            updates, state = tx.update(grads, state, params, value=loss, value_fn=value_fn)
+            return optax.apply_updates(trained, updates), state
+
+        trained = {"w": START["w"], "b": {"bias": START["b"], "n": None}}
+        state = tx.init(trained)
+        for _ in range(8):
+            trained, state = step(trained, state)
+        return trained
+
+    chex.assert_trees_all_equal(run(jnp.arange(3)), run(None))
+
+
+def test_a_state_of_parameters_without_an_update_is_an_error():
+    params = {"w": jnp.ones(2), "n": jnp.arange(3)}
+    tx = greedylr_jax.with_rollback(optax.sgd(0.1))
+    right_call = r"with_rollback: tx.init was called with other parameters .* \['n'\]. Call tx.init with"
+    with pytest.raises(ValueError, match=right_call):
+        tx.update({"w": jnp.ones(2), "n": None}, tx.init(params), params, value=1.0)
+
+
+@every_rate_optimizer
 def test_no_parameters_at_all_are_no_error(name):
     tx = RATE_OPTIMIZERS[name]
     empty = {"w": jnp.zeros((0,)), "b": jnp.zeros((0, 2))}
