@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,9 @@ def load_split(
       ((360, 8, 8, 1), ['image', 'label'])
     """
     with _quietly():
-        builder = builder_class(data_dir=data_dir, file_format="array_record", config=config)
-        builder.download_and_prepare()
+        builder = _prepare(
+            lambda: builder_class(data_dir=data_dir, file_format="array_record", config=config)
+        )
     return _stack(builder, split)
 
 
@@ -64,7 +65,7 @@ def load_public(
     except tfds.core.registered.DatasetNotFoundError as error:
         raise UsageError(f"TensorFlow Datasets has no data set {name!r}") from error
     try:
-        builder.download_and_prepare()
+        builder = _prepare(lambda: tfds.builder(name, data_dir=data_dir, file_format="array_record"))
     except Exception as error:  # builders raise different exceptions for a failed download
         raise UsageError(
             f"cannot prepare {name!r} in {builder.data_dir}: {type(error).__name__}: {error}. Public data "
@@ -73,6 +74,17 @@ def load_public(
             "(python -m experiments tasks)"
         ) from error
     return _stack(builder, split, limit)
+
+
+def _prepare(make_builder: Callable[[], tfds.core.DatasetBuilder]) -> tfds.core.DatasetBuilder:
+    """A builder whose data set is prepared, by this process or by another one at the same time."""
+    builder = make_builder()
+    try:
+        builder.download_and_prepare()
+    except OSError:  # TFDS prepares in a folder of its own, which it cannot rename if another process was first
+        if not builder.data_path.exists():
+            raise
+    return make_builder()  # which reads what has been prepared
 
 
 def _stack(builder: tfds.core.DatasetBuilder, split: str, limit: int | None = None) -> dict[str, Any]:

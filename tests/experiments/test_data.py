@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 
 from experiments.data import interface, stdlib
 from experiments.data.builder import is_held_out
-from experiments.data.digits import digit_splits
+from experiments.data.digits import Digits, digit_splits
 from experiments.data.loading import load_public, load_split
 from experiments.data.scenes import CANVAS, DigitScenes
 from experiments.data.vocabulary import PAD, UNKNOWN, Vocabulary, split_words
@@ -31,6 +31,20 @@ class Shape(Base):
 def plain(x):
     """Only a docstring."""
 '''
+
+
+@pytest.mark.parametrize("moment", ["download_and_prepare", "splits"])
+def test_two_processes_may_prepare_a_data_set_at_the_same_time(moment, tmp_path, monkeypatch):
+    """The second prepares it before, or while, the first does."""
+    of_the_first = getattr(Digits, moment)
+
+    def during(self, *args, **kwargs):
+        monkeypatch.setattr(Digits, moment, of_the_first)
+        load_split(Digits, "test", tmp_path)
+        return of_the_first(self, *args, **kwargs)
+
+    monkeypatch.setattr(Digits, moment, during)
+    assert load_split(Digits, "test", tmp_path)["image"].shape == (360, 8, 8, 1)
 
 
 @pytest.fixture(scope="module")
