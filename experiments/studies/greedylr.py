@@ -85,6 +85,7 @@ def run(job: Job) -> None:
     chosen = PRESETS[job.preset]
     fine_tuned = list(FINE_TUNED.values())[: chosen["fine_tuned"]]
     tasks = job.tasks([task for _, tasks in KINDS.values() for task in tasks[: chosen["tasks"]]] + fine_tuned)
+    optimizers = job.optimizers(tuple(PAIRS))
     pretrain_for(tasks, job.console)
     groups = [
         Group(
@@ -98,7 +99,7 @@ def run(job: Job) -> None:
             ),
         )
         for task in tasks
-        for optimizer in job.optimizers(tuple(PAIRS))
+        for optimizer in optimizers
     ]
     described = {"preset": chosen, "pairs": PAIRS, "further": FURTHER, "kinds": KINDS}
     sweep = Sweep(job, Settings(chosen["steps"]), described)

@@ -384,8 +384,10 @@ def test_a_study_trains_the_given_task_with_the_given_optimizer(study, tmp_path,
 
 @pytest.mark.parametrize("study", STUDIES)
 @pytest.mark.parametrize("option", ["task", "optimizer"])
-def test_every_study_reads_its_options(study, option, tmp_path):
+def test_every_study_reads_its_options_first(study, option, tmp_path, monkeypatch):
     """An option that a study ignored would pass without an error."""
+    for module in (greedylr, finetune):
+        monkeypatch.setattr(module, "pretrain_for", lambda *_: pytest.fail("trained with a wrong option"))
     selection = Selection(**{option: "nope"})
     with pytest.raises(UsageError, match=f"--{option}"):
         check_options(study, selection)

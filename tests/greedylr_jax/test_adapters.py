@@ -116,11 +116,12 @@ def test_both_adapters_agree_on_timing_to_the_bit(case):
 @every_rule
 def test_a_loss_acts_on_the_update_of_its_own_step(case):
     tx, schedule = case.transformation(), case.schedule()
+    update, rate, advance = jax.jit(tx.update), jax.jit(schedule), jax.jit(schedule.update)
     state, schedule_state = tx.init(None), schedule.init()
     for value in losses():
-        updates, state = tx.update(jnp.ones(()), state, value=value)
-        expected = schedule(schedule_state, value=value)
-        schedule_state = schedule.update(schedule_state, value=value)
+        updates, state = update(jnp.ones(()), state, value=value)
+        expected = rate(schedule_state, value=value)
+        schedule_state = advance(schedule_state, value=value)
         assert updates == greedylr_jax.get_scale(state) == expected / BASE_RATE
         assert schedule(schedule_state) == expected
 
@@ -163,9 +164,9 @@ def test_bad_losses_count_as_worse_and_do_not_propagate(case):
     low, high = case.bounds
     assert got.min() >= low and got.max() <= high
 
-    state = tx.init(None)
+    update, state = jax.jit(tx.update), tx.init(None)
     for value in values:
-        _, state = tx.update(None, state, value=value)
+        _, state = update(None, state, value=value)
         for name, leaf in state.rule._asdict().items():
             assert not any(np.isnan(each).any() for each in jax.tree.leaves(leaf)), name
     assert len(set(got[-64:])) > 1  # it still answers to the losses that follow
