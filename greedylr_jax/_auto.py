@@ -40,10 +40,11 @@ def auto_lr(
     """An optimizer that needs no learning rate.
 
     Scales the updates of ``inner`` to a root mean square relative to that of the initial parameters, see
-    :func:`greedylr_jax.scale_to_parameters`: it rises linearly to 0.03 over the first 30% of the steps, under
-    a cosine from 1 to 0 over all of them. Without ``total_steps`` it is 0.02 / (1 + t / 200) at step t. The
-    units of the loss, of the gradients and of the parameters have no influence, unless they have one on the
-    direction of the updates of ``inner`` (through the ``eps`` of Adam, for example).
+    :func:`greedylr_jax.scale_to_parameters`: 0.03 times a linear warm-up from 0 to 1 over the first 30% of
+    the steps times a cosine from 1 to 0 over all of them; the maximum is 0.024. Without
+    ``total_steps`` it is 0.02 / (1 + t / 200) at step t. The units of the loss, of the gradients and of the
+    parameters have no influence, unless they have one on the direction of the updates of ``inner`` (through
+    the ``eps`` of Adam, for example).
 
     Args:
       inner: an optimizer built with learning rate 1, such as ``optax.adamw(1.0)``. Keep everything that

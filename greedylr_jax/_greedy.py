@@ -114,8 +114,9 @@ def greedy_lr(
     The scale starts at 1. After more than ``patience`` consecutive improvements of the (smoothed) loss on
     its best value the scale is divided by ``factor``; after more than ``patience`` consecutive observations
     without improvement it is multiplied by ``factor``. It stays in ``[min_scale, max_scale]``. The effective
-    learning rate is that of the optimizer (a constant or any schedule) times the scale. The defaults are the
-    paper's published settings.
+    learning rate is that of the optimizer (a constant or any schedule) times the scale. The defaults of
+    ``patience``, ``window`` and ``min_scale`` are the paper's, those of ``factor`` and ``threshold`` are of
+    the published code, and that of ``max_scale`` is ours.
 
     Put it *after* the optimizer, or anywhere in :func:`greedylr_jax.chain`, and pass the loss to
     ``update``. All numeric hyperparameters but ``window`` may be traced, so that many settings train
@@ -155,8 +156,8 @@ def greedy_lr(
     delays decreases). ``max_scale=1`` is not the same: the scale rises back to 1 after a decrease. The
     decrease comes at bad observation number ``patience + 1`` as in PyTorch, and at number ``patience`` in
     Optax and Keras: ``patience=9`` here is ``patience=10`` there. With ``window=None`` and ``cooldown=0``
-    the scales equal those of ``optax.contrib.reduce_on_plateau``. During a cooldown the best value is not
-    updated here, but is there.
+    the scales equal those of ``optax.contrib.reduce_on_plateau`` with the same factor, threshold and bounds.
+    During a cooldown the best value is not updated here, but is there.
 
     Raises:
       ValueError: if a hyperparameter is out of range. ``update`` raises ``TypeError`` or ``ValueError`` if

@@ -209,10 +209,11 @@ def metrics(opt_state: optax.OptState, *, prefix: str = "") -> dict[str, jax.Arr
       prefix: prepended to every key, such as ``"train/"``.
 
     Returns:
-      A dict from names to scalars: ``scale``; ``learning_rate`` if the rule is a schedule or the optimizer
-      has its own (for rates per element, ``learning_rate_min``, ``_mean`` and ``_max``); the other
-      scalar fields of the rule's state under their names; and ``num_rollbacks`` and ``num_skipped`` of
-      :func:`greedylr_jax.with_rollback` and :func:`greedylr_jax.lr_tuner`. Dictionary keys in the path to a
+      A dict from names to scalars: ``scale``; ``learning_rate``, of a rule that is a schedule, or the rate of
+      an optimizer with its own, before the scale of a rule that follows it (for rates per element,
+      ``learning_rate_min``, ``_mean`` and ``_max``); the other scalar fields of the rule's state
+      under their names; and ``num_rollbacks`` and ``num_skipped`` of :func:`greedylr_jax.with_rollback` and
+      :func:`greedylr_jax.lr_tuner`. Dictionary keys in the path to a
       rule (``optax.partition``) come first: ``"encoder/scale"``. Several rules of the same name are
       distinguished by a number: ``"1/scale"``. Works under ``jax.jit``.
 
@@ -300,7 +301,9 @@ def set_scale(opt_state: optax.OptState, scale: ArrayLike, *, group: str | None 
     """Sets the multiplier of the learning-rate rule in an optimizer state.
 
     The rule continues from the new scale: it decides on the loss of the next step first, then the update
-    uses the scale. The rule's bounds apply from its next change of the scale on.
+    uses the scale. A scale outside the rule's bounds is clipped at its next observation
+    (:func:`greedylr_jax.arc.arc`: at the end of the cycle; :func:`greedylr_jax.factor_polling`: at the next
+    poll).
 
     Args:
       opt_state: any nesting of Optax states, as in :func:`get_scale`.

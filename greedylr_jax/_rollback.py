@@ -162,7 +162,8 @@ def with_rollback(
     ``optax.inject_hyperparams`` and PRNG keys continue. Gradients accumulated by ``multi_steps`` or
     ``optax.MultiSteps`` are discarded, and their count of micro-batches continues. The scale or learning rate
     of every rule inside becomes the minimum of its current value and its value at the snapshot, times
-    ``cut_factor``; the rule's own minimum does not bound it.
+    ``cut_factor``; the rule's own minimum does not bound it until the next observation, see
+    :func:`greedylr_jax.set_scale`.
 
     If restoring does not bring the loss down, the loss itself has shifted (for example new data), so the
     monitor's baseline is reset. A snapshot that has not improved for 50 windows is replaced by the next one,

@@ -104,9 +104,9 @@ def trend_lr(
 ) -> _rule.GradientTransformationExtraLoss:
     """Multiplies the updates by a scale that follows the trend of the training loss.
 
-    For an initial rate that may be too low by any factor: while the loss falls, the scale increases by
-    ``raise_factor``, ``accelerated_factor`` or ``drift`` every ``window`` losses. Put it after the optimizer.
-    All numeric arguments may be traced.
+    For an initial rate that may be too low by up to a factor of ``max_scale`` (default 5; raise it if less is
+    known): while the loss falls, the scale increases by ``raise_factor``, ``accelerated_factor`` or ``drift``
+    every ``window`` losses. Put it after the optimizer. All numeric arguments may be traced.
 
     Args:
       window: number of losses between two tests, an integer in [2, 2**24].

@@ -101,10 +101,10 @@ def _evaluate(name: str, loss_fn: Callable[..., Any], params: optax.Params | Non
 def value_from_observe(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Lets a callback pass the loss: ``opt_state = observe(opt_state, loss)`` between two steps.
 
-    For loops that hand no loss to ``update``, but have a hook that sees it (Keras, tunix, most hand-written
-    loops). Each update passes the mean of the losses that were observed since the previous update to
-    ``inner``; without any, rules keep their state. A loss observed after step t acts on step t + 1, one step
-    later than one passed as ``value=loss``.
+    For loops that hand no loss to ``update``, but have a hook that sees it (tunix, most hand-written loops).
+    Each update passes the mean of the losses that were observed since the previous update to ``inner``;
+    without any, rules keep their state. A loss observed after step t acts on step t + 1, one step later than
+    one passed as ``value=loss``.
 
     Wrap the whole optimizer, or the rule alone. Inside ``optax.MultiSteps`` a rule observes the mean loss of
     the micro-batches. Line searches need the loss of the same step: use :func:`value_from_slot` for them.

@@ -31,7 +31,9 @@ def plot_history(
     Args:
       loss: training loss of each step, shape (steps,). Values that are not finite leave gaps.
       history: learning rate of each step, shape (steps,); or the stacked dicts of
-        :func:`greedylr_jax.metrics`, with a key ``learning_rate`` or ``scale``. Resets, at which
+        :func:`greedylr_jax.metrics`, with a key ``learning_rate`` or ``scale``. With both keys
+        ``learning_rate`` is drawn, which after :func:`greedylr_jax.hypergradient` does not include the scale
+        of a further rule: pass the product as an array. Resets, at which
         ``best_value`` or ``num_observations`` restarts, can be marked only with the dicts.
       base_learning_rate: multiplies ``scale`` if ``history`` has no ``learning_rate``.
       validation: steps and losses of a second curve, such as a validation loss.
