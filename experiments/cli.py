@@ -106,7 +106,7 @@ def study(
         str | None,
         typer.Option(
             help="One or more tasks instead of the study's, separated by commas; see the command tasks. "
-            "initial-rate: entries of its suite."
+            "initial-rate: entries of its suite (names: experiments/tasks/suite.py)."
         ),
     ] = None,
     optimizer: Annotated[
@@ -130,7 +130,7 @@ def study(
         str | None, typer.Option(help="initial-rate: numbers of steps, separated by commas.")
     ] = None,
 ) -> None:
-    """Reproduce the experiments of a paper."""
+    """Run a study: experiments of the papers, or comparisons of all rules."""
     from experiments.studies import STUDIES, check_options
 
     if show_list or name is None:
@@ -171,10 +171,10 @@ def pretrain(
 @app.command()
 def bench(
     name: Annotated[str, typer.Argument(help=f"Benchmark to run: {', '.join(BENCHMARKS)}.")],
-    repeats: Annotated[int, typer.Option(help="Repetitions of each timed variant.")] = 15,
+    repeats: Annotated[int, typer.Option(help="Repetitions of each timed variant; sweep has one.")] = 15,
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("results/bench"),
 ) -> None:
-    """Time variants in random order and report the ratios of their medians."""
+    """Run a benchmark: times variants in random order; accelerators compiles for TPU and GPU, and counts."""
     one_of("NAME", name, BENCHMARKS)
     at_least("--repeats", repeats, 1)
     from experiments.training import engine

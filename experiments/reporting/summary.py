@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 from scipy import stats
 
-STAGES = (10, 50, 100)  # percent of the steps, as in Tables V to X of paper 000
+STAGES = (10, 50, 100)  # percent of the steps, as in Tables V to X of the GreedyLR paper
 TIE_BAND = 0.1  # "no significant difference" in those tables
 GREEDYLR = "GreedyLR"  # the schedule that all others are compared with
 

@@ -1,4 +1,7 @@
-"""Studies: each tests claims of one paper and writes rows, tables, figures and a report."""
+"""Studies of the claims of papers and comparisons of all rules.
+
+Each writes rows, tables, figures and a report.
+"""
 
 import functools
 import importlib
@@ -25,19 +28,22 @@ def _load(module: str) -> Callable[..., None]:
 STUDIES: dict[str, Study] = {
     name.replace("_", "-"): Study(summary, functools.partial(_load, name))
     for name, summary in (
-        ("greedylr", "GreedyLR against common schedules: tables II to X, figures 1 to 7 of paper 000"),
-        ("robustness", "eight kinds of noise on the loss, the gradients and the parameters (paper 001)"),
+        ("greedylr", "GreedyLR against common schedules: tables II to X, figures 1 to 7 of its paper"),
+        ("robustness", "eight kinds of noise on losses, gradients and parameters (second GreedyLR paper)"),
         ("initial_rate", "rules without a learning rate, and defaults, against cosine at its best rate"),
         ("rate_sensitivity", "every schedule and rule from 1/1000 to 1000 times the best initial rate"),
-        ("lrtuner", "LRTuner against hand-tuned schedules: tables 1 to 4 of paper 002"),
-        ("polling", "factor polling against common schedules: table 1, figures 2 and 3 of paper 004"),
-        ("polling_ablation", "cadence, sharpness, normalization and score of factor polling (paper 004)"),
-        ("hypergradient", "first-order GreedyLR (hypergradient descent): figures 8 to 10 of paper 000"),
+        ("lrtuner", "LRTuner against hand-tuned schedules: tables 1 to 4 of the LRTuner paper (Iyer et al.)"),
+        ("polling", "factor polling against common schedules: table 1, figures 2 and 3 of Kim and Yu"),
+        ("polling_ablation", "cadence, sharpness, normalization and score of factor polling (Kim and Yu)"),
+        (
+            "hypergradient",
+            "first-order GreedyLR (hypergradient descent): figures 8 to 10 of the GreedyLR paper",
+        ),
         (
             "theory",
-            "final loss as a function of GreedyLR's factor for functions of known smoothness (paper 001)",
+            "final loss by GreedyLR's factor for functions of known smoothness (second GreedyLR paper)",
         ),
-        ("finetune", "GreedyLR in pre-training and fine-tuning, full and by adapters (paper 001)"),
+        ("finetune", "GreedyLR in pre-training and fine-tuning, full or adapters (second GreedyLR paper)"),
         ("leaderboard", "all rules and baselines from Optax on all tasks: performance profiles"),
     )
 }

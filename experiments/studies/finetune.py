@@ -1,4 +1,4 @@
-"""Pre-training and fine-tuning with GreedyLR: the claims of paper 001 on small networks.
+"""Pre-training and fine-tuning with GreedyLR: the claims of the second GreedyLR paper on small networks.
 
 The paper claims better accuracy, speed and convergence than common schedulers in pre-training and fine-tuning
 of models of up to 7B parameters, tighter percentile bands, and recovery from perturbations. This study

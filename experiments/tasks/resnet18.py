@@ -1,8 +1,11 @@
-"""Image classification: ResNet-18 with batch normalisation on 32x32 colour images, as in papers 002 to 004.
+"""Image classification: ResNet-18 with batch normalisation on 32x32 colour images.
 
-Source: K. He et al., "Deep Residual Learning for Image Recognition", 2015, in the form for CIFAR that paper
-002 uses (github.com/kuangliu/pytorch-cifar): 11,173,962 parameters for ten classes, a first convolution of
-3x3 without pooling, and training images that are shifted by up to four pixels and mirrored at random.
+The LRTuner paper and Kim and Yu train it on CIFAR-10.
+
+Source: K. He et al., "Deep Residual Learning for Image Recognition", 2015, in the form for CIFAR that the
+LRTuner paper uses (github.com/kuangliu/pytorch-cifar): 11,173,962 parameters for ten classes, a first
+convolution of 3x3 without pooling, and training images that are shifted by up to four pixels and mirrored
+at random.
 Held-out images are normalised by the statistics of a fixed part of the training images, as in
 :mod:`experiments.tasks.batch_norm`, instead of by running averages.
 """

@@ -35,7 +35,7 @@ OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
     # As in the Hugging Face trainer: the learning rate is absolute, not relative to the parameters.
     "adafactor": lambda rate: optax.adafactor(rate, multiply_by_parameter_scale=False),
     "momentum": lambda rate: optax.sgd(rate, momentum=0.9),
-    # The weight decay of ResNet-18 on CIFAR-10 in paper 002.
+    # The weight decay of ResNet-18 on CIFAR-10 in the LRTuner paper.
     "momentum-decay": lambda rate: optax.chain(
         optax.add_decayed_weights(5e-4), optax.sgd(rate, momentum=0.9)
     ),

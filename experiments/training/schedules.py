@@ -307,38 +307,39 @@ def _polling(*factors: float) -> Callable[..., optax.GradientTransformation]:
 
 
 _POLLING = _defaults(greedylr_jax.factor_polling, "every", "sharpness")
-_PAPER_POLLING = "Automated Learning Rate Scheduling with In-training Information, paper 004"
-_ARC_PAPER = "X. Dong et al., paper 003, Section 4"
+_PAPER_POLLING = "Y. Kim and Y. Yu, Automated Learning Rate Scheduling with In-training Information"
+_ARC_PAPER = "X. Dong et al., To Raise or Not To Raise (the ARC paper), Section 4"
 _ENTRIES: tuple[Schedule, ...] = (
     PassiveSchedule(
         name="constant",
-        source="the initial rate throughout; a baseline of papers 003 and 004",
+        source="the initial rate throughout; a baseline of the ARC paper and of Kim and Yu",
         look=Look(palette.SKY),
         fractions=lambda steps: optax.constant_schedule(1.0),
     ),
     PassiveSchedule(
         name="linear",
-        source="J. Devlin et al., BERT, 2019; a baseline of papers 000, 002 and 004",
+        source="J. Devlin et al., BERT, 2019; a baseline of GreedyLR, LRTuner, and Kim and Yu",
         look=Look(palette.BLUE, ":"),
         fractions=lambda steps: optax.linear_schedule(1.0, 0.0, steps),
     ),
     PassiveSchedule(
         name="cosine",
-        source="I. Loshchilov and F. Hutter, SGDR, 2017; one period, to 0; a baseline of all papers but 002",
+        source="I. Loshchilov and F. Hutter, SGDR, 2017; one period, to 0; a baseline of all papers but the "
+        "LRTuner paper",
         look=Look(palette.BLUE),
         fractions=lambda steps: optax.cosine_decay_schedule(1.0, steps),
     ),
     PassiveSchedule(
         name="polynomial",
         source="transformers.get_polynomial_decay_schedule_with_warmup, power 1 (its default); a baseline of "
-        "paper 000",
+        "the GreedyLR paper",
         look=Look(palette.BLUE, "-."),
         fractions=lambda steps: optax.polynomial_schedule(1.0, 0.0, 1, steps),
     ),
     PassiveSchedule(
         name="step",
         source="K. He et al., Deep Residual Learning, 2016; divided by 10 at 50% and 75% of the steps, as in "
-        "paper 002 on CIFAR-10",
+        "the LRTuner paper on CIFAR-10",
         look=Look(palette.GREY, ":"),
         fractions=lambda steps: optax.piecewise_constant_schedule(
             1.0, {steps // 2: 0.1, 3 * steps // 4: 0.1}
@@ -347,8 +348,8 @@ _ENTRIES: tuple[Schedule, ...] = (
     PassiveSchedule(
         name="warmup",
         label="constant with warm-up",
-        source="transformers.get_constant_schedule_with_warmup, 10% of the steps; a baseline of paper 000, "
-        "which does not state the length",
+        source="transformers.get_constant_schedule_with_warmup, 10% of the steps; a baseline of the GreedyLR "
+        "paper, which does not state the length",
         look=Look(palette.SKY, ":"),
         fractions=lambda steps: optax.linear_schedule(0.0, 1.0, max(1, steps // 10)),
     ),
@@ -361,8 +362,8 @@ _ENTRIES: tuple[Schedule, ...] = (
     ),
     PassiveSchedule(
         name="inverse-sqrt",
-        source="A. Vaswani et al., Attention Is All You Need, 2017, 10% of the steps; a baseline of paper "
-        "002",
+        source="A. Vaswani et al., Attention Is All You Need, 2017, 10% of the steps; a baseline of "
+        "the LRTuner paper",
         look=Look(palette.PINK, ":"),
         fractions=lambda steps: _inverse_sqrt(max(1, steps // 10)),
     ),
@@ -432,7 +433,7 @@ _ENTRIES: tuple[Schedule, ...] = (
     ),
     AdaptiveScale(
         name="GreedyLR",
-        source="papers 000 and 001, with the published settings",
+        source="the GreedyLR paper and the second GreedyLR paper, with the published settings",
         look=Look(palette.RED),
         transform=lambda steps_per_evaluation, settings: greedylr_jax.greedy_lr(**settings),
         traced=_defaults(
@@ -466,7 +467,7 @@ _ENTRIES: tuple[Schedule, ...] = (
     ),
     RateOptimizer(
         name="LRTuner",
-        source="LRTuner: A Learning Rate Tuner for Deep Neural Networks, paper 002",
+        source="N. Iyer et al., LRTuner: A Learning Rate Tuner for Deep Neural Networks",
         look=Look(palette.VIOLET),
         optimizer=_lr_tuner,
         superbatch=10,

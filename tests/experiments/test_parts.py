@@ -187,7 +187,7 @@ def test_reports_list_the_source_of_each_schedule():
         "constant with warm-up",
         "GreedyLR(patience=5)",
     ]
-    assert "SGDR" in section.parts[0].rows[0][1] and "papers 000 and 001" in section.parts[0].rows[2][1]
+    assert "SGDR" in section.parts[0].rows[0][1] and "second GreedyLR paper" in section.parts[0].rows[2][1]
 
 
 @pytest.mark.parametrize(
