@@ -73,6 +73,43 @@ def check_descends(name: str, inner: optax.GradientTransformation, params: optax
     )
 
 
+def has_momentum(inner: optax.GradientTransformation, params: optax.Params) -> bool:
+    """Whether the updates of ``inner`` average over gradients: SGD and AdaGrad do not, momentum and Adam do.
+
+    A gradient is followed by gradients of zero. The updates of these depend on the sign of the first gradient
+    if it is part of an average, and not if only its square was accumulated. Gradients that ``inner``
+    accumulates over several steps are one gradient. Computed as :func:`check_descends` is; True where
+    that is not possible.
+    """
+    for stand_in in _stand_ins(params):
+        with contextlib.suppress(Exception), _eager_on_host():  # of any type: it comes from the code of inner
+            accepting = _forwarding.accept_extra_args(inner)
+            after = [
+                jax.tree.leaves(_update_after(accepting, _quadratic(stand_in, center)))
+                for center in (0.0, 2.0)  # opposite gradients
+            ]
+            if any(map(_checks.is_traced, after[0])):
+                return True
+            return any(np.any(left != right) for left, right in zip(*after, strict=True))
+    return True
+
+
+def _update_after(inner: optax.GradientTransformationExtraArgs, problem: "_Quadratic") -> optax.Updates:
+    """The next update of ``inner`` with gradients of zero, after its first update with a gradient."""
+    still = problem._replace(gradient=jax.tree.map(np.zeros_like, problem.gradient))
+    first_state = inner.init(problem.params)
+    updates, state = problem.update(inner, first_state)
+    if any(map(_checks.is_traced, jax.tree.leaves(updates))):
+        return updates
+    if any(map(np.any, jax.tree.leaves(updates))):
+        return still.update(inner, state)[0]
+    # Accumulates over several steps, or has a warm-up from 0.
+    everywhere, zeros = np.ones(len(jax.tree.leaves(updates)), bool), jax.tree.map(np.zeros_like, updates)
+    _, (_, _, state) = _compiled_steps(inner, problem)(everywhere, (first_state, zeros, state))
+    _, (_, updates, _) = _compiled_steps(inner, still)(everywhere, (state, zeros, state))
+    return updates
+
+
 @contextlib.contextmanager
 def _eager_on_host() -> Iterator[None]:
     """Evaluates at once, also while tracing; on the CPU, where operations on few elements are fastest."""

@@ -118,8 +118,17 @@ def test_every_step_counts_whatever_its_loss_and_the_annealing_ends_at_zero(extr
     steps = np.arange(130)
     warm_up = np.minimum((steps + 1) / (100 * _auto._WARM_UP), 1)
     expected = 0.5 * (1 + np.cos(np.pi * np.minimum(steps / 100, 1))) * warm_up
-    np.testing.assert_allclose(sizes, _auto._RELATIVE_STEP * expected, rtol=1e-4, atol=1e-8)
+    largest = _auto._WITHOUT_MOMENTUM * _auto._RELATIVE_STEP
+    np.testing.assert_allclose(sizes, largest * expected, rtol=1e-4, atol=1e-8)
     assert (sizes[100:] == 0).all()
+
+
+@pytest.mark.parametrize(("total_steps", "largest"), [(None, 0.02), (STEPS, 0.03)])
+@pytest.mark.parametrize(("name", "factor"), [("sgd", 3.0), ("momentum", 1.0), ("adam", 1.0)])
+def test_steps_are_three_times_as_large_without_momentum(name, factor, total_steps, largest):
+    tx = auto_lr(INNERS[name], total_steps=total_steps)
+    for init in (tx.init, jax.jit(tx.init)):
+        np.testing.assert_allclose(init(jnp.ones(4)).coefficient, factor * largest)
 
 
 def test_the_inner_optimizer_sees_the_loss():
@@ -175,7 +184,7 @@ def test_the_state_has_no_copy_of_the_parameters():
         sum(leaf.size for leaf in jax.tree.leaves(tx.init(params)))
         for tx in (auto_lr(inner, total_steps=STEPS), inner)
     )
-    assert own - bare == 2 + len(params)  # learning rate, step, and the size of each leaf
+    assert own - bare == 3 + len(params)  # coefficient, learning rate, step, and the size of each leaf
 
 
 def test_the_eps_of_adam_breaks_the_invariance_to_the_unit_of_the_loss():

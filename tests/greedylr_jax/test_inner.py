@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import greedylr_jax
-from greedylr_jax._inner import check_descends
+from greedylr_jax._inner import check_descends, has_momentum
 from greedylr_jax.range_test import range_test
 from tests.greedylr_jax.rules import crossed, thinned
 
@@ -260,3 +260,36 @@ def test_optimizers_that_pass(inner):
 def test_directions_that_do_not(inner):
     with pytest.raises(ValueError, match="points along the gradient"):
         check(inner)
+
+
+DECAY = optax.add_decayed_weights(1e-2)
+MOMENTUM = {
+    "sgd": (optax.sgd(1.0), False),
+    "momentum": (optax.sgd(1.0, momentum=0.9), True),
+    "adam": (optax.adam(1.0), True),
+    "adam without it": (optax.adam(1.0, b1=0.0), False),
+    "adagrad": (optax.adagrad(1.0), False),
+    "rmsprop": (optax.rmsprop(1.0), False),
+    "lion": (optax.lion(1.0), True),
+    "weight decay": (optax.chain(DECAY, optax.sgd(1.0)), False),
+    "noise": (optax.noisy_sgd(1.0, key=0), False),
+    "accumulation": (optax.MultiSteps(optax.chain(DECAY, optax.sgd(1.0)), 4), False),
+    "accumulation before momentum": (optax.MultiSteps(optax.sgd(1.0, momentum=0.9), 4), True),
+    "warm-up": (optax.sgd(WARM_UP), False),
+    "warm-up of momentum": (optax.sgd(WARM_UP, momentum=0.9), True),
+    "one leaf": (partition(optax.sgd(1.0, momentum=0.9), optax.set_to_zero()), True),
+    "fails": (optax.GradientTransformation(optax.sgd(1.0).init, lambda *_: 1 / 0), True),
+}
+
+
+@pytest.mark.parametrize("name", MOMENTUM)
+def test_momentum_is_found(name):
+    inner, expected = MOMENTUM[name]
+    assert has_momentum(inner, {"w": jnp.ones((64, 3)), "b": jnp.zeros(3)}) is expected
+
+
+def test_a_momentum_that_is_traced_counts_as_one():
+    find = lambda momentum: jnp.asarray(  # noqa: E731
+        has_momentum(optax.sgd(1.0, momentum=momentum), {"w": jnp.ones(3), "b": jnp.ones(3)})
+    )
+    assert jax.vmap(find)(jnp.zeros(2)).all()
