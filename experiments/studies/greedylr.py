@@ -308,13 +308,14 @@ def _row(row: Mapping[str, Any], source: str) -> list[str]:
 
 
 def _conclude(table: pl.DataFrame) -> str:
-    """The number of significant differences."""
-    better, worse = (table["difference_low"] > 0).sum(), (table["difference_high"] < 0).sum()
+    """The number of significant differences, and of experiments in which GreedyLR diverged."""
+    better, worse = (table[name].fill_nan(None) for name in ("difference_low", "difference_high"))
+    diverged = ((table["at_100"] == "no") & better.is_null()).sum()
     against = ", ".join(SCHEDULES[name].label for name in table["schedule"].unique(maintain_order=True))
     return (
         f"In {len(table)} experiments against {against} the final loss of {GREEDYLR} is significantly lower "
-        f"in {better} and significantly higher in {worse} (95% confidence intervals over seeds that exclude "
-        "0, not corrected for multiple comparisons)."
+        f"in {(better > 0).sum()} and significantly higher in {(worse < 0).sum()} (95% confidence intervals "
+        f"over seeds that exclude 0, not corrected for multiple comparisons); in {diverged} it diverges."
     )
 
 

@@ -266,7 +266,7 @@ def conclude(table: pl.DataFrame) -> str:
     """Where each variant of LRTuner is significantly above or below the baseline."""
     sentences = []
     for label in (PAPER, OURS):
-        own = table.filter(variant=label)
+        own = table.filter(variant=label).fill_nan(None)  # Polars orders NaN above all numbers
         above, below = own.filter(pl.col("difference_low") > 0), own.filter(pl.col("difference_high") < 0)
         reached = own.filter(pl.col("saved").is_not_null())
         sentences.append(

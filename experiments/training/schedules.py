@@ -490,7 +490,7 @@ _ENTRIES: tuple[Schedule, ...] = (
     ),
     RateOptimizer(
         name="relative",
-        source="greedylr_jax.scale_to_parameters; with the default settings it is auto_lr of an optimizer with "
+        source="greedylr_jax.scale_to_parameters; with the default settings, auto_lr of an optimizer with "
         "momentum",
         look=Look(palette.BROWN, "-."),
         optimizer=_relative,

@@ -71,6 +71,25 @@ def test_a_diverged_baseline_is_dnf_and_a_diverged_greedy_run_has_the_higher_los
     assert row["at_100"] == "no" and row["difference"] is None
 
 
+def test_a_diverged_run_is_not_significantly_lower():
+    """Polars orders NaN, here the bounds of an unknown interval, above all numbers."""
+    diverged = history(1.0, math.nan)
+    told = greedylr._conclude(greedylr.summarize(greedy_runs(history(1.0, 1.0), diverged)))
+    assert "significantly lower in 0 and significantly higher in 0 " in told and told.endswith(
+        "in 1 it diverges."
+    )
+    told = greedylr._conclude(greedylr.summarize(greedy_runs(history(2.0, 1.0), history(2.0, 0.5))))
+    assert "significantly lower in 1 and significantly higher in 0 " in told and told.endswith(
+        "in 0 it diverges."
+    )
+    variants = [
+        dict(variant=label, saved=None, difference_low=math.nan, difference_high=math.nan)
+        for label in (lrtuner.PAPER, lrtuner.OURS)
+    ]
+    table = pl.DataFrame(variants, schema_overrides={"saved": pl.Float64})
+    assert lrtuner.conclude(table).count("baseline's on 0, below on 0 of 1 tasks") == 2
+
+
 def test_tables_ii_to_iv_are_computed_from_the_published_tables():
     got = greedylr.tally(greedylr.published())
     # Table III's final figures are not those of Tables V to X (nor of Table IV, which agrees with them).
