@@ -206,6 +206,7 @@ def lr_tuner(
     ) -> tuple[optax.Updates, LRTunerState]:
         loss_fn = _probe.check_value_fn("lr_tuner", value_fn, params)
         loss_fn = _numerics.at_precision(loss_fn, precision)
+        assert params is not None
         trained = _snapshot.check_params("lr_tuner", params, updates)
         if state.snapshot is not None:
             _snapshot.check_structure("lr_tuner", state.snapshot, trained)
