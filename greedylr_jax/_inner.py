@@ -81,6 +81,8 @@ def has_momentum(inner: optax.GradientTransformation, params: optax.Params) -> b
     accumulates over several steps are one gradient. Computed as :func:`check_descends` is; True where
     that is not possible.
     """
+    if not jax.tree.leaves(params):
+        return True
     for stand_in in _stand_ins(params):
         with contextlib.suppress(Exception), _eager_on_host():  # of any type: it comes from the code of inner
             accepting = _forwarding.accept_extra_args(inner)

@@ -114,7 +114,7 @@ def test_rates_have_the_unit_of_the_parameters_where_a_rule_has_one():
 def test_a_variant_with_the_settings_of_auto_lr_is_auto_lr():
     def updates_of(schedule):
         entry, settings = parse(schedule)
-        tx = entry.optimizer(optax.sgd(1.0), 1.0, 100, **settings)
+        tx = entry.optimizer(optax.sgd(1.0, momentum=0.9), 1.0, 100, **settings)
 
         def body(state, gradient):
             updates, state = tx.update(gradient, state, jnp.ones(3))
