@@ -50,13 +50,17 @@ def panels(
 
 
 def add_legend(figure: plt.Figure, axes: plt.Axes, columns: int = 4) -> None:
-    """Adds one legend for all panels below the figure, from the lines of ``axes``."""
+    """Adds one legend for all panels below the figure, from the lines of ``axes``.
+
+    It has at most ``columns`` columns, and no more than fit into the figure.
+    """
     handles, labels = axes.get_legend_handles_labels()
+    widest = 0.65 + 0.07 * max(map(len, labels))  # inches: the line, and letters of 9 points
     figure.legend(
         handles,
         labels,
         loc="outside lower center",
-        ncols=min(columns, len(labels)),
+        ncols=max(1, min(columns, len(labels), int(figure.get_figwidth() // widest))),
         frameon=False,
         fontsize=9,
     )

@@ -117,3 +117,16 @@ def test_the_title_of_the_histories_fits_into_the_figure(rates):
     title = figure._suptitle.get_window_extent()
     assert title.x0 >= 0 and title.x1 <= figure.bbox.width
     plt.close(figure)
+
+
+@pytest.mark.parametrize("width", [4.0, 9.0, 14.0])
+def test_a_legend_is_no_wider_than_its_figure(width):
+    figure, axes = plt.subplots(figsize=(width, 3.0), layout="constrained")
+    for label in ("baseline", "LRTuner, the paper's settings", "LRTuner, our defaults", "constant"):
+        axes.plot([0, 1], label=label)
+    drawing.add_legend(figure, axes)
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+    plt.close(figure)
