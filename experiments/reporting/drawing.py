@@ -55,7 +55,7 @@ def add_legend(figure: plt.Figure, axes: plt.Axes, columns: int = 4) -> None:
     It has at most ``columns`` columns, and no more than fit into the figure.
     """
     handles, labels = axes.get_legend_handles_labels()
-    widest = 0.65 + 0.07 * max(map(len, labels))  # inches: the line, and letters of 9 points
+    widest = 0.65 + 0.07 * max(map(len, labels), default=0)  # inches: the line, and letters of 9 points
     figure.legend(
         handles,
         labels,
