@@ -96,22 +96,6 @@ def has_momentum(inner: optax.GradientTransformation, params: optax.Params) -> b
     return True
 
 
-def _update_after(inner: optax.GradientTransformationExtraArgs, problem: "_Quadratic") -> optax.Updates:
-    """The next update of ``inner`` with gradients of zero, after its first update with a gradient."""
-    still = problem._replace(gradient=jax.tree.map(np.zeros_like, problem.gradient))
-    first_state = inner.init(problem.params)
-    updates, state = problem.update(inner, first_state)
-    if any(map(_checks.is_traced, jax.tree.leaves(updates))):
-        return updates
-    if any(map(np.any, jax.tree.leaves(updates))):
-        return still.update(inner, state)[0]
-    # Accumulates over several steps, or has a warm-up from 0.
-    everywhere, zeros = np.ones(len(jax.tree.leaves(updates)), bool), jax.tree.map(np.zeros_like, updates)
-    _, (_, _, state) = _compiled_steps(inner, problem)(everywhere, (first_state, zeros, state))
-    _, (_, updates, _) = _compiled_steps(inner, still)(everywhere, (state, zeros, state))
-    return updates
-
-
 @contextlib.contextmanager
 def _eager_on_host() -> Iterator[None]:
     """Evaluates at once, also while tracing; on the CPU, where operations on few elements are fastest."""
@@ -175,6 +159,22 @@ def _quadratic(params: optax.Params, center: float) -> _Quadratic:
 
     norms = [np.linalg.norm(leaf.astype(np.complex64)) for leaf in jax.tree.leaves(gradient)]
     return _Quadratic(params, gradient, np.asarray(np.square(norms).sum() / 2, np.float32), value_fn)
+
+
+def _update_after(inner: optax.GradientTransformationExtraArgs, problem: _Quadratic) -> optax.Updates:
+    """The next update of ``inner`` with gradients of zero, after its first update with a gradient."""
+    still = problem._replace(gradient=jax.tree.map(np.zeros_like, problem.gradient))
+    first_state = inner.init(problem.params)
+    updates, state = problem.update(inner, first_state)
+    if any(map(_checks.is_traced, jax.tree.leaves(updates))):
+        return updates
+    if any(map(np.any, jax.tree.leaves(updates))):
+        return still.update(inner, state)[0]
+    # Accumulates over several steps, or has a warm-up from 0.
+    everywhere, zeros = np.ones(len(jax.tree.leaves(updates)), bool), jax.tree.map(np.zeros_like, updates)
+    _, (_, _, state) = _compiled_steps(inner, problem)(everywhere, (first_state, zeros, state))
+    _, (_, updates, _) = _compiled_steps(inner, still)(everywhere, (state, zeros, state))
+    return updates
 
 
 def _uphill_leaf(inner: optax.GradientTransformationExtraArgs, params: optax.Params) -> str | None:

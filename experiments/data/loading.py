@@ -81,9 +81,8 @@ def _prepare(make_builder: Callable[[], tfds.core.DatasetBuilder]) -> tfds.core.
     builder = make_builder()
     try:
         builder.download_and_prepare()
-    except (
-        OSError
-    ):  # TFDS prepares in a folder of its own, which it cannot rename if another process was first
+    except OSError:
+        # TFDS prepares in a folder of its own, which it cannot rename if another process was first.
         if not builder.data_path.exists():
             raise
     return make_builder()  # which reads what has been prepared
