@@ -246,13 +246,9 @@ def _widen(leaf: jax.Array) -> jax.Array:
     return leaf
 
 
-def _has_rate(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jnp.inexact)
-
-
 def _elementwise_agreement(gradient: jax.Array, previous: jax.Array, rate: jax.Array, mode: str) -> jax.Array:
     """Minus each gradient element times its previous update; in multiplicative mode its sign."""
-    if not _has_rate(gradient):
+    if not _numerics.is_inexact(gradient):
         return jnp.zeros_like(rate)
     agreement = -(jnp.conj(_widen(previous)) * _widen(gradient)).real.astype(rate.dtype)
     return agreement if mode == "additive" else jnp.sign(agreement)
@@ -271,7 +267,7 @@ def _agreements(
         terms = [
             jnp.sum((jnp.conj(_widen(b)) * _widen(a)).real.astype(_numerics.default_float_dtype()))
             for a, b, name in zip(left, right, labels, strict=True)
-            if name == label and _has_rate(a)
+            if name == label and _numerics.is_inexact(a)
         ]
         return _sum_over_devices(terms, axis_name)
 

@@ -32,6 +32,11 @@ def default_float_dtype() -> jnp.dtype:
     return jnp.result_type(float)
 
 
+def is_inexact(leaf: Any) -> bool:
+    """Whether a leaf holds floating-point or complex numbers."""
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+
+
 def where(condition: ArrayLike, on_true: ArrayLike, on_false: ArrayLike) -> jax.Array:
     """``jnp.where`` for two arrays of one shape, or an array and a number, which gets its shape and dtype.
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from greedylr_jax import _accumulation, _observe, _rule
+from greedylr_jax import _accumulation, _numerics, _observe, _rule
 
 # Maximum number of restoring steps. Two are enough unless updates are narrower than parameters, where each
 # step corrects the leading bits of the rest.
@@ -145,9 +145,9 @@ def check_step(
         bits = [
             jnp.where(jnp.isfinite(before) & ~jnp.isfinite(after), _NOT_FINITE, np.uint8(0))
             for before, after in pairs
-            if _is_inexact(before)
+            if _numerics.is_inexact(before)
         ]
-        if gradient is not None and _is_inexact(gradient):
+        if gradient is not None and _numerics.is_inexact(gradient):
             has_gradients = True
             bits.append(jnp.where(gradient != 0, _NONZERO, np.uint8(0)))
         if bits:  # one reduction for all arrays like the parameter: on a GPU each is one kernel, or two
@@ -156,10 +156,6 @@ def check_step(
     any_nonzero = (found & _NONZERO) > 0 if has_gradients else jnp.asarray(True)
     becomes_not_finite = _observe.any_device((found & _NOT_FINITE) > 0, axis_name)
     return becomes_not_finite, _observe.any_device(any_nonzero, axis_name)
-
-
-def _is_inexact(leaf: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
 def are_equal(left: optax.Params, right: optax.Params) -> jax.Array:

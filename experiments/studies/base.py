@@ -206,7 +206,10 @@ def publish(
 def sources(schedules: Sequence[str]) -> html.Section:
     """A section of a report that lists where each schedule is described."""
     entries = [(name, parse(name)[0]) for name in dict.fromkeys(schedules)]
-    rows = [(entry.label if entry.name == name else name, entry.source) for name, entry in entries]
+    rows = [
+        (f"{name} ({entry.label})" if entry.label != entry.name == name else name, entry.source)
+        for name, entry in entries
+    ]
     return html.Section("Schedules and rules", "", [html.Table(("schedule", "source"), rows)])
 
 
