@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from greedylr_jax import _checks, _deprecated, _forwarding, _inner, _numerics, _rule
+from greedylr_jax import _checks, _deprecated, _forwarding, _inner, _numerics, _observe, _rule
 
 
 class HypergradientState(NamedTuple):
@@ -161,6 +161,10 @@ def hypergradient(
             }
             rates = by_label if granularity == "group" else by_label[_ALL]
             per_leaf = [by_label[label] for label in labels]
+        # The inner products come first, so that XLA need not copy the previous update to overwrite it.
+        pairs = [jax.lax.optimization_barrier(pair) for pair in zip(gradients, per_leaf, strict=True)]
+        gradients, per_leaf = [gradient for gradient, _ in pairs], [rate for _, rate in pairs]
+        updates = structure.unflatten(gradients)
         steps, inner_state = wrapped.update(updates, state.inner_state, params, **extra_args)
         scaled = jax.tree.map(_numerics.scale_leaf, steps, structure.unflatten(per_leaf))
         # The dtype of the state is that of the parameters, which the gradients need not share.
@@ -269,7 +273,9 @@ def _agreements(
             for a, b, name in zip(left, right, labels, strict=True)
             if name == label and _numerics.is_inexact(a)
         ]
-        return _sum_over_devices(terms, axis_name)
+        return sum(
+            _observe.sum_over_devices(terms, axis_name), jnp.zeros((), _numerics.default_float_dtype())
+        )
 
     result = {}
     for label in dict.fromkeys(labels):
@@ -281,27 +287,3 @@ def _agreements(
             agreement = jnp.where(norms == 0, 0, agreement / jnp.where(norms == 0, 1, norms))
         result[label] = agreement
     return result
-
-
-def _sum_over_devices(terms: list[jax.Array], axis_name: Hashable | None) -> jax.Array:
-    """The sum of scalars, each summed over those axes along which it varies."""
-    total = jnp.zeros((), _numerics.default_float_dtype())
-    if axis_name is None:
-        return sum(terms, start=total)
-    axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    # Empty with check_vma=False, as is the type of every array then.
-    tracked = _varying_axes(jax.lax.axis_index(axes))
-    by_axes: dict[tuple[Hashable, ...], list[jax.Array]] = {}
-    for term in terms:
-        varying = tuple(axis for axis in axes if not tracked or axis in _varying_axes(term))
-        by_axes.setdefault(varying, []).append(term)
-    for varying, group in by_axes.items():
-        total += jax.lax.psum(sum(group), varying) if varying else sum(group)
-    return total
-
-
-def _varying_axes(array: jax.Array) -> frozenset:
-    """The axes along which the type says that devices hold different values; the name changed in JAX 0.10."""
-    array_type = jax.typeof(array)
-    manual = getattr(array_type, "manual_axis_type", None)
-    return getattr(array_type, "vma", frozenset()) if manual is None else manual.varying

@@ -37,6 +37,15 @@ def is_inexact(leaf: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
+def optimization_barrier(tree: T) -> T:
+    """``jax.lax.optimization_barrier`` of each floating-point or complex leaf: XLA computes it once.
+
+    Leaf by leaf, because under ``jax.shard_map`` the results of a barrier vary along all axes along which any
+    of its operands varies.
+    """
+    return jax.tree.map(lambda leaf: jax.lax.optimization_barrier(leaf) if is_inexact(leaf) else leaf, tree)
+
+
 def where(condition: ArrayLike, on_true: ArrayLike, on_false: ArrayLike) -> jax.Array:
     """``jnp.where`` for two arrays of one shape, or an array and a number, which gets its shape and dtype.
 

@@ -110,6 +110,38 @@ def any_device(condition: jax.Array, axis_name: Hashable | None) -> jax.Array:
     return condition if axis_name is None else jax.lax.pmax(condition.astype(jnp.int32), axis_name) > 0
 
 
+def sum_over_devices(terms: list[jax.Array], axis_name: Hashable | None) -> list[jax.Array]:
+    """Each term summed over those of the mapped axes along which it varies, see :func:`sharded_axes`."""
+    by_axes: dict[tuple[Hashable, ...], list[int]] = {}
+    for index, term in enumerate(terms):
+        by_axes.setdefault(sharded_axes(term, axis_name), []).append(index)
+    sums = dict(enumerate(terms))
+    for axes, indices in by_axes.items():
+        if axes:
+            sums |= zip(indices, jax.lax.psum([terms[index] for index in indices], axes), strict=True)
+    return list(sums.values())
+
+
+def sharded_axes(array: jax.Array, axis_name: Hashable | None) -> tuple[Hashable, ...]:
+    """Those of the mapped axes along which devices hold different values.
+
+    Known from the type of the array; inside ``jax.shard_map`` with ``check_vma=False`` all of them.
+    """
+    if axis_name is None:
+        return ()
+    axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    # Empty with check_vma=False, as is the type of every array then.
+    tracked = _varying_axes(jax.lax.axis_index(axes))
+    return tuple(axis for axis in axes if not tracked or axis in _varying_axes(array))
+
+
+def _varying_axes(array: jax.Array) -> frozenset:
+    """The axes along which an array varies by its type; the attribute's name changed in JAX 0.10."""
+    array_type = jax.typeof(array)
+    manual = getattr(array_type, "manual_axis_type", None)
+    return getattr(array_type, "vma", frozenset()) if manual is None else manual.varying
+
+
 def _check_has_value(rule_name: str, has_value: ArrayLike | None) -> np.bool_ | jax.Array:
     if has_value is None:
         return np.bool_(True)

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from greedylr_jax import _checks, _numerics, _rule
+from greedylr_jax import _checks, _numerics, _observe, _rule
 
 _ZERO_RMS = 0.1  # assumed of parameters that are all zero, in their unit: a layer with 100 inputs has it
 
@@ -52,8 +52,9 @@ def scale_to_parameters(
         strings with the structure of the parameters or a prefix of it, or a function from the parameters to
         one, as in ``optax.partition``.
       shard_axis_name: mapped axis, or axes, over which the *parameters* are sharded inside ``jax.shard_map``;
-        sums of squares are summed over it in ``init`` and ``update``. None where every device has all
-        parameters, as in data-parallel training.
+        sums of squares are summed over it in ``init`` and ``update``, except those of leaves that are
+        replicated, provided that ``jax.shard_map`` runs with ``check_vma=True`` (its default); otherwise all
+        leaves count as sharded. None where every device has all parameters, as in data-parallel training.
 
     Returns:
       A ``GradientTransformationExtraArgs``. Updates that are zero stay zero. Updates with an element that is
@@ -99,7 +100,7 @@ def scale_to_parameters(
         leaves, structure = jax.tree.flatten(updates)
         leaves = _opposites(leaves)
         squares = _sums_of_squares(leaves, shard_axis_name)
-        sizes = [np.size(leaf) for leaf in leaves]
+        sizes = [_number_of_elements(leaf, shard_axis_name) for leaf in leaves]
         old = {_ALL: state.rate.learning_rate} if param_labels is None else state.rate.learning_rate
         rates = {}
         for name, last in old.items():
@@ -132,14 +133,14 @@ def _labels(param_labels: Any, params: optax.Params) -> list[str]:
 def _opposites(leaves: list[Any]) -> list[Any]:
     """The negative of each leaf, for XLA: the norm and the scaled updates then read one array in memory.
 
-    Without the barrier, XLA computes a part of the optimizer's update twice, for the norm and for the scaled
-    update, which moves more bytes than it saves. JAX 0.10 removes the barrier too early on a CPU; there the
-    sign has the same effect, because it cancels the factor of -1 of an optimizer with learning rate 1. It is
-    a product with -1, as XLA does not cancel a negation.
+    Otherwise XLA computes a part of the optimizer's update twice, for the norm and for the scaled update,
+    which moves more bytes than it saves. The sign cancels the factor of -1 of an optimizer with learning
+    rate 1; it is a product with -1, as XLA does not cancel a negation. The barrier is needed on a CPU with
+    JAX 0.12; on a GPU it would separate the norm from the kernel that computes the updates.
     """
-    opposites = {index: -1 * leaf for index, leaf in enumerate(leaves) if _numerics.is_inexact(leaf)}
-    opposites = jax.lax.optimization_barrier(opposites)
-    return [opposites.get(index, leaf) for index, leaf in enumerate(leaves)]
+    opposites = [-1 * leaf if _numerics.is_inexact(leaf) else leaf for leaf in leaves]
+    barrier = _numerics.optimization_barrier
+    return jax.lax.platform_dependent(opposites, cuda=list, rocm=list, default=barrier)
 
 
 def _sums_of_squares(leaves: list[Any], axis_name: Hashable | None) -> list[jax.Array]:
@@ -154,8 +155,13 @@ def _sums_of_squares(leaves: list[Any], axis_name: Hashable | None) -> list[jax.
         squares = (wide * jnp.conj(wide)).real if jnp.iscomplexobj(wide) else wide * wide
         return jnp.sum(squares).astype(dtype)
 
-    sums = [total(leaf) for leaf in leaves]
-    return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+    return _observe.sum_over_devices([total(leaf) for leaf in leaves], axis_name)
+
+
+def _number_of_elements(leaf: Any, axis_name: Hashable | None) -> int:
+    """On all devices together."""
+    axes = _observe.sharded_axes(leaf, axis_name)
+    return np.size(leaf) * (jax.lax.psum(1, axes) if axes else 1)
 
 
 def _norms(

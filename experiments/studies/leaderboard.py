@@ -21,7 +21,7 @@ from experiments.studies.base import Job, Sweep, publish
 from experiments.studies.tuning import TUNING_SEEDS, reported
 from experiments.tasks.base import LEARNING_RATES
 from experiments.training.engine import RunSpec, Settings, make_specs
-from experiments.training.schedules import SCHEDULES
+from experiments.training.schedules import SCHEDULES, parse
 from experiments.training.sweep import Group
 
 
@@ -40,11 +40,15 @@ SUBMISSIONS = (
     Submission("AdamW, cosine", "adamw", "cosine", 1e-3),
     Submission("AdamW, plateau", "adamw", "plateau", 1e-3),
     Submission("AdamW, GreedyLR", "adamw", "GreedyLR", 1e-3),
+    Submission("AdamW, trend_lr", "adamw", "trend(max_scale=5.0)", 1e-3),
     Submission("AdamW, hypergradient", "adamw", "hypergradient", 1e-3),
     Submission("AdamW, LRTuner", "adamw", "LRTuner", 1e-3),
     Submission("AdamW, polling", "adamw", "polling", 1e-3),
+    Submission("AdamW, ARC", "adamw", "ARC", 1e-3),
+    Submission("AdamW, auto_lr", "adamw", "auto", 1.0),
     Submission("schedule-free AdamW", "adamw", "schedule-free", 2.5e-3),
     Submission("Prodigy", "adamw", "prodigy", 1.0),
+    Submission("Prodigy, cosine", "adamw", "prodigy-cosine", 1.0),
     Submission("Mechanic, AdamW", "adamw", "mechanic", 1.0),
     Submission("MoMo-Adam", "adamw", "momo", 1e-2),
     Submission("SGD, Armijo", "sgd", "Armijo", 1.0),
@@ -225,7 +229,7 @@ def score(times: np.ndarray) -> np.ndarray:
 def _looks(measured: pl.DataFrame) -> dict[str, Look]:
     """The colour and line style of each submission, those of its schedule."""
     names = measured.select("submission", "schedule").unique(maintain_order=True)
-    return {name: SCHEDULES[schedule].look for name, schedule in names.iter_rows()}
+    return {name: parse(schedule)[0].look for name, schedule in names.iter_rows()}
 
 
 def _times(measured: pl.DataFrame, cost: str) -> np.ndarray:
@@ -261,7 +265,7 @@ def summarize(measured: pl.DataFrame) -> pl.DataFrame:
     return pl.DataFrame(columns).sort("score_seconds", descending=True)
 
 
-_HEADERS = ("submission", "by time [seeds]", "by steps [seeds]", "targets reached, %")
+_HEADERS = ("submission", "by time [single seeds]", "by steps [single seeds]", "targets reached, %")
 
 
 def _cells(table: pl.DataFrame) -> list[list[str]]:
@@ -308,7 +312,12 @@ def draw(measured: pl.DataFrame) -> plt.Figure:
 def _sections(measured: pl.DataFrame, table: pl.DataFrame, tasks: pl.DataFrame) -> list[html.Section]:
     factors = np.linspace(1, MAX_FACTOR, 301)
     sections = [
-        html.Section("Scores", "Area under the profile from 1 to 4.", [html.Table(_HEADERS, _cells(table))])
+        html.Section(
+            "Scores",
+            "Area under the profile from 1 to 4, of the medians over the seeds. In brackets: minimum and "
+            "maximum over the seeds one by one, which need not contain it.",
+            [html.Table(_HEADERS, _cells(table))],
+        )
     ]
     for name, title in COSTS.items():
         curves = [

@@ -240,6 +240,14 @@ def _arc(
     return greedylr_jax.chain(optimizer, optax.scale(rate), rule)
 
 
+def _trend(
+    optimizer: optax.GradientTransformation, rate: jax.Array, steps: int, *, max_scale: float = 1000.0
+) -> optax.GradientTransformation:
+    """The trend rule for rates that may be far too low; its own default bound is 5."""
+    del steps
+    return greedylr_jax.chain(optimizer, optax.scale(rate), greedylr_jax.trend_lr(max_scale=max_scale))
+
+
 def _lr_tuner(
     optimizer: optax.GradientTransformation,
     rate: jax.Array,
@@ -456,6 +464,14 @@ _ENTRIES: tuple[Schedule, ...] = (
         transform=lambda steps_per_epoch, settings: optax.contrib.reduce_on_plateau(
             factor=0.1, patience=11, rtol=1e-4, accumulation_size=steps_per_epoch, min_scale=0.01
         ),
+    ),
+    RateOptimizer(
+        name="trend",
+        label="trend rule",
+        source="greedylr_jax.trend_lr with max_scale=1000",
+        look=Look(palette.VIOLET, "-."),
+        optimizer=_trend,
+        traced=("max_scale",),
     ),
     RateOptimizer(
         name="hypergradient",

@@ -33,7 +33,7 @@ BUDGETS = {
     "greedy_lr, paper": Budget((5, 2), (5, 2), SMALL, SMALL),
     "trend_lr": Budget((3, 3), (10, 6), SMALL, SMALL),
     "arc": Budget((4, 1), (4, 3), SMALL, SMALL, conditionals=1),
-    "hypergradient": Budget((9, -1), (7, 0), (3.94, 4.03), (2.97, 2.01)),
+    "hypergradient": Budget((9, -1), (7, 0), (3.94, 4.03), (2.01, 2.01)),
     "auto_lr": Budget((7, 0), (7, 0), (4.01, 4.01), SMALL),
     "lr_tuner": Budget(
         (19, 8),

@@ -40,7 +40,7 @@ def check_adds_no_large_operation(row):
 
 @pytest.fixture(scope="module")
 def rows():
-    return rows_of("greedy_lr", "hypergradient")
+    return rows_of("greedy_lr", "hypergradient", "auto_lr")
 
 
 def test_greedy_lr_adds_no_operation_of_parameter_size(rows):
@@ -60,9 +60,17 @@ def test_a_rule_with_a_copy_of_the_parameters_adds_large_operations(rows):
     assert rows["bare"].operations == rows["bare"].flops == rows["bare"].bytes == 0
 
 
+def test_auto_lr_computes_the_updates_once(rows):
+    """They are written, read by the norm and read by the scaling: at most three copies of the parameters."""
+    parameters = 64 * 256 + 256 * 256 + 256 * 10
+    assert rows["auto_lr"].operations <= 2  # one for each weight matrix that counts
+    assert rows["auto_lr"].bytes < 3.05 * 4 * parameters
+
+
 def test_ratios_are_relative_to_the_bare_optimizer(rows):
     ratios = {name: (row.compile_ratio, row.time_ratio) for name, row in rows.items()}
-    assert ratios == {"bare": (1, 1), "greedy_lr": (1.5, 1.5), "hypergradient": (1.5, 1.5)}
+    others = dict.fromkeys(("greedy_lr", "hypergradient", "auto_lr"), (1.5, 1.5))
+    assert ratios == {"bare": (1, 1), **others}
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Updates measured against the initial parameters."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,23 +121,26 @@ def test_units_that_are_powers_of_two_change_no_bit(params_unit, grads_unit):
         np.testing.assert_array_equal(updates[name], expected[name] * params_unit)
 
 
-def test_sharded_parameters_are_measured_as_a_whole():
-    params = {"w": jnp.linspace(-1.0, 2.0, 24), "b": jnp.zeros(8)}
+@pytest.mark.parametrize("size", [1.0, 0.0])
+@pytest.mark.parametrize("bias", ["sharded", "replicated"])
+def test_sharded_parameters_are_measured_as_a_whole(bias, size):
+    params = {"w": size * jnp.linspace(-1.0, 2.0, 24), "b": size * jnp.linspace(3.0, 5.0, 8)}
     grads = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=jnp.float32)), params)
     tx = scale_to_parameters(0.02, shard_axis_name="shard")
     spec = jax.sharding.PartitionSpec
     mesh = jax.make_mesh((4,), ("shard",), axis_types=(jax.sharding.AxisType.Auto,))
-    sharded = jax.jit(
-        jax.shard_map(
-            lambda params, grads: tx.update(grads, tx.init(params))[0],
-            mesh=mesh,
-            in_specs=spec("shard"),
-            out_specs=spec("shard"),
-        )
-    )(params, grads)
-    expected, _ = update(0.02, params, grads)
-    for name in params:
-        np.testing.assert_allclose(sharded[name], expected[name], rtol=1e-5)
+    specs = {"w": spec("shard"), "b": spec("shard") if bias == "sharded" else spec()}
+    for check_vma in (True, False) if bias == "sharded" else (True,):
+        sharded = jax.jit(
+            jax.shard_map(
+                lambda params, grads: tx.update(grads, tx.init(params)),
+                mesh=mesh,
+                in_specs=(specs, specs),
+                out_specs=(specs, spec()),
+                check_vma=check_vma,
+            )
+        )(params, grads)
+        chex.assert_trees_all_close(sharded, update(0.02, params, grads), rtol=1e-5)
 
 
 def test_sharded_parameters_are_not_gathered():
