@@ -166,6 +166,7 @@ def hypergradient(
         gradients, per_leaf = [gradient for gradient, _ in pairs], [rate for _, rate in pairs]
         updates = structure.unflatten(gradients)
         steps, inner_state = wrapped.update(updates, state.inner_state, params, **extra_args)
+        steps = _numerics.computed_once(steps)
         scaled = jax.tree.map(_numerics.scale_leaf, steps, structure.unflatten(per_leaf))
         # The dtype of the state is that of the parameters, which the gradients need not share.
         previous_update = _numerics.like(steps, state.previous_update)

@@ -37,13 +37,21 @@ def is_inexact(leaf: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
 
 
-def optimization_barrier(tree: T) -> T:
-    """``jax.lax.optimization_barrier`` of each floating-point or complex leaf: XLA computes it once.
+def computed_once(tree: T) -> T:
+    """The same arrays, behind ``jax.lax.optimization_barrier`` except on GPUs.
 
-    Leaf by leaf, because under ``jax.shard_map`` the results of a barrier vary along all axes along which any
-    of its operands varies.
+    Without a barrier, XLA may compute arrays that have several readers anew for each of them, on a CPU with
+    JAX 0.12 even the whole update of Adam. On a GPU it computes them in one kernel with a norm that reads
+    them, which a barrier would separate. Each leaf has its own, because under ``jax.shard_map`` the results
+    of a barrier vary along all axes along which any of its operands varies.
     """
-    return jax.tree.map(lambda leaf: jax.lax.optimization_barrier(leaf) if is_inexact(leaf) else leaf, tree)
+
+    def barrier(leaf: Any) -> Any:
+        return jax.lax.optimization_barrier(leaf) if is_inexact(leaf) else leaf
+
+    return jax.lax.platform_dependent(
+        tree, cuda=lambda same: same, rocm=lambda same: same, default=functools.partial(jax.tree.map, barrier)
+    )
 
 
 def where(condition: ArrayLike, on_true: ArrayLike, on_false: ArrayLike) -> jax.Array:

@@ -133,14 +133,10 @@ def _labels(param_labels: Any, params: optax.Params) -> list[str]:
 def _opposites(leaves: list[Any]) -> list[Any]:
     """The negative of each leaf, for XLA: the norm and the scaled updates then read one array in memory.
 
-    Otherwise XLA computes a part of the optimizer's update twice, for the norm and for the scaled update,
-    which moves more bytes than it saves. The sign cancels the factor of -1 of an optimizer with learning
-    rate 1; it is a product with -1, as XLA does not cancel a negation. The barrier is needed on a CPU with
-    JAX 0.12; on a GPU it would separate the norm from the kernel that computes the updates.
+    The sign cancels the factor of -1 of an optimizer with learning rate 1, which XLA otherwise computes
+    twice, and on a CPU all that precedes it, too. It is a product with -1, as XLA does not cancel a negation.
     """
-    opposites = [-1 * leaf if _numerics.is_inexact(leaf) else leaf for leaf in leaves]
-    barrier = _numerics.optimization_barrier
-    return jax.lax.platform_dependent(opposites, cuda=list, rocm=list, default=barrier)
+    return _numerics.computed_once([-1 * leaf if _numerics.is_inexact(leaf) else leaf for leaf in leaves])
 
 
 def _sums_of_squares(leaves: list[Any], axis_name: Hashable | None) -> list[jax.Array]:

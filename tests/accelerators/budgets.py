@@ -34,7 +34,7 @@ BUDGETS = {
     "trend_lr": Budget((3, 3), (10, 6), SMALL, SMALL),
     "arc": Budget((4, 1), (4, 3), SMALL, SMALL, conditionals=1),
     "hypergradient": Budget((9, -1), (7, 0), (3.94, 4.03), (2.01, 2.01)),
-    "auto_lr": Budget((7, 0), (7, 0), (4.01, 4.01), SMALL),
+    "auto_lr": Budget((7, 0), (7, 0), (4.01, 3.05), SMALL),
     "lr_tuner": Budget(
         (19, 8),
         (19, 10),
