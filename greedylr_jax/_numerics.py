@@ -42,16 +42,33 @@ def computed_once(tree: T) -> T:
 
     Without a barrier, XLA may compute arrays that have several readers anew for each of them, on a CPU with
     JAX 0.12 even the whole update of Adam. On a GPU it computes them in one kernel with a norm that reads
-    them, which a barrier would separate. Each leaf has its own, because under ``jax.shard_map`` the results
-    of a barrier vary along all axes along which any of its operands varies.
+    them, which a barrier would separate. Under ``jax.shard_map`` leaves that vary along other axes have a
+    barrier of their own, because its results vary along all axes along which any of its operands varies.
     """
+    leaves, structure = jax.tree.flatten(tree)
+    by_axes: dict[frozenset, dict[int, Any]] = {}
+    for index, leaf in enumerate(leaves):
+        if is_inexact(leaf):
+            by_axes.setdefault(varying_axes(leaf), {})[index] = leaf
 
-    def barrier(leaf: Any) -> Any:
-        return jax.lax.optimization_barrier(leaf) if is_inexact(leaf) else leaf
+    def behind_barriers(groups: list[dict[int, Any]]) -> list[dict[int, Any]]:
+        return [jax.lax.optimization_barrier(group) for group in groups]
 
-    return jax.lax.platform_dependent(
-        tree, cuda=lambda same: same, rocm=lambda same: same, default=functools.partial(jax.tree.map, barrier)
+    groups = jax.lax.platform_dependent(
+        list(by_axes.values()), cuda=lambda same: same, rocm=lambda same: same, default=behind_barriers
     )
+    computed = {index: leaf for group in groups for index, leaf in group.items()}
+    return structure.unflatten([computed.get(index, leaf) for index, leaf in enumerate(leaves)])
+
+
+def varying_axes(array: ArrayLike) -> frozenset:
+    """The axes of ``jax.shard_map`` along which an array varies by its type.
+
+    The attribute's name changed in JAX 0.10. Empty with ``check_vma=False``.
+    """
+    array_type = jax.typeof(array)
+    manual = getattr(array_type, "manual_axis_type", None)
+    return getattr(array_type, "vma", frozenset()) if manual is None else manual.varying
 
 
 def where(condition: ArrayLike, on_true: ArrayLike, on_false: ArrayLike) -> jax.Array:

@@ -131,15 +131,8 @@ def sharded_axes(array: jax.Array, axis_name: Hashable | None) -> tuple[Hashable
         return ()
     axes = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     # Empty with check_vma=False, as is the type of every array then.
-    tracked = _varying_axes(jax.lax.axis_index(axes))
-    return tuple(axis for axis in axes if not tracked or axis in _varying_axes(array))
-
-
-def _varying_axes(array: jax.Array) -> frozenset:
-    """The axes along which an array varies by its type; the attribute's name changed in JAX 0.10."""
-    array_type = jax.typeof(array)
-    manual = getattr(array_type, "manual_axis_type", None)
-    return getattr(array_type, "vma", frozenset()) if manual is None else manual.varying
+    tracked = _numerics.varying_axes(jax.lax.axis_index(axes))
+    return tuple(axis for axis in axes if not tracked or axis in _numerics.varying_axes(array))
 
 
 def _check_has_value(rule_name: str, has_value: ArrayLike | None) -> np.bool_ | jax.Array:
