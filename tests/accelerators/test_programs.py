@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from experiments.bench import accelerators, hlo, language_model, perceptron
 from experiments.bench.accelerators import AXIS, BARE, RULES, TARGETS, WIDTHS
-from tests.accelerators.budgets import BUDGETS
+from tests.accelerators.budgets import BUDGETS, budget_of
 
 TPU, GPU = "v5e", "h100"
 DTYPES = ("float32", "bfloat16")
@@ -56,7 +56,7 @@ def check_stays_on_the_device(got):
 @pytest.mark.parametrize(("rule", "target", "num_devices", "dtype"), cases())
 def test_what_a_rule_adds_to_a_step(rule, target, num_devices, dtype):
     got, bare = program(rule, target, num_devices, dtype), program(BARE, target, num_devices, dtype)
-    budget = BUDGETS[rule]
+    budget = budget_of(rule)
     check_stays_on_the_device(got)
     assert got.conditionals - bare.conditionals <= budget.conditionals
     assert got.loops - bare.loops <= budget.loops
@@ -107,7 +107,7 @@ def test_all_reduces_of_a_rule_with_an_axis_name(rule, target):
     check_stays_on_the_device(got)
     assert bare.all_reduces == 1  # of the gradients
     # Where a program has one all-reduce, it takes the mean loss along with the gradients.
-    assert 0 <= got.all_reduces - bare.all_reduces <= BUDGETS[rule].mapped_all_reduces
+    assert 0 <= got.all_reduces - bare.all_reduces <= budget_of(rule).mapped_all_reduces
 
 
 @pytest.mark.parametrize(
