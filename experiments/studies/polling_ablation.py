@@ -34,7 +34,7 @@ TOO_LARGE = 200.0
 GOOD, LARGE = "good", f"{TOO_LARGE:g} x good"  # labels of the runs: their initial rate
 REDUCED = ("digits-resnet",)  # tasks with slow steps
 PRESETS: dict[str, dict[str, Any]] = {
-    "quick": {"tasks": {"digits-mlp": 0.3, "digits": 0.5, "digits-resnet": 0.1}, "steps": 220, "seeds": 2},
+    "quick": {"tasks": {"digits-mlp": 0.3, "digits": 0.5, "digits-resnet": 0.1}, "steps": 220, "seeds": 8},
     "full": {"tasks": {"digits-mlp": 0.3, "digits": 0.5, "digits-resnet": 0.1}, "steps": 2200, "seeds": 5},
 }
 
