@@ -205,11 +205,11 @@ def publish(
 
 def sources(schedules: Sequence[str]) -> html.Section:
     """A section of a report that lists where each schedule is described."""
-    entries = [(name, parse(name)[0]) for name in dict.fromkeys(schedules)]
-    rows = [
-        (f"{name} ({entry.label})" if entry.label != entry.name == name else name, entry.source)
-        for name, entry in entries
-    ]
+    rows = []
+    for name in dict.fromkeys(schedules):
+        entry, _ = parse(name)
+        has_label = name == entry.name and name != entry.label
+        rows.append((f"{name} ({entry.label})" if has_label else name, entry.source))
     return html.Section("Schedules and rules", "", [html.Table(("schedule", "source"), rows)])
 
 

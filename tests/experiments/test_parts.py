@@ -198,6 +198,8 @@ def test_studies_choose_schedules_from_the_registry(study):
     names |= {each.schedule for each in getattr(study, "SUBMISSIONS", getattr(study, "CASES", ()))}
     names |= {*getattr(study, "PAIRS", {}).values()}
     assert names and {name.partition("(")[0] for name in names} <= set(SCHEDULES)
+    for name in names:
+        parse(name)  # raises an error if the schedule has no such setting
 
 
 def test_settings_of_a_schedule_are_those_that_it_accepts():
